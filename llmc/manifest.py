@@ -1,0 +1,224 @@
+"""The artifact's ``manifest.json``: what the compiler promises and the loader checks. Thin: no compiler import.
+
+An artifact is a directory::
+
+    manifest.json                     this file's Manifest
+    variants/<name>/lib.so            one compiled module per target
+    weights/weights-00001.safetensors shared by the variants; tensor data starts 64-byte aligned (``__pad`` tensors fill holes)
+    tokenizer/tokenizer.json, tokenizer/chat_template.jinja
+    report.json                       per-pass timing, per-call kernel choice, per-tensor error: for people and ``inspect``
+
+The module ABI, version 1 (all tensors are the caller's; ``*`` are lists in the order of ``Variant.weights``)::
+
+    decode(out [b, vocab] f32, input_ids [b] i32, positions [b] i32, slot_mapping [b] i32, q_indptr [b+1] i32, seq_lens [b] i32,
+           block_table [b, m] i32, *kv_pages, *weights)
+    extend(out [r, vocab] f32, input_ids [n] i32, positions [n] i32, slot_mapping [n] i32, q_indptr [b+1] i32, seq_lens [b] i32,
+           block_table [b, m] i32, logit_rows [r] i32, *kv_pages, *weights)
+
+``kv_pages[l]`` is ``[num_pages, heads, page_size * (k_dim + v_dim)]``; see :mod:`llmc.dialect.paged` for the meaning of the state tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmc.errors import ArtifactError
+
+FORMAT_VERSION = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclass
+class ModelInfo:
+    """The source model. ``context``: the most positions a sequence may have here; ``trained_context``: what the model was made for."""
+
+    name: str
+    source: str
+    fingerprint: str
+    architecture: str
+    parameters: int
+    vocab_size: int
+    context: int
+    trained_context: int
+
+
+@dataclass
+class KvLayer:
+    """The KV cache of one attention layer; ``window`` is -1 for full attention (positions, not bytes)."""
+
+    heads: int
+    k_dim: int
+    v_dim: int
+    window: int = -1
+
+
+@dataclass
+class KvInfo:
+    """The KV cache: ``page_size`` in positions, ``dtype`` of the stored values."""
+
+    page_size: int
+    dtype: str
+    layers: list[KvLayer]
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes that one position of one sequence takes over all layers."""
+        width = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[self.dtype]
+        return sum(layer.heads * (layer.k_dim + layer.v_dim) for layer in self.layers) * width
+
+
+@dataclass
+class Limits:
+    """Upper bounds the memory plan was made for: sequences in a step, rows in an extend step, logit rows in an extend step."""
+
+    max_batch: int
+    max_rows: int
+    max_logit_rows: int
+
+
+@dataclass
+class KernelChoice:
+    """One distinct kernel: which family took which op, how often a call of ``function`` runs it, and why."""
+
+    function: str
+    op: str
+    kernel: str
+    family: str
+    count: int
+    shape: str
+    config: dict[str, Any]
+    why: str
+
+
+@dataclass
+class FunctionInfo:
+    """A compiled phase. ``workspace_bytes``: planned intermediate memory at the upper bounds."""
+
+    name: str
+    workspace_bytes: int
+    kernels: int
+
+
+@dataclass
+class Variant:
+    """One compiled module. ``weights`` names its weight arguments in order; ``features`` are CPU features it needs."""
+
+    name: str
+    target: str
+    kind: str
+    triple: str
+    mcpu: str
+    features: list[str]
+    library: str
+    functions: list[FunctionInfo]
+    weights: list[str]
+    kernels: list[KernelChoice]
+
+
+@dataclass
+class TensorInfo:
+    """One stored weight: its file (relative to the artifact), dtype name, shape, and the scheme it was stored by."""
+
+    file: str
+    dtype: str
+    shape: list[int]
+    scheme: str
+
+
+@dataclass
+class TokenizerFiles:
+    """Paths relative to the artifact, and the ids generation stops at."""
+
+    file: str
+    chat_template: str | None
+    bos_token_id: int | None
+    eos_token_ids: list[int]
+    pad_token_id: int | None
+    bos_token: str
+    eos_token: str
+
+
+@dataclass
+class FileInfo:
+    bytes: int
+    sha256: str
+
+
+@dataclass
+class Manifest:
+    """Everything about an artifact. ``files`` lists every file but the manifest itself."""
+
+    llmc: str
+    tvm: str
+    model: ModelInfo
+    kv: KvInfo
+    limits: Limits
+    graph_sha256: str
+    options: dict[str, Any]
+    variants: list[Variant]
+    tensors: dict[str, TensorInfo]
+    tokenizer: TokenizerFiles | None
+    files: dict[str, FileInfo] = field(default_factory=dict)
+    format: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+
+def _build(cls: type, value: dict[str, Any]) -> Any:
+    return cls(**{f.name: value[f.name] for f in dataclasses.fields(cls) if f.name in value})
+
+
+def parse(text: str, where: str) -> Manifest:
+    """The manifest in ``text``. Raises ArtifactError if it is not JSON, of another format version, or lacks a field."""
+    try:
+        raw = json.loads(text)
+        found = raw["format"]
+        if found != FORMAT_VERSION:
+            raise ArtifactError(
+                f"the artifact {where} has manifest format {found}, and this llmc reads format {FORMAT_VERSION}: "
+                f"recompile the model with this llmc, or install the llmc that built it ({raw.get('llmc', 'unknown')})"
+            )
+        kv = _build(KvInfo, raw["kv"])
+        kv.layers = [_build(KvLayer, v) for v in raw["kv"]["layers"]]
+        variants = []
+        for v in raw["variants"]:
+            variant = _build(Variant, v)
+            variant.functions = [_build(FunctionInfo, f) for f in v["functions"]]
+            variant.kernels = [_build(KernelChoice, k) for k in v["kernels"]]
+            variants.append(variant)
+        tokenizer = raw["tokenizer"]
+        return Manifest(
+            llmc=raw["llmc"],
+            tvm=raw["tvm"],
+            model=_build(ModelInfo, raw["model"]),
+            kv=kv,
+            limits=_build(Limits, raw["limits"]),
+            graph_sha256=raw["graph_sha256"],
+            options=raw["options"],
+            variants=variants,
+            tensors={k: _build(TensorInfo, v) for k, v in raw["tensors"].items()},
+            tokenizer=None if tokenizer is None else _build(TokenizerFiles, tokenizer),
+            files={k: _build(FileInfo, v) for k, v in raw["files"].items()},
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ArtifactError(
+            f"the manifest of {where} is damaged ({type(error).__name__}: {error}): recompile the model"
+        ) from error
+
+
+def read(folder: Path) -> Manifest:
+    """The manifest of the artifact in ``folder``. Raises ArtifactError if there is none or it cannot be used."""
+    path = folder / FILE_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        found = "no such folder" if not folder.exists() else "no manifest.json in it"
+        raise ArtifactError(f"{folder} is not an llmc artifact ({found}): build one with `llmc compile MODEL -o {folder}`") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ArtifactError(f"the manifest {path} cannot be read ({error}): recompile the model") from error
+    return parse(text, str(folder))

@@ -11,7 +11,9 @@ from llmc.dialect.moe import moe
 from llmc.dialect.norm import layer_norm, rms_norm
 from llmc.dialect.paged import append, attend
 from llmc.dialect.rope import rope
+from llmc.dialect.topk import topk
 
 __all__ = [
     "append", "attend", "attention", "attrs_of", "call", "is_call", "layer_norm", "linear", "moe", "rms_norm", "rope",
+    "topk",
 ]  # fmt: skip

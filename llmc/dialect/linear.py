@@ -55,7 +55,7 @@ def linear(
 
 def _infer(c: relax.Call, _: relax.BlockBuilder) -> TensorType:
     x, weight = c.args[0].ty, c.args[1].ty
-    return TensorType([*x.shape[:-1], weight.shape[0]], x.dtype)
+    return TensorType([*list(x.shape)[:-1], weight.shape[0]], x.dtype)
 
 
 register(OP, _infer)

@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from llmc.importer.params import ParamTable
+
+Progress = Callable[[int, int, str], None]
+"""``progress(done, total, what)``: called as a long reading goes on; the units are the step's own (files, bytes)."""
 
 
 @dataclass

@@ -1,0 +1,128 @@
+"""One ``.safetensors`` file: its header, and tensors read one at a time through a memory map.
+
+Format: 8 bytes little-endian header length, that many bytes of JSON ``{name: {dtype, shape, data_offsets}}``, then the data;
+offsets count from the end of the header. https://huggingface.co/docs/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import ModelError, UnsupportedError
+from llmc.importer.params import DTYPES
+
+_DTYPE_NAMES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U8": "uint8",
+    "BOOL": "bool",
+}
+# the reference implementation refuses larger headers too: a wild length is a damaged file, not a big model
+_MAX_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class SafetensorsSource:
+    """One tensor of a safetensors file; ``offset`` is in bytes from the start of the file."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    offset: int
+
+    @property
+    def scheme(self) -> str:
+        return self.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def read(self) -> np.ndarray:
+        """The tensor as a view of the mapped file (copy on write): pages come in when touched, and leave when the view does."""
+        dtype = DTYPES[self.dtype]
+        if self.nbytes == 0:
+            return np.empty(self.shape, dtype)
+        try:
+            raw = np.memmap(self.file, np.uint8, "c", self.offset, self.nbytes)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{self.describe()} cannot be read at byte {self.offset} of the file ({error})") from error
+        # np.asarray drops the memmap subclass; the base keeps the mapping alive
+        array: np.ndarray = np.asarray(raw).view(dtype).reshape(self.shape)
+        return array if array.flags.aligned else array.copy()
+
+    def describe(self) -> str:
+        return f"{self.file.name}:{self.name}"
+
+
+def _header_bytes(path: Path, size: int) -> tuple[bytes, int]:
+    """The header's JSON bytes, and the file offset where data starts."""
+    try:
+        with path.open("rb") as stream:
+            prefix = stream.read(8)
+            if len(prefix) < 8:
+                raise ModelError(f"{path} is truncated: {size} bytes, less than the 8 a safetensors header starts with")
+            length = int.from_bytes(prefix, "little")
+            if length > _MAX_HEADER:
+                raise ModelError(f"{path} is not a safetensors file or is damaged: at byte 0 it states a header of {length} bytes")
+            if 8 + length > size:
+                raise ModelError(
+                    f"{path} is truncated: its header ends at byte {8 + length}, and the file has {size}: download it again"
+                )
+            return stream.read(length), 8 + length
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> SafetensorsSource:
+    """The source for one header entry, or ModelError if the entry contradicts itself or the file's size."""
+    try:
+        stored, shape, (begin, end) = str(entry["dtype"]), tuple(int(d) for d in entry["shape"]), entry["data_offsets"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path} is damaged: the header entry of tensor {name!r} lacks dtype, shape or data_offsets") from error
+    if stored not in _DTYPE_NAMES:
+        raise UnsupportedError(
+            f"{path.name}:{name} is stored as {stored}, which llmc cannot read: supported are {', '.join(_DTYPE_NAMES)}; "
+            "convert the checkpoint to one of them"
+        )
+    source = SafetensorsSource(path, name, shape, _DTYPE_NAMES[stored], data + int(begin))
+    if min(shape, default=0) < 0 or begin < 0 or end - begin != source.nbytes:
+        raise ModelError(f"{path} is damaged: tensor {name!r} of {stored} {list(shape)} is given bytes {begin} to {end}")
+    if data + end > size:
+        raise ModelError(
+            f"{path} is truncated: tensor {name!r} ends at byte {data + end}, and the file has {size}: download it again"
+        )
+    return source
+
+
+def read_header(path: Path) -> dict[str, SafetensorsSource]:
+    """Every tensor of the file at ``path`` by name; reads the header only.
+
+    Raises ModelError for a truncated or damaged file (with the offset), UnsupportedError for a dtype llmc has no name for.
+    """
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read ({error.strerror})") from error
+    raw, data = _header_bytes(path, size)
+    try:
+        header = json.loads(raw)
+    except ValueError as error:
+        raise ModelError(f"{path} is damaged: its header, bytes 8 to {data}, is not JSON ({error})") from error
+    if not isinstance(header, Mapping):
+        raise ModelError(f"{path} is damaged: its header, bytes 8 to {data}, is not a JSON object")
+    return {str(n): _entry(path, str(n), e, data, size) for n, e in header.items() if n != "__metadata__"}

@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
+# mypy knows nothing of setup.py's package_dir: it is shown the packages under the names they are installed by.
+TYPES := build/types
 MODEL ?= smollm2-135m
 PROMPT ?= The capital of France is
 
@@ -23,7 +25,9 @@ test: lint
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy -p llmc
+	rm -rf $(TYPES) && mkdir -p $(TYPES)/llmc
+	ln -s $(addprefix $(CURDIR)/,$(wildcard llmc/*) passes schedules targets) $(TYPES)/llmc
+	cd $(TYPES) && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p llmc
 
 bench: $(STAMP)
 	$(BIN)/llmc bench $(MODEL)

@@ -1,0 +1,195 @@
+"""The compile cache: `llmc run MODEL` compiles a model once, and again only if something that matters has changed.
+
+An entry is a folder named by the sha256 of everything the artifact depends on::
+
+    $LLMC_CACHE/artifacts/<name>-<key>/
+        artifact/      what the compiler wrote
+        ready          there once the artifact is complete; holds what it was made from
+        lock           held while one process compiles, so that two do not
+
+Looking an entry up must take milliseconds: models are identified by the sizes, times and headers of their files, not by
+all their bytes, and nothing here imports the compiler.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmc import manifest
+from llmc.errors import ModelError, OutputError
+from llmc.version import __version__
+
+if TYPE_CHECKING:
+    from llmc.progress import Progress
+
+HEADER_BYTES = 1 << 20
+CONTENT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
+BUILDERS = ("apache-tvm", "apache-tvm-ffi", "torch", "transformers")
+COMPILER_PARTS = ("llmc.importer", "llmc.dialect", "llmc.passes", "llmc.schedules", "llmc.targets")
+COMPILER_FILES = ("compile.py", "artifact.py", "manifest.py")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def root() -> Path:
+    """The cache folder: ``$LLMC_CACHE``, or ``llmc`` in the user's cache folder (``$XDG_CACHE_HOME``, ``~/.cache``)."""
+    if chosen := os.environ.get("LLMC_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmc"
+
+
+def artifact_for(model: str, options: dict[str, Any], progress: Progress, *, recompile: bool = False) -> Path:
+    """The folder of a compiled ``model``: itself if it is an artifact, else its cache entry, compiled if it is not there.
+
+    ``options`` are keyword arguments of :func:`llmc.compile`. Raises what compiling raises, and OutputError if the cache
+    cannot be written.
+    """
+    path = Path(model)
+    if (path / manifest.FILE_NAME).is_file():
+        return path
+    files = _local_files(model)
+    if files is not None and not recompile and (hit := _ready(_entry(model, files, options))):
+        return hit
+    return _compile(model, options, progress, recompile=recompile)
+
+
+def _compile(model: str, options: dict[str, Any], progress: Progress, *, recompile: bool) -> Path:
+    from filelock import FileLock, Timeout
+
+    from llmc.extras import require
+
+    require("compile", f"compiling {model}")
+    from llmc.compile import compile as compile_model
+    from llmc.importer.resolve import resolve
+
+    with progress.phase("model") as phase:
+        files = resolve(model, progress=phase.callback()).path
+    entry = _entry(model, files, options)
+    try:
+        entry.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(entry / "lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            progress.note(f"another llmc is compiling {model}: waiting for it")
+            lock.acquire()
+    except OSError as error:
+        raise OutputError(f"the compile cache {entry} cannot be written ({error.strerror}): set LLMC_CACHE to a folder that can") from error
+    with lock:
+        if not recompile and (hit := _ready(entry)):
+            return hit
+        (entry / "ready").unlink(missing_ok=True)
+        shutil.rmtree(entry / "artifact", ignore_errors=True)
+        compile_model(model, out=entry / "artifact", progress=progress, **options)
+        record = json.dumps({"model": model, "files": str(files), "options": options}, indent=1)
+        (entry / "ready").write_text(record + "\n", encoding="utf-8")
+    return entry / "artifact"
+
+
+def _ready(entry: Path) -> Path | None:
+    return entry / "artifact" if (entry / "ready").is_file() else None
+
+
+def _entry(model: str, files: Path, options: dict[str, Any]) -> Path:
+    label = re.sub(r"[^\w.-]+", "-", Path(model).name.removesuffix(".gguf")).strip("-.")
+    return root() / "artifacts" / f"{label}-{key(files, options)[:24]}"
+
+
+def key(files: Path, options: dict[str, Any]) -> str:
+    """sha256 hex over the model's files, the options, this machine if the target is the host, and the compiler itself."""
+    options = dict(options)
+    if options.get("target") == "cpu":
+        options["target"] = f"cpu of {_host()}"
+    parts = {
+        "model": fingerprint(files),
+        "options": options,
+        "llmc": __version__,
+        "packages": {name: _version(name) for name in BUILDERS},
+        "compiler": compiler_digest(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 hex of a model on disk, from file names, sizes, times and headers: it changes when a file is replaced or edited.
+
+    Small text files (configuration, tokenizer, template) count by content, weight files by size, modification time and header.
+    Raises ModelError if a file cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.is_file())
+        for file in files:
+            stat = file.stat()
+            if file.suffix in CONTENT_SUFFIXES:
+                content = file.read_bytes()
+            else:
+                content = struct.pack("<qq", stat.st_size, stat.st_mtime_ns) + _head(file)
+            digest.update(file.name.encode() + b"\0" + hashlib.sha256(content).digest())
+    except OSError as error:
+        raise ModelError(f"the model {path} cannot be read ({error.strerror}: {error.filename})") from error
+    return digest.hexdigest()
+
+
+def compiler_digest() -> str:
+    """sha256 hex over every source file that shapes an artifact: importer, dialect, passes, schedules, targets."""
+    digest = hashlib.sha256()
+    here = Path(__file__).parent
+    files = [here / name for name in COMPILER_FILES]
+    for package in COMPILER_PARTS:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            files += sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.suffix != ".pyc")
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def _head(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        return stream.read(HEADER_BYTES)
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _host() -> str:
+    from llmc.runtime.host import host
+
+    machine = host()
+    return f"{machine.system} {machine.machine} {machine.cpu_name} {' '.join(sorted(machine.features or ()))}"
+
+
+def _local_files(model: str) -> Path | None:
+    """Where the files of ``model`` are if they are on this machine already; None if they must be fetched or do not exist."""
+    from llmc.importer import fetch
+
+    path = Path(model)
+    if path.exists():
+        return path
+    if model in fetch.NAMES:
+        return fetch.cached(model)
+    return _hub_snapshot(model) if HUB_ID.fullmatch(model) else None
+
+
+def _hub_snapshot(model: str) -> Path | None:
+    """The snapshot folder of a hub id in Hugging Face's cache, as ``refs/`` of that cache records it."""
+    name, _, revision = model.partition("@")
+    home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
+    repository = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
+    reference = repository / "refs" / (revision or "main")
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    snapshot = repository / "snapshots" / commit
+    return snapshot if commit and snapshot.is_dir() else None

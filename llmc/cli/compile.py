@@ -1,0 +1,62 @@
+"""Compile a model into an artifact: a folder that runs anywhere its target does, with no compiler installed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from llmc.cli import options
+
+HELP = "compile a model into an artifact folder"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="folder, .gguf file, smollm2-135m, or hub id")
+    parser.add_argument("-o", "--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist, unless --force")
+    options.add_compile(parser)
+    parser.add_argument("--context", type=options.positive, metavar="N", help="most positions of a sequence (default: the model's own)")
+    parser.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the IR after every pass, and the passes' times")
+    parser.add_argument("--force", action="store_true", help="replace what is at OUT")
+    options.add_output(parser, json="the report")
+
+
+def main(args: argparse.Namespace) -> int:
+    from llmc.extras import require
+    from llmc.progress import on_stderr
+
+    require("compile", "llmc compile")
+    from llmc.compile import compile as compile_model
+    from llmc.units import format_bytes
+
+    progress = on_stderr(args.quiet)
+    report = compile_model(
+        args.model,
+        out=args.out,
+        context=args.context,
+        dump_ir=args.dump_ir,
+        force=args.force,
+        progress=progress,
+        **options.compile_options(args),
+    )
+    for label, names in (("unused by the graph", report.unused), ("missing from the checkpoint", report.missing)):
+        if names:
+            progress.note(f"{len(names)} tensors {label}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}")
+    if args.json:
+        import json
+
+        print(
+            json.dumps(
+                {
+                    "out": str(report.out),
+                    "bytes": report.bytes,
+                    "seconds": report.seconds,
+                    "unused": report.unused,
+                    "missing": report.missing,
+                    "target": [variant.target for variant in report.manifest.variants],
+                    "parameters": report.manifest.model.parameters,
+                }
+            )
+        )
+    else:
+        print(f"{report.out}  {format_bytes(report.bytes)}  in {sum(report.seconds.values()):.1f} s")
+    return 0

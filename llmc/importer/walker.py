@@ -1,0 +1,402 @@
+"""The FX walker: an exported torch graph in, a flat Relax function out.
+
+torch's graph is ``[1, s, ...]``: a batch of one. The flat graph has no batch axis. One local rule removes it: **a tensor is kept
+with its leading unit dimensions dropped** (:func:`stored_shape`). Broadcasting aligns dimensions at the right, so the rule never
+changes what an elementwise op means, and converters only have to translate axis numbers (:meth:`Walker.axis`).
+
+Nodes are visited on demand, backwards from the logits, so whatever the model computes beside (masks, packed-sequence
+detection, caches) is never looked at. Converters live in :mod:`llmc.importer.aten`, a table from ATen op to function. What
+no converter takes is collected with its module path, and reported all at once.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+import tvm
+from tvm import relax, tirx
+from tvm.relax import TensorType
+
+from llmc.importer.params import Constant, ParamTable, Source, transposed
+from llmc.importer.report import Problem, Refused
+
+Size = int | sympy.Expr
+
+DTYPE_NAMES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.int64: "int32",  # ids and positions: no model counts tokens beyond 2^31
+    torch.int32: "int32",
+    torch.int16: "int16",
+    torch.int8: "int8",
+    torch.uint8: "uint8",
+    torch.bool: "bool",
+}
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A value of the walk: its Relax expression, in stored shape, and the shape torch knows it by."""
+
+    expr: relax.Expr
+    shape: tuple[Size, ...]
+    dtype: str
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+
+@dataclass(frozen=True)
+class MaskMarker:
+    """The value of a ``llmc::mask`` node: which positions a row may see."""
+
+    window: int
+    chunk: int
+    problem: str
+
+
+# Ops that take a mask marker as an operand, and ops that only crop, cast or spread it.
+_TAKE_MASKS = frozenset({"llmc.attention", "aten.scaled_dot_product_attention"})
+_KEEP_MASKS = frozenset({"aten.slice", "aten.to", "aten._to_copy", "aten.alias", "aten.clone", "aten.contiguous", "aten.expand", "aten.detach"})
+
+
+def is_one(size: Size) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def stored_shape(shape: Sequence[Size]) -> tuple[Size, ...]:
+    """``shape`` without its leading unit dimensions (at least one dimension stays)."""
+    lead = 0
+    while lead < len(shape) - 1 and is_one(shape[lead]):
+        lead += 1
+    return tuple(shape[lead:])
+
+
+def plain_size(size: Any) -> Size:
+    """A torch size as an int or a sympy expression."""
+    if isinstance(size, torch.SymInt):
+        expr = size.node.expr
+        return int(expr) if expr.is_number else expr
+    if isinstance(size, sympy.Expr):
+        return int(size) if size.is_number else size
+    return int(size)
+
+
+class Walker:
+    """Walks one exported program; see the module docstring.
+
+    ``table`` provides the parameters, ``tied`` maps a name to the one that holds its data, ``buffers`` gives values that are in no
+    checkpoint. Matrices keep ``storage_dtype``; everything else is in the compute dtype.
+    """
+
+    def __init__(
+        self,
+        program: torch.export.ExportedProgram,
+        table: ParamTable,
+        tied: dict[str, str],
+        buffers: dict[str, Any],
+        storage_dtype: str,
+        compute_dtype: str,
+    ) -> None:
+        self.program = program
+        self.source_table = table
+        self.tied = tied
+        self.buffers = buffers
+        self.storage_dtype = storage_dtype
+        self.compute_dtype = compute_dtype
+        self.params = ParamTable()
+        self.vars: dict[str, relax.Var] = {}
+        self.missing: list[str] = []
+        self.problems: list[Problem] = []
+        self.builder = relax.BlockBuilder()
+        self.n = tirx.Var("n", "int64")
+        self.input_ids = relax.Var("input_ids", TensorType((self.n,), "int32"))
+        self.positions = relax.Var("positions", TensorType((self.n,), "int32"))
+        self.attention_layers = 0
+        self._symbol: sympy.Expr | None = None
+        self._values: dict[torch.fx.Node, Any] = {}
+
+    # --- shapes ---------------------------------------------------------------------------------------------------
+
+    def prim(self, size: Size) -> tirx.PrimExpr | int:
+        """A size as a Relax shape entry: torch's sequence symbol becomes n."""
+        if isinstance(size, int):
+            return size
+        if size == self._symbol:
+            return self.n
+        if isinstance(size, sympy.Add):
+            return self._fold(operator.add, size.args)
+        if isinstance(size, sympy.Mul):
+            return self._fold(operator.mul, size.args)
+        if isinstance(size, sympy.Integer):
+            return int(size)
+        raise Refused(f"the size {size}, which is not a sum or product of the number of tokens")
+
+    def _fold(self, combine: Callable[[Any, Any], Any], parts: Sequence[Size]) -> Any:
+        value = self.prim(plain_size(parts[0]))
+        for part in parts[1:]:
+            value = combine(value, self.prim(plain_size(part)))
+        return value
+
+    def prims(self, shape: Sequence[Size]) -> list[Any]:
+        return [self.prim(s) for s in shape]
+
+    def axis(self, tensor: Tensor, dim: int) -> int:
+        """The stored axis of torch dimension ``dim``. Raises Refused for a dropped one."""
+        dim = dim % tensor.ndim
+        dropped = tensor.ndim - len(stored_shape(tensor.shape))
+        if dim < dropped:
+            raise Refused(f"an operation along the unit dimension {dim} of shape {list(tensor.shape)}")
+        return dim - dropped
+
+    # --- emitting -------------------------------------------------------------------------------------------------
+
+    def emit(self, expr: relax.Expr) -> relax.Expr:
+        return expr if isinstance(expr, relax.Var) else self.builder.emit(expr)
+
+    def tensor(self, expr: relax.Expr, shape: Sequence[Size], dtype: str) -> Tensor:
+        """Emit ``expr`` as a tensor of torch shape ``shape``. Unit dimensions it has too many or too few are settled here."""
+        var = self.emit(expr)
+        stored = stored_shape(tuple(shape))
+        if len(var.ty.shape) != len(stored):
+            var = self.emit(relax.op.reshape(var, self.prims(stored)))
+        return Tensor(var, tuple(shape), dtype)
+
+    def like(self, node: torch.fx.Node, expr: relax.Expr) -> Tensor:
+        """Emit ``expr`` as the value of ``node``: torch says its shape and dtype."""
+        return self.tensor(expr, *self.meta(node))
+
+    def meta(self, node: torch.fx.Node, index: int | None = None) -> tuple[tuple[Size, ...], str]:
+        """Shape and dtype that torch recorded for a node, or for one of its results."""
+        value = node.meta["val"] if index is None else node.meta["val"][index]
+        return tuple(plain_size(s) for s in value.shape), self.dtype_name(value.dtype)
+
+    def dtype_name(self, dtype: torch.dtype) -> str:
+        if dtype not in DTYPE_NAMES:
+            raise Refused(f"the dtype {dtype}")
+        return DTYPE_NAMES[dtype]
+
+    def cast(self, tensor: Tensor, dtype: str) -> Tensor:
+        if tensor.dtype == dtype:
+            return tensor
+        return Tensor(self.emit(relax.op.astype(tensor.expr, dtype)), tensor.shape, dtype)
+
+    def reshape(self, tensor: Tensor, shape: Sequence[Size]) -> Tensor:
+        """``tensor`` in another torch shape; nothing is emitted where the stored shape stays the same."""
+        shape = tuple(shape)
+        if stored_shape(shape) == stored_shape(tensor.shape):
+            return Tensor(tensor.expr, shape, tensor.dtype)
+        return self.tensor(relax.op.reshape(tensor.expr, self.prims(stored_shape(shape))), shape, tensor.dtype)
+
+    def restored(self, tensor: Tensor) -> relax.Expr:
+        """The expression in its full torch shape, for the few ops that need a dropped dimension."""
+        if len(stored_shape(tensor.shape)) == tensor.ndim:
+            return tensor.expr
+        return self.emit(relax.op.reshape(tensor.expr, self.prims(tensor.shape)))
+
+    def constant(self, value: float | int | bool, dtype: str) -> relax.Expr:
+        return relax.const(value, dtype)
+
+    # --- parameters -----------------------------------------------------------------------------------------------
+
+    def parameter(self, name: str, source: Source, dtype: str) -> relax.Var:
+        """The graph parameter ``name``, made on first use."""
+        if name not in self.vars:
+            self.params.add(name, source, dtype)
+            self.vars[name] = relax.Var(name, TensorType(list(source.shape), dtype))
+        return self.vars[name]
+
+    def _lift(self, name: str, node: torch.fx.Node) -> Tensor | None:
+        """The value of a parameter or buffer placeholder."""
+        name = self.tied.get(name, name)
+        shape, dtype = self.meta(node)
+        if name in self.source_table:
+            source: Source = self.source_table[name].source
+            matrix = len(source.shape) >= 2 and dtype == self.compute_dtype
+            dtype = self.storage_dtype if matrix else dtype
+        elif name in self.buffers:
+            source = Constant(self.buffers[name], f"buffer {name}")
+        else:
+            self.missing.append(name)
+            return None
+        var = self.parameter(name, source, dtype)
+        return self.tensor(var, shape, dtype)
+
+    def transposed_parameter(self, tensor: Tensor) -> Tensor | None:
+        """For a matrix parameter ``[k, o]``: the parameter that is its transpose, made while streaming. None if it is none."""
+        var = tensor.expr
+        if not isinstance(var, relax.Var) or var.name not in self.params or tensor.ndim != 2:
+            return None
+        name = f"{var.name}.T"
+        source = transposed(self.params[var.name].source)
+        return Tensor(self.parameter(name, source, tensor.dtype), (tensor.shape[1], tensor.shape[0]), tensor.dtype)
+
+    # --- the walk -------------------------------------------------------------------------------------------------
+
+    def run(self) -> tvm.IRModule:
+        """The flat graph as an IRModule with one function ``main``. Problems are in ``problems`` and ``missing``."""
+        from llmc.importer.aten import CONVERTERS
+
+        self._converters = CONVERTERS
+        signature = self.program.graph_signature
+        named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+        graph = self.program.graph
+        inputs = list(signature.user_inputs)
+        for node in graph.nodes:
+            if node.op == "placeholder" and node.name == inputs[0]:
+                self._symbol = plain_size(node.meta["val"].shape[1])
+        (output,) = [n for n in graph.nodes if n.op == "output"]
+        (result,) = output.args[0]
+        with self.builder.function("main", [self.input_ids, self.positions]):
+            with self.builder.dataflow():
+                shape = tuple(plain_size(s) for s in result.meta["val"].shape[:2])
+                for node in graph.nodes:
+                    if node.op == "placeholder" and node.name in inputs:
+                        var = self.input_ids if node.name == inputs[0] else self.positions
+                        self._values[node] = Tensor(var, shape, "int32")
+                    elif node.op == "placeholder":
+                        self._values[node] = _Lazy(named[node.name].removeprefix("model."))
+                logits = self.value(result)
+                if not isinstance(logits, Tensor):
+                    logits = Tensor(self.constant(0.0, "float32"), (), "float32")  # problems say why; the module is not used
+                out = self.builder.emit_output(self.cast(logits, "float32").expr)
+            self.builder.emit_func_output(out)
+        return self._with_params(self.builder.get())
+
+    def _with_params(self, mod: tvm.IRModule) -> tvm.IRModule:
+        """Parameters are only known after the walk: put those that are used into the signature, in the table's order."""
+        main = mod["main"]
+        used = {var.name for var in relax.analysis.free_vars(main.body)}
+        for name in [n for n in self.params if n not in used]:
+            self.params.remove(name)
+        params = [self.input_ids, self.positions, *(self.vars[name] for name in self.params)]
+        main = relax.Function(params, main.body, main.ret_ty, is_pure=True)
+        attrs = {"global_symbol": "main", "num_input": 2}
+        return tvm.IRModule({"main": main.with_attrs(attrs)})
+
+    def value(self, node: Any) -> Any:
+        """The value of an argument: nodes are converted on first use, containers element by element, the rest is itself."""
+        if isinstance(node, list | tuple):
+            return type(node)(self.value(v) for v in node)
+        if not isinstance(node, torch.fx.Node):
+            return node
+        self._convert_until(node)
+        return self._values[node]
+
+    def _convert_until(self, wanted: torch.fx.Node) -> None:
+        """Convert ``wanted`` and all it needs, iteratively: a deep model's graph is deeper than Python's stack."""
+        stack = [wanted]
+        while stack:
+            node = stack[-1]
+            if node in self._values:
+                held = self._values[node]
+                if isinstance(held, _Lazy):
+                    self._values[node] = self._guarded(node, lambda node=node, held=held: self._lift(held.name, node))
+                stack.pop()
+                continue
+            waiting = [] if self._is_size(node) else [n for n in self._needs(node) if n not in self._values or isinstance(self._values[n], _Lazy)]
+            if waiting:
+                stack.extend(reversed(waiting))
+                continue
+            self._values[node] = self._guarded(node, lambda node=node: self._convert(node))
+            stack.pop()
+
+    def _needs(self, node: torch.fx.Node) -> list[torch.fx.Node]:
+        return [n for n in node.all_input_nodes if n.op != "get_attr" or not _is_subgraph(n)]
+
+    @staticmethod
+    def _is_size(node: torch.fx.Node) -> bool:
+        return isinstance(node.meta.get("val"), torch.SymInt | int | float | bool | torch.SymFloat | torch.SymBool)
+
+    def _guarded(self, node: torch.fx.Node, convert: Callable[[], Any]) -> Any:
+        """A node's value, or None with the problem noted. A node that needs a failed one fails silently: one cause, one line."""
+        try:
+            return convert()
+        except Refused as refused:
+            self.problems.append(Problem.of(node, str(refused)))
+        except _Poisoned:
+            pass
+        return None
+
+    def _convert(self, node: torch.fx.Node) -> Any:
+        if self._is_size(node):
+            value = node.meta["val"]
+            return value if isinstance(value, int | float | bool) else plain_size(value) if isinstance(value, torch.SymInt) else self._refuse(node)
+        if node.op == "get_attr":
+            return self._attribute(node)
+        if any(self._values.get(n, 0) is None for n in self._needs(node)):
+            raise _Poisoned
+        if str(node.target).startswith("wrap_with_"):
+            return self._inline(node)
+        if node.target is operator.getitem:
+            return self.value(node.args[0])[node.args[1]]
+        converter = self._converters.get(_op_name(node.target))
+        if converter is None:
+            raise Refused("no conversion for this operator")
+        args = [self.value(a) for a in node.args]
+        if any(isinstance(a, MaskMarker) for a in args) and _op_name(node.target) not in _TAKE_MASKS:
+            if _op_name(node.target) in _KEEP_MASKS:
+                return args[0]
+            raise Refused("a mask that the model changes itself")
+        return converter(self, node, *args, **{k: self.value(v) for k, v in node.kwargs.items()})
+
+    def _refuse(self, node: torch.fx.Node) -> Any:
+        raise Refused("a value that depends on the data of the batch")
+
+    def _attribute(self, node: torch.fx.Node) -> Any:
+        """A tensor the graph holds by itself: a constant made while tracing."""
+        value: Any = self.program.graph_module
+        if node.graph.owning_module is not None:
+            value = node.graph.owning_module
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        if not isinstance(value, torch.Tensor) or value.device.type == "meta":
+            raise Refused("a constant whose value is not known")
+        array = (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
+        name = f"constant.{node.target}"
+        var = self.parameter(name, Constant(array, name), self.dtype_name(value.dtype))
+        return Tensor(var, tuple(array.shape), self.dtype_name(value.dtype))
+
+    def _inline(self, node: torch.fx.Node) -> Any:
+        """``wrap_with_set_grad_enabled(flag, subgraph, *operands)`` and its kin: the subgraph's ops are the caller's ops."""
+        position = next(i for i, a in enumerate(node.args) if isinstance(a, torch.fx.Node) and _is_subgraph(a))
+        handle = node.args[position]
+        assert isinstance(handle, torch.fx.Node)
+        module: Any = handle.graph.owning_module
+        subgraph = getattr(module, str(handle.target)).graph
+        operands = [self.value(a) for a in node.args[position + 1 :]]
+        placeholders = [n for n in subgraph.nodes if n.op == "placeholder"]
+        self._values.update(zip(placeholders, operands, strict=True))
+        (output,) = [n for n in subgraph.nodes if n.op == "output"]
+        return self.value(output.args[0])
+
+
+@dataclass(frozen=True)
+class _Lazy:
+    """A parameter not asked for yet."""
+
+    name: str
+
+
+class _Poisoned(Exception):
+    """An operand could not be converted."""
+
+
+def _is_subgraph(node: torch.fx.Node) -> bool:
+    module = node.graph.owning_module
+    return node.op == "get_attr" and isinstance(getattr(module, str(node.target), None), torch.fx.GraphModule)
+
+
+def _op_name(target: Any) -> str:
+    """``aten.add`` for every overload of it, ``llmc.attention`` for ours."""
+    if isinstance(target, torch._ops.OpOverload):
+        return f"{target.namespace}.{target._schema.name.split('::')[1]}"
+    return getattr(target, "__name__", str(target))

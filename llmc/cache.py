@@ -82,7 +82,9 @@ def _compile(model: str, options: dict[str, Any], progress: Progress, *, recompi
             progress.note(f"another llmc is compiling {model}: waiting for it")
             lock.acquire()
     except OSError as error:
-        raise OutputError(f"the compile cache {entry} cannot be written ({error.strerror}): set LLMC_CACHE to a folder that can") from error
+        raise OutputError(
+            f"the compile cache {entry} cannot be written ({error.strerror}): set LLMC_CACHE to a folder that can"
+        ) from error
     with lock:
         if not recompile and (hit := _ready(entry)):
             return hit

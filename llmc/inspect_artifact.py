@@ -88,12 +88,18 @@ def render(folder: Path, memory: int | None = None) -> str:
         _row("tensors", f"{len(info.tensors)} ({', '.join(f'{n} {s}' for s, n in schemes.most_common())})"),
         _row("tokenizer", chat),
         _row("context", f"{format_count(model.context)} positions (trained for {format_count(model.trained_context)})"),
-        _row("one step", f"up to {info.limits.max_batch} sequences, {info.limits.max_rows} rows, {info.limits.max_logit_rows} rows of logits"),
+        _row(
+            "one step",
+            f"up to {info.limits.max_batch} sequences, {info.limits.max_rows} rows, {info.limits.max_logit_rows} rows of logits",
+        ),
         "",
         "memory",
         _row("weights", format_bytes(plan.weights_bytes)),
         _row("workspace", f"{format_bytes(plan.workspace_bytes)} at the limits above"),
-        _row("kv per token", f"{plan.kv_bytes_per_token} B ({info.kv.dtype}, {_layers(info.kv.layers)}, pages of {info.kv.page_size})"),
+        _row(
+            "kv per token",
+            f"{plan.kv_bytes_per_token} B ({info.kv.dtype}, {_layers(info.kv.layers)}, pages of {info.kv.page_size})",
+        ),
         _row("full context", f"{format_bytes(plan.kv_bytes_full_context)} of KV for one sequence"),
     ]
     if plan.max_context is not None and memory is not None:

@@ -46,7 +46,9 @@ def verify_files(folder: Path, progress: Progress) -> FileReport:
             if size != expected.bytes:
                 report.problems.append(f"{name} has {size} bytes, the manifest says {expected.bytes}")
             elif (digest := _sha256(folder / name)) != expected.sha256:
-                report.problems.append(f"{name} was altered: its sha256 is {digest[:16]}..., the manifest says {expected.sha256[:16]}...")
+                report.problems.append(
+                    f"{name} was altered: its sha256 is {digest[:16]}..., the manifest says {expected.sha256[:16]}..."
+                )
             phase.advance(expected.bytes)
     report.problems += [f"{name} is not in the manifest" for name in sorted(found - info.files.keys())]
     return report

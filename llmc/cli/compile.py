@@ -12,9 +12,13 @@ HELP = "compile a model into an artifact folder"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder, .gguf file, smollm2-135m, or hub id")
-    parser.add_argument("-o", "--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist, unless --force")
+    parser.add_argument(
+        "-o", "--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist, unless --force"
+    )
     options.add_compile(parser)
-    parser.add_argument("--context", type=options.positive, metavar="N", help="most positions of a sequence (default: the model's own)")
+    parser.add_argument(
+        "--context", type=options.positive, metavar="N", help="most positions of a sequence (default: the model's own)"
+    )
     parser.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the IR after every pass, and the passes' times")
     parser.add_argument("--force", action="store_true", help="replace what is at OUT")
     options.add_output(parser, json="the report")

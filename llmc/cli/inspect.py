@@ -12,7 +12,9 @@ HELP = "show what an artifact is and what it needs"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, metavar="OUT", help="artifact folder")
-    parser.add_argument("--memory", type=options.memory, metavar="SIZE", help="show the longest context that fits into SIZE, such as 8GB")
+    parser.add_argument(
+        "--memory", type=options.memory, metavar="SIZE", help="show the longest context that fits into SIZE, such as 8GB"
+    )
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
 
 

@@ -44,7 +44,9 @@ def add_output(parser: argparse.ArgumentParser, *, json: str) -> None:
 def add_compile(parser: argparse.ArgumentParser) -> None:
     """What decides how a model is compiled. ``compile``, ``run`` and ``chat`` on a model take the same flags."""
     group = parser.add_argument_group("compilation")
-    group.add_argument("--target", default="cpu", metavar="SPEC", help="cpu (this machine), cpu:x86-64-v3, cpu:aarch64+neon, ... (default: cpu)")
+    group.add_argument(
+        "--target", default="cpu", metavar="SPEC", help="cpu (this machine), cpu:x86-64-v3, cpu:aarch64+neon, ... (default: cpu)"
+    )
     group.add_argument("--dtype", choices=DTYPES, help="storage type of the weights (default: the model's own)")
     group.add_argument("--kv-dtype", choices=DTYPES, help="storage type of the KV cache (default: follows --dtype)")
     group.add_argument("--max-batch", type=positive, default=8, metavar="N", help="sequences in one step (default: 8)")
@@ -59,20 +61,32 @@ def compile_options(args: argparse.Namespace) -> dict[str, Any]:
 def add_runtime(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("running")
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: one per physical core)")
-    group.add_argument("--kv-memory", type=memory, metavar="SIZE", help="memory for the KV cache, such as 2GB (default: chosen from what is free)")
+    group.add_argument(
+        "--kv-memory", type=memory, metavar="SIZE", help="memory for the KV cache, such as 2GB (default: chosen from what is free)"
+    )
     group.add_argument("--recompile", action="store_true", help="compile again even if the cache holds this model")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("sampling")
-    group.add_argument("-n", "--max-tokens", type=positive, metavar="N", help="stop after N tokens (default: until the model ends or the context is full)")
+    group.add_argument(
+        "-n",
+        "--max-tokens",
+        type=positive,
+        metavar="N",
+        help="stop after N tokens (default: until the model ends or the context is full)",
+    )
     group.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy, the default")
     group.add_argument("--top-k", type=int, default=0, metavar="K", help="sample among the K most likely tokens (0: all)")
     group.add_argument("--top-p", type=float, default=1.0, metavar="P", help="sample among the most likely tokens that sum to P")
     group.add_argument("--min-p", type=float, default=0.0, metavar="P", help="drop tokens less likely than P times the likeliest")
-    group.add_argument("--repetition-penalty", type=float, default=1.0, metavar="R", help="divide the scores of tokens already seen (1: off)")
+    group.add_argument(
+        "--repetition-penalty", type=float, default=1.0, metavar="R", help="divide the scores of tokens already seen (1: off)"
+    )
     group.add_argument("--presence-penalty", type=float, default=0.0, metavar="A", help="subtract A from tokens already generated")
-    group.add_argument("--frequency-penalty", type=float, default=0.0, metavar="A", help="subtract A for each time a token was generated")
+    group.add_argument(
+        "--frequency-penalty", type=float, default=0.0, metavar="A", help="subtract A for each time a token was generated"
+    )
     group.add_argument("--seed", type=int, metavar="N", help="same seed, same text")
     group.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be repeated")
     group.add_argument("--ignore-eos", action="store_true", help="go on when the model ends its answer")

@@ -25,7 +25,9 @@ def main(args: argparse.Namespace) -> int:
 
     progress = on_stderr(args.quiet)
     files = verify_files(args.artifact, progress)
-    comparison = compare(args.artifact, args.against, progress, threads=args.threads) if args.against and not files.problems else None
+    comparison = (
+        compare(args.artifact, args.against, progress, threads=args.threads) if args.against and not files.problems else None
+    )
     good = not files.problems and (comparison is None or comparison.passed)
     if args.json:
         import json
@@ -45,6 +47,8 @@ def main(args: argparse.Namespace) -> int:
             f"top-1 {p.top1:.1%}, greedy {p.greedy}/{p.greedy_of} equal"
         )
     if comparison:
-        rule = f"relative error at most {comparison.tolerance:g}" + (" and equal greedy tokens" if comparison.dtype == "float32" else "")
+        rule = f"relative error at most {comparison.tolerance:g}" + (
+            " and equal greedy tokens" if comparison.dtype == "float32" else ""
+        )
         print(f"{'ok' if comparison.passed else 'FAILED':<8}logits, weights in {comparison.dtype}: {rule}")
     return 0 if good else 1

@@ -1,1 +1,1 @@
-"""Kernel families: templates with a search space, one module per family (see :mod:`llmc.schedules.protocol`)."""
+"""Kernels: the family protocol, the families of each target, and the choice among them."""

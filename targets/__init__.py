@@ -1,0 +1,41 @@
+"""The machines llmc compiles for: one module per kind, each with the functions of :class:`llmc.targets.base.TargetModule`."""
+
+from __future__ import annotations
+
+import difflib
+from types import ModuleType
+
+from llmc.errors import UsageError
+from llmc.targets.base import Target
+
+KINDS = ("cpu",)
+
+
+def known_specs() -> list[str]:
+    """Target names a user may start from; ``cpu:<name>`` takes any processor that LLVM knows besides."""
+    from llmc.targets import cpu
+
+    return cpu.known_specs()
+
+
+def parse(spec: str) -> Target:
+    """The target that ``spec`` names (``"cpu"``, ``"cpu:x86-64-v3"``). Raises UsageError with what there is and the nearest name."""
+    kind = spec.split(":", 1)[0]
+    if kind not in KINDS:
+        near = difflib.get_close_matches(spec, known_specs(), n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"unknown target {spec!r}: there is {', '.join(known_specs())}{hint}")
+    return _module(kind).parse(spec)
+
+
+def module_for(target: Target) -> ModuleType:
+    """The module that builds for ``target``."""
+    return _module(target.kind)
+
+
+def _module(kind: str) -> ModuleType:
+    if kind == "cpu":
+        from llmc.targets import cpu
+
+        return cpu
+    raise UsageError(f"unknown target kind {kind!r}: there is {', '.join(KINDS)}")

@@ -1,0 +1,11 @@
+"""Kernel families for CPUs: hand-written TIR with explicit SIMD, parameterised by vector width and register count only.
+
+Every kernel here is *batch invariant*: the order of the additions behind one output element depends on the element's own
+shape and position, never on how many rows the call has or which tile a row falls into. A sequence gets bit-identical
+results alone, in a batch, in the decode phase and in the extend phase.
+"""
+
+from llmc.schedules.cpu import linear
+
+FAMILIES = (linear,)
+"""In order of preference; the first that matches takes a call."""

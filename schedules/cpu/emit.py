@@ -1,0 +1,281 @@
+"""The vocabulary kernels are written in: a thin layer over TVM's IRBuilder with SIMD values as Python objects.
+
+Kernels are Python functions that *emit* TIR. Python loops unroll; ``T.serial`` and ``T.parallel`` make loops in the code.
+A vector is a TIR expression of ``lanes`` float32 values. Multiply-adds are explicit: no kernel leaves a product and a sum
+next to each other for LLVM to contract in one copy of the code and not in another, which would break batch invariance.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
+
+# isort: split
+from tvm import tirx
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx.script import builder as T
+
+from llmc.errors import InternalError
+from llmc.schedules.protocol import Dim, TensorSpec
+from llmc.targets.base import Target
+
+Expr = Any
+
+PARALLEL_WORK = 32768
+"""Elementary operations below which starting the other threads (a few microseconds) costs more than it saves."""
+
+
+class Symbols:
+    """The symbolic dimensions of one kernel: a name (``"n"``, or ``"b+1"``) to its int64 expression."""
+
+    def __init__(self) -> None:
+        self._vars: dict[str, Expr] = {}
+
+    def dim(self, dim: Dim) -> Expr:
+        if isinstance(dim, int):
+            return tirx.const(dim, "int64")
+        parts = re.fullmatch(r"\s*(\w+)\s*(?:\+\s*(\d+)\s*)?", dim)
+        if parts is None:
+            raise InternalError(f"a kernel dimension must be a name or name+number, found {dim!r}")
+        name, offset = parts[1], int(parts[2] or 0)
+        var = self._vars.setdefault(name, tirx.Var(name, "int64"))
+        return var + offset if offset else var
+
+
+@contextmanager
+def function(name: str) -> Iterator[Callable[[], Any]]:
+    """Emit a PrimFunc. Yields a callable that returns it once the block has ended."""
+    builder = IRBuilder()
+    with builder:
+        with T.prim_func(s_tir=True):
+            T.func_name(name)
+            T.func_attr({"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True})
+            yield builder.get
+
+
+def arguments(symbols: Symbols, **specs: TensorSpec) -> list[Expr]:
+    """Declare the function's buffers in order and return them."""
+    handles = [T.arg(name, T.handle()) for name in specs]
+    return [
+        T.match_buffer(handle, [symbols.dim(d) for d in spec.shape], spec.dtype)
+        for handle, spec in zip(handles, specs.values(), strict=True)
+    ]
+
+
+def i64(value: Expr) -> Expr:
+    """An index as int64, whatever it was (block tables and lengths are int32)."""
+    return tirx.const(value, "int64") if isinstance(value, int) else tirx.Cast("int64", value)
+
+
+def f32(value: float) -> Expr:
+    return tirx.const(value, "float32")
+
+
+def ceildiv(a: Expr, b: int) -> Expr:
+    return tirx.floordiv(a + (b - 1), b)
+
+
+def local(lanes: int, count: int = 1, dtype: str = "float32") -> Expr:
+    """A local buffer of ``count`` vectors. One vector per buffer becomes a register."""
+    return T.alloc_buffer((lanes * count,), dtype, scope="local")
+
+
+def span(start: Expr, lanes: int) -> Expr:
+    """The index of ``lanes`` consecutive elements."""
+    return start if lanes == 1 else tirx.Ramp(start, 1, lanes)
+
+
+def store(buffer: Expr, value: Expr, *index: Expr, lanes: int = 1) -> None:
+    """Store ``value`` at ``index``, whose last part starts ``lanes`` consecutive elements."""
+    T.buffer_store(buffer, value, [*index[:-1], span(index[-1], lanes)])
+
+
+def read(buffer: Expr, *index: Expr, lanes: int = 1) -> Expr:
+    """Load ``lanes`` consecutive elements in the buffer's own dtype."""
+    return buffer[(*index[:-1], span(index[-1], lanes))]
+
+
+def bind(value: Expr) -> Expr:
+    """Evaluate once: the value as a variable."""
+    return T.bind(value)
+
+
+def when(condition: Expr, then: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:
+    """Emit ``if condition: then() else: otherwise()``."""
+    with T.If(condition):
+        with T.Then():
+            then()
+        if otherwise is not None:
+            with T.Else():
+                otherwise()
+
+
+def parallel_if(extent: Expr, work: int, body: Callable[[Expr], None]) -> None:
+    """Run ``body(i)`` for i < extent, on all threads if ``extent * work`` elementary operations are worth the start."""
+
+    def threads() -> None:
+        with T.parallel(0, extent) as i:
+            body(i)
+
+    def alone() -> None:
+        with T.serial(0, extent) as i:
+            body(i)
+
+    when(extent * work >= PARALLEL_WORK, threads, alone)
+
+
+def elements(count: int, lanes: int) -> list[tuple[int, int]]:
+    """Cut ``count`` elements into (start, lanes) pieces: full vectors, then smaller powers of two."""
+    pieces, start = [], 0
+    while start < count:
+        while lanes > count - start:
+            lanes //= 2
+        pieces.append((start, lanes))
+        start += lanes
+    return pieces
+
+
+def each_vector(count: int, lanes: int, body: Callable[[Expr, int], None]) -> None:
+    """Run ``body(start, lanes)`` over ``count`` elements: a loop over full vectors, then the rest in smaller ones."""
+    full = count // lanes
+    if full > 0:
+        with T.serial(0, full) as i:
+            body(i * lanes, lanes)
+    for start, width in elements(count - full * lanes, lanes):
+        body(tirx.const(full * lanes + start, "int64"), width)
+
+
+class Simd:
+    """Vector arithmetic for one target. ``lanes`` is the widest float32 vector, ``has_fma`` a fused multiply-add."""
+
+    def __init__(self, target: Target) -> None:
+        self.lanes = target.lanes(32)
+        self.registers = target.vector_registers
+        self.has_fma = not target.triple.startswith("x86_64") or "fma" in target.features
+        self.has_half = not target.triple.startswith("x86_64") or "f16c" in target.features
+
+    def widest(self, count: int) -> int:
+        """The widest vector of at most ``count`` elements (a power of two)."""
+        lanes = self.lanes
+        while lanes > count:
+            lanes //= 2
+        return lanes
+
+    def splat(self, value: Expr, lanes: int) -> Expr:
+        value = f32(value) if isinstance(value, float | int) else value
+        return value if lanes == 1 else tirx.Broadcast(value, lanes)
+
+    def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
+        """a · b + c, rounded once where the machine can."""
+        return tirx.call_llvm_pure_intrin(a.ty.dtype, "llvm.fma", a, b, c) if self.has_fma else a * b + c
+
+    def load(self, buffer: Expr, *index: Expr, lanes: int = 1) -> Expr:
+        """Load ``lanes`` elements of float32, float16 or bfloat16 as float32."""
+        value = read(buffer, *index, lanes=lanes)
+        dtype = str(buffer.ty.dtype)
+        if dtype == "float32":
+            return value
+        if dtype == "float16" and not self.has_half:
+            return _half_to_float(tirx.reinterpret(vector("uint16", lanes), value), lanes)
+        return tirx.Cast(vector("float32", lanes), value)
+
+    def narrow(self, value: Expr, dtype: str, lanes: int) -> Expr:
+        """float32 to the storage dtype, rounded to nearest even."""
+        if dtype == "float32":
+            return value
+        if dtype == "float16" and not self.has_half:
+            return tirx.reinterpret(vector("float16", lanes), _float_to_half(bind(value), lanes))
+        return tirx.Cast(vector(dtype, lanes), value)
+
+    def sums(self, vectors: Sequence[Expr]) -> Expr:
+        """Horizontal sums of a power-of-two number of equally wide vectors, as one vector with a lane for each.
+
+        The tree is always lane i + lane i + width/2, halving the width: one element's order of additions does not
+        depend on how many vectors are summed together.
+        """
+        values, width = list(vectors), _lanes(vectors[0])
+        pieces = 1
+        while width > 1:
+            half = width // 2
+            if len(values) > 1:
+                pairs = zip(values[0::2], values[1::2], strict=True)
+                values = [bind(_halves(a, b, pieces, width, 0) + _halves(a, b, pieces, width, half)) for a, b in pairs]
+                pieces *= 2
+            else:
+                values = [bind(_halves(values[0], None, pieces, width, 0) + _halves(values[0], None, pieces, width, half))]
+            width = half
+        return values[0] if len(values) == 1 else bind(shuffle(values, range(pieces * len(values))))
+
+    def total(self, value: Expr) -> Expr:
+        """The sum of a vector's lanes, in the tree of :meth:`sums`."""
+        return self.sums([value])
+
+    def largest(self, value: Expr) -> Expr:
+        """The maximum of a vector's lanes."""
+        width = _lanes(value)
+        while width > 1:
+            half = width // 2
+            value = bind(tirx.max(_halves(value, None, 1, width, 0), _halves(value, None, 1, width, half)))
+            width = half
+        return value
+
+
+def vector(dtype: str, lanes: int) -> str:
+    """The name of a vector type: ``float32x16``, or the plain dtype for one lane."""
+    return dtype if lanes == 1 else f"{dtype}x{lanes}"
+
+
+def _lanes(value: Expr) -> int:
+    match = re.fullmatch(r"[a-z]+\d+x(\d+)", str(value.ty.dtype))
+    return int(match[1]) if match else 1
+
+
+def shuffle(vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:
+    """The named lanes of the concatenated vectors."""
+    return tirx.Shuffle(list(vectors), [tirx.const(i, "int32") for i in lanes])
+
+
+def _halves(a: Expr, b: Expr | None, pieces: int, width: int, offset: int) -> Expr:
+    """From each of the ``pieces`` of ``width`` lanes in a (and b), the half that starts at ``offset``."""
+    count = pieces * (1 if b is None else 2)
+    take = [p * width + offset + i for p in range(count) for i in range(width // 2)]
+    return shuffle([a] if b is None else [a, b], take)
+
+
+def _half_to_float(bits: Expr, lanes: int) -> Expr:
+    """IEEE half bits to float32 by integer arithmetic, for machines without the conversion (x86-64 before v3)."""
+
+    def word(value: int) -> Expr:
+        return tirx.const(value, "uint32") if lanes == 1 else tirx.Broadcast(tirx.const(value, "uint32"), lanes)
+
+    wide = bind(tirx.Cast(vector("uint32", lanes), bits))
+    magnitude = (wide & word(0x7FFF)) << word(13)
+    # Shifted into place the exponent is too small by 127 - 15; a multiplication also makes subnormals right.
+    scale = tirx.const(2.0**112, "float32")
+    scaled = tirx.reinterpret(vector("float32", lanes), magnitude) * (scale if lanes == 1 else tirx.Broadcast(scale, lanes))
+    scaled_bits = tirx.reinterpret(vector("uint32", lanes), scaled)
+    special = tirx.Select(magnitude >= word(0x7C00 << 13), scaled_bits | word(0x7F800000), scaled_bits)
+    return tirx.reinterpret(vector("float32", lanes), special | ((wide & word(0x8000)) << word(16)))
+
+
+def _float_to_half(value: Expr, lanes: int) -> Expr:
+    """float32 to IEEE half bits, to nearest even, by integer arithmetic: the inverse of :func:`_half_to_float`."""
+
+    def word(number: int) -> Expr:
+        return tirx.const(number, "uint32") if lanes == 1 else tirx.Broadcast(tirx.const(number, "uint32"), lanes)
+
+    bits = bind(tirx.reinterpret(vector("uint32", lanes), value))
+    magnitude = bind(bits & word(0x7FFFFFFF))
+    # Subnormal results: adding 0.5 lets the float addition do the rounding at the right bit.
+    half = tirx.const(0.5, "float32")
+    small = tirx.reinterpret(vector("float32", lanes), magnitude) + (half if lanes == 1 else tirx.Broadcast(half, lanes))
+    subnormal = tirx.reinterpret(vector("uint32", lanes), small) - word(0x3F000000)
+    normal = (magnitude - word(112 << 23) + word(0xFFF) + ((magnitude >> word(13)) & word(1))) >> word(13)
+    finite = tirx.Select(magnitude < word(113 << 23), subnormal, normal)
+    infinite = tirx.Select(magnitude > word(0x7F800000), word(0x7E00), word(0x7C00))
+    result = tirx.Select(magnitude >= word(0x477FF000), infinite, finite)
+    return tirx.Cast(vector("uint16", lanes), result | ((bits & word(0x80000000)) >> word(16)))

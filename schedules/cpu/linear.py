@@ -1,0 +1,160 @@
+"""``llmc.linear`` on a CPU: act(x · weightᵀ + bias) + residual, weights in place as stored, float32 accumulation.
+
+The work is cut into (row block × output block) tasks. Inside a task the few weight rows of an output block stay in the
+first-level cache while all rows of the block pass over them, so a step with n ≤ ``row_block`` rows reads every weight once
+(decode: the machine's memory bandwidth), and the x rows of a block stay in the second level (prefill: the FMA units).
+The register tile is ``rows × outputs`` of :func:`llmc.schedules.cpu.dot.tile_shape`; rows left over go one at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from llmc.schedules.cpu.dot import dot_tile, output_blocks, tile_shape
+from llmc.schedules.cpu.emit import PARALLEL_WORK, Simd, Symbols, arguments, ceildiv, function, i64, store, when
+from llmc.schedules.cpu.math import ACTIVATIONS, Math
+from llmc.schedules.protocol import KernelCall, TensorSpec
+from llmc.targets.base import Target
+
+Expr = Any
+NAME = "cpu.linear"
+OP = "llmc.linear"
+STORAGE = ("float32", "float16", "bfloat16")
+L2_SHARE = 512 * 1024
+"""Bytes of x that one row block may hold: half of a common second-level cache."""
+
+
+def _call(o: int, k: int, dtype: str = "float32", phase: str = "extend", **attrs: Any) -> KernelCall:
+    args = [TensorSpec(("n", k), "float32"), TensorSpec((o, k), dtype)]
+    if attrs.get("bias"):
+        args.append(TensorSpec((o,), "float32"))
+    if attrs.get("residual"):
+        args.append(TensorSpec(("n", o), "float32"))
+    full = {"activation": "none", "bias": 0, "residual": 0, **attrs}
+    return KernelCall(OP, tuple(args), TensorSpec(("n", o), "float32"), tuple(sorted(full.items())), phase)
+
+
+SHAPES: dict[str, KernelCall] = {
+    "square_576": _call(576, 576),
+    "qkv_960x576": _call(960, 576, phase="decode"),
+    "down_576x1536_residual": _call(576, 1536, residual=1),
+    "odd_19x57_bias": _call(19, 57, bias=1),
+    "odd_37x100_f16_silu": _call(37, 100, "float16", activation="silu", bias=1, residual=1),
+    "odd_19x57_bf16_gelu": _call(19, 57, "bfloat16", activation="gelu", bias=1),
+    "one_output": _call(1, 33, activation="relu"),
+    "tiny_k": _call(8, 3, "bfloat16", activation="relu2", residual=1),
+    "gelu_tanh_64x48": _call(64, 48, "float16", activation="gelu_tanh", phase="decode"),
+}
+
+
+def matches(call: KernelCall, target: Target) -> str | None:
+    if call.op != OP or target.kind != "cpu" or len(call.args[0].shape) != 2 or call.attr("activation") not in ACTIVATIONS:
+        return None
+    others = [a.dtype for i, a in enumerate(call.args) if i != 1]
+    o, k = call.args[1].shape
+    if call.args[1].dtype not in STORAGE or not isinstance(o, int) or not isinstance(k, int):
+        return None
+    if others[0] != "float32" or any(d not in STORAGE for d in others):
+        return None
+    return f"{call.args[1].dtype} weights in place, {target.vector_bits}-bit vectors along k"
+
+
+def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
+    """``row_block``: rows that share one pass over the weights; ``prefetch``: whether the next weight rows are asked for."""
+    k, tile = call.args[1].shape[1], tile_shape(Simd(target))
+    assert isinstance(k, int)
+    fit = [r for r in (96, 48, 192, 24) if r * k * 4 <= L2_SHARE]
+    return {"row_block": [max(tile.rows, r // tile.rows * tile.rows) for r in fit or [24]], "prefetch": [True, False]}
+
+
+def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
+    simd, symbols = Simd(target), Symbols()
+    tile = tile_shape(simd)
+    o, k = (int(d) for d in call.args[1].shape)
+    block = int(config["row_block"])
+    specs = dict(zip(_names(call), (*call.args, call.result), strict=True))
+    with function(f"linear_{o}x{k}") as done:
+        buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
+        n = symbols.dim(call.args[0].shape[0])
+        full, rest = o // tile.outputs, output_blocks(o, tile.outputs)
+        tasks = full + (1 if rest else 0)
+
+        def rows(start: Expr, count: int, first: Expr, outputs: int) -> None:
+            ahead = tile.outputs if config["prefetch"] and count == 1 else 0
+            sums = dot_tile(
+                simd,
+                buffers["x"],
+                [(start + i,) for i in range(count)],
+                buffers["weight"],
+                [(first + j,) for j in range(outputs)],
+                k,
+                ahead,
+            )
+            for i, value in enumerate(sums):
+                _finish(call, simd, buffers, value, start + i, first, outputs)
+
+        def columns(low: Expr, high: Expr, first: Expr, outputs: int) -> None:
+            tiles = tirx.floordiv(high - low, tile.rows)
+            with T.serial(0, tiles) as t:
+                rows(low + t * tile.rows, tile.rows, first, outputs)
+            with T.serial(low + tiles * tile.rows, high) as row:
+                rows(row, 1, first, outputs)
+
+        def task(t: Expr) -> None:
+            low = T.bind(tirx.floordiv(t, tasks) * block)
+            high = T.bind(tirx.min(low + block, n))
+            b = T.bind(tirx.floormod(t, tasks))
+
+            def whole() -> None:
+                columns(low, high, b * tile.outputs, tile.outputs)
+
+            def remainder() -> None:
+                for start, outputs in rest:
+                    columns(low, high, i64(start), outputs)
+
+            if not rest:
+                whole()
+            elif full == 0:
+                remainder()
+            else:
+                when(b < full, whole, remainder)
+
+        extent = ceildiv(n, block) * tasks
+        # A matrix this small is done before another thread has woken up, except for many rows.
+        small = o * k < PARALLEL_WORK and call.phase == "decode"
+        with T.serial(0, extent) if small else T.parallel(0, extent) as t:
+            task(t)
+    return done()
+
+
+def _names(call: KernelCall) -> list[str]:
+    optional = [name for name in ("bias", "residual") if call.attr(name)]
+    return ["x", "weight", *optional, "out"]
+
+
+def _finish(call: KernelCall, simd: Simd, buffers: dict[str, Expr], value: Expr, row: Expr, first: Expr, lanes: int) -> None:
+    """Bias, activation, residual and the store of ``lanes`` outputs of one row."""
+    if call.attr("bias"):
+        value = value + simd.load(buffers["bias"], first, lanes=lanes)
+    value = Math(simd, lanes).activate(call.attr("activation"), value)
+    if call.attr("residual"):
+        value = value + simd.load(buffers["residual"], row, first, lanes=lanes)
+    store(buffers["out"], simd.narrow(value, call.result.dtype, lanes), row, first, lanes=lanes)
+
+
+def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
+    from llmc.dialect.linear import reference as linear_reference
+
+    named = dict(zip(_names(call), arrays, strict=False))
+    return linear_reference(**named, activation=call.attr("activation"))
+
+
+def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
+    sizes = {"float32": 4, "float16": 2, "bfloat16": 2}
+    moved = sum(int(np.prod(s.bind(symbols))) * sizes[s.dtype] for s in (*call.args, call.result))
+    n, k = call.args[0].bind(symbols)
+    return moved, 2 * n * k * int(call.args[1].shape[0])

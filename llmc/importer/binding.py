@@ -59,7 +59,8 @@ class _Conversion:
         """The tensors it makes, by model name, from one tensor per input."""
         converter = deepcopy(self.converter)
         for (pattern, key, _), tensor in zip(self.inputs, tensors, strict=True):
-            converter.add_tensor(self.first_target, key, pattern, tensor)
+            # takes tensors as well as the futures it is annotated with (materialize_tensors)
+            converter.add_tensor(self.first_target, key, pattern, tensor)  # type: ignore[arg-type]
         made = converter.convert(self.first_target, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in made.items()}
 

@@ -1,0 +1,51 @@
+"""A model in Hugging Face's layout: a folder with ``config.json``, safetensors weights and a tokenizer."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from llmc.importer.binding import bind_sources
+from llmc.importer.checkpoint import Checkpoint, open_checkpoint
+from llmc.importer.hf_config import CONFIG, load_config
+from llmc.importer.hf_tokenizer import write_folder_tokenizer
+from llmc.importer.source import Binding, Progress, TokenizerInfo
+
+
+class HuggingFaceModel:
+    """A :class:`~llmc.importer.source.ModelSource` over a folder. Opening it reads the config and the tensor headers."""
+
+    kind = "huggingface"
+
+    def __init__(self, folder: Path, name: str | None = None, progress: Progress | None = None) -> None:
+        """Raises ModelError or UnsupportedError if the folder cannot be compiled from; ``name`` defaults to the folder's."""
+        self.path = folder
+        self.name = name or folder.resolve().name
+        self.config: Any
+        self.config, self._is_text_part = load_config(folder)
+        self._checkpoint: Checkpoint = open_checkpoint(folder, progress)
+        self.dtype = self._checkpoint.natural_dtype()
+
+    def bind(self, model: Any) -> Binding:
+        """Map the checkpoint onto ``model`` by transformers' conversion rules; see :func:`~llmc.importer.binding.bind_sources`."""
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+
+        transforms = get_model_conversion_mapping(model)
+        if self._is_text_part:
+            # how multimodal checkpoints of transformers 5 and of 4 nest the text model that is loaded alone here
+            base = model.base_model_prefix
+            nested = ((rf"^{base}\.language_model\.", f"{base}."), (r"^language_model\.(?=lm_head\.|model\.)", ""))
+            transforms = [WeightRenaming(old, new) for old, new in nested] + transforms
+        return bind_sources(model, self._checkpoint.tensors, transforms, str(self.path))
+
+    def write_tokenizer(self, folder: Path) -> TokenizerInfo | None:
+        """See :func:`~llmc.importer.hf_tokenizer.write_folder_tokenizer`."""
+        return write_folder_tokenizer(self.path, folder)
+
+    def fingerprint(self) -> str:
+        """sha256 hex over config.json and :meth:`Checkpoint.fingerprint`."""
+        digest = hashlib.sha256((self.path / CONFIG).read_bytes())
+        digest.update(self._checkpoint.fingerprint().encode())
+        return digest.hexdigest()

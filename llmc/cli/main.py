@@ -5,7 +5,6 @@ Nothing but the standard library is imported before a command runs, because ``ll
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import importlib
 import os

@@ -11,6 +11,9 @@ from typing import Any, NoReturn
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, after one usage line, with exit status 2."""
 
+    late: str | None = None
+    """An optional positional that may also come after flags: argparse gives up on it once it has seen the first flag."""
+
     def __init__(self, **options: Any) -> None:
         options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(allow_abbrev=False, **options)
@@ -18,6 +21,9 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
         """As argparse, but what is left over is this parser's error: a subcommand reports its own unknown flags."""
         namespace, extra = super().parse_known_args(args, namespace)
+        if self.late and extra and getattr(namespace, self.late) is None and (extra[0] == "--" or not extra[0].startswith("-")):
+            value, *extra = extra[1:] if extra[0] == "--" else extra
+            setattr(namespace, self.late, value)
         if extra:
             self.error(f"unknown argument {extra[0]}{self._closest(extra[0].split('=')[0], self._flags())}")
         return namespace, extra

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from llmc.cli import options
 
 if TYPE_CHECKING:
-    from llmc.runtime import Model
+    from llmc.runtime import Completion, Model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The model, the system message, and how to compile, run and sample."""
     parser.add_argument("model", metavar="MODEL", help="artifact folder; or a model, compiled into the cache on first use")
     parser.add_argument("--system", metavar="TEXT", help="system message")
     options.add_sampling(parser)
@@ -32,14 +33,35 @@ def open_model(args: argparse.Namespace) -> Model:
 
 
 def has_template(model: Model) -> bool:
+    """Whether the model can be given messages."""
     tokenizer = model.manifest.tokenizer
     return tokenizer is not None and tokenizer.chat_template is not None
 
 
-def stream(model: Model, request: Any, args: argparse.Namespace, *, echo: bool = True) -> Iterator[Any]:
-    """Generate, printing each piece of text as it comes if ``echo``; yields the events of ``Model.generate``."""
-    for event in model.generate(request, stream=True, **options.sampling_options(args)):
-        if echo and event.text:
-            sys.stdout.write(event.text)
-            sys.stdout.flush()
-        yield event
+def answer(model: Model, request: Any, args: argparse.Namespace, so_far: Completion, *, echo: bool = True) -> Completion:
+    """Continue ``request`` (text or messages), printing each piece as it comes if ``echo``, and adding it to ``so_far``.
+
+    ``so_far`` holds what there is when an interrupt ends the answer early.
+    """
+    with contextlib.closing(model.generate(request, stream=True, **options.sampling_options(args))) as events:
+        for event in events:
+            so_far.add(event)
+            if echo and event.text:
+                sys.stdout.write(event.text)
+                sys.stdout.flush()
+    return so_far
+
+
+def statistics(completion: Completion) -> str:
+    """``12 tokens in, 64 out, first after 0.05 s, 53.1 tok/s, stopped by the length``."""
+    from llmc.units import format_seconds
+
+    timing = completion.timing
+    if timing is None:
+        return f"{completion.prompt_tokens} tokens in, {len(completion.token_ids)} out"
+    prefill = f" ({completion.prompt_tokens / timing.prompt:.0f} tok/s)" if timing.prompt > 0 else ""
+    ended = "end of the answer" if completion.finish_reason == "stop" else "stopped at the token limit"
+    return (
+        f"{completion.prompt_tokens} tokens in{prefill}, {len(completion.token_ids)} out, first after "
+        f"{format_seconds(timing.first_token)}, {timing.tokens_per_second:.1f} tok/s, {ended}"
+    )

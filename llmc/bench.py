@@ -1,0 +1,191 @@
+"""How fast an artifact runs, beside what this machine's memory could deliver: the limit of decoding is reading the weights.
+
+``pp512`` is the prefill of a prompt of 512 tokens up to its first token, ``tg128`` the generation of 128 tokens one by one, as in
+llama.cpp's llama-bench. Tokens are pseudo-random; the first run of each test only warms up.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmc.errors import RequestError
+from llmc.units import format_bytes, format_parameters
+
+if TYPE_CHECKING:
+    from llmc.manifest import Manifest
+    from llmc.progress import Progress
+    from llmc.runtime import Model
+
+READ_BYTES = 512 << 20
+READ_REPEATS = 5
+WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1, "uint8": 1}
+
+
+@dataclass
+class Row:
+    """One test. ``gb_per_second`` is what generation reads (weights and KV), ``percent_of_limit`` that over the measured read
+    bandwidth; both None for prefill, which computes more than it reads, and where experts make the bytes read unknown."""
+
+    model: str
+    bytes: int
+    parameters: int
+    target: str
+    threads: int
+    test: str
+    tokens_per_second: float
+    deviation: float
+    gb_per_second: float | None
+    percent_of_limit: float | None
+
+
+@dataclass
+class Results:
+    """The rows, and the read bandwidth measured in the same run (bytes per second)."""
+
+    rows: list[Row]
+    read_bandwidth: float
+
+
+def run(
+    model: Model,
+    progress: Progress,
+    *,
+    prompts: Sequence[int] = (512,),
+    generations: Sequence[int] = (128,),
+    repeats: int = 5,
+) -> Results:
+    """Time prefill of each of ``prompts`` lengths and generation of each of ``generations`` lengths, ``repeats`` times.
+
+    Raises RequestError for a length that does not fit the artifact's context.
+    """
+    info = model.manifest
+    longest = max([*prompts, *(n + 1 for n in generations)], default=0)
+    if longest >= info.model.context:
+        raise RequestError(
+            f"a test of {longest} tokens does not fit the artifact's context of {info.model.context}: lower -p and -n"
+        )
+    rng = np.random.default_rng(0)
+    with progress.phase("memory bandwidth"):
+        limit = read_bandwidth(model.threads)
+    rows = []
+    for length in prompts:
+        ids = rng.integers(info.model.vocab_size, size=length).tolist()
+        with progress.phase(f"pp{length}", total=repeats) as phase:
+            speeds = []
+            for i in range(repeats + 1):
+                first, _ = _time(model, ids, 1)
+                if i:
+                    speeds.append(length / first)
+                    phase.advance()
+        rows.append(_row(model, f"pp{length}", speeds, None, limit))
+    for count in generations:
+        ids = rng.integers(info.model.vocab_size, size=1).tolist()
+        with progress.phase(f"tg{count}", total=repeats) as phase:
+            speeds = []
+            for i in range(repeats + 1):
+                # The first token belongs to the prompt.
+                _, rest = _time(model, ids, count + 1)
+                if i:
+                    speeds.append(count / rest)
+                    phase.advance()
+        rows.append(_row(model, f"tg{count}", speeds, bytes_per_token(info, count), limit))
+    return Results(rows, limit)
+
+
+def _time(model: Model, ids: list[int], tokens: int) -> tuple[float, float]:
+    """Seconds to the first token, and from there to the last of ``tokens``."""
+    start = time.perf_counter()
+    first = 0.0
+    for event in model.generate(ids, max_tokens=tokens, ignore_eos=True, stream=True):
+        if event.token_ids and not first:
+            first = time.perf_counter()
+    return first - start, time.perf_counter() - first
+
+
+def _row(model: Model, test: str, speeds: list[float], read: float | None, limit: float) -> Row:
+    info = model.manifest
+    mean = statistics.fmean(speeds)
+    rate = None if read is None else read * mean
+    return Row(
+        model=info.model.name,
+        bytes=sum(f.bytes for name, f in info.files.items() if name.startswith("weights/")),
+        parameters=info.model.parameters,
+        target=model.variant.target,
+        threads=model.threads,
+        test=test,
+        tokens_per_second=mean,
+        deviation=statistics.stdev(speeds) if len(speeds) > 1 else 0.0,
+        gb_per_second=None if rate is None else rate / 1e9,
+        percent_of_limit=None if rate is None else 100 * rate / limit,
+    )
+
+
+def bytes_per_token(info: Manifest, generated: int) -> float | None:
+    """Bytes that generating one token reads: every weight, and on average half of the KV of ``generated`` tokens.
+
+    Of two matrices with a row per vocabulary entry one is the embedding, of which a token reads a single row. None if the model has
+    experts: which of them are read depends on the token.
+    """
+    variant = info.variants[0]
+    if any(k.op == "llmc.moe" for k in variant.kernels):
+        return None
+    sizes = {name: prod(info.tensors[name].shape) * WIDTHS[info.tensors[name].dtype] for name in variant.weights}
+    tables = [n for n in sizes if len(info.tensors[n].shape) == 2 and info.tensors[n].shape[0] == info.model.vocab_size]
+    unread = sizes[tables[0]] if len(tables) == 2 else 0
+    return sum(sizes.values()) - unread + info.kv.bytes_per_token * generated / 2
+
+
+def read_bandwidth(threads: int) -> float:
+    """Bytes per second that ``threads`` threads read from memory: the best of a few dot products over arrays larger than caches."""
+    pairs = [np.ones((2, READ_BYTES // 8 // threads), np.float32) for _ in range(threads)]
+    total = sum(pair.nbytes for pair in pairs)
+    best = float("inf")
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(READ_REPEATS):
+            start = time.perf_counter()
+            list(pool.map(lambda pair: np.dot(pair[0], pair[1]), pairs))
+            best = min(best, time.perf_counter() - start)
+    return total / best
+
+
+HEADINGS = ("model", "size", "params", "target", "threads", "test", "tok/s", "GB/s", "% of read limit")
+
+
+def to_markdown(results: Results) -> str:
+    """A table like llama-bench's, and the measured limit below it."""
+    lines = [f"| {' | '.join(HEADINGS)} |", f"|{'|'.join([' --- '] * 4 + [' ---: '] * 5)}|"]
+    for r in results.rows:
+        rate = "" if r.gb_per_second is None else f"{r.gb_per_second:.2f}"
+        share = "" if r.percent_of_limit is None else f"{r.percent_of_limit:.0f} %"
+        cells = (r.model, format_bytes(r.bytes), format_parameters(r.parameters), r.target, str(r.threads), r.test)
+        lines.append(f"| {' | '.join(cells)} | {r.tokens_per_second:.2f} ± {r.deviation:.2f} | {rate} | {share} |")
+    return "\n".join([*lines, "", f"Memory read limit measured in this run: {results.read_bandwidth / 1e9:.1f} GB/s."])
+
+
+def to_json(results: Results) -> str:
+    """Rows and limit as one JSON object; speeds in tokens and bytes per second."""
+    return json.dumps(asdict(results), indent=1)
+
+
+def to_csv(results: Results) -> str:
+    """One line a row under a heading; the read limit is a column."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, [*Row.__dataclass_fields__, "read_bandwidth"], lineterminator="\n")
+    writer.writeheader()
+    for row in results.rows:
+        writer.writerow(asdict(row) | {"read_bandwidth": results.read_bandwidth})
+    return out.getvalue().rstrip("\n")
+
+
+FORMATS = {"md": to_markdown, "json": to_json, "csv": to_csv}

@@ -15,7 +15,8 @@ The module ABI, version 1 (all tensors are the caller's; ``*`` are lists in the 
     extend(out [r, vocab] f32, input_ids [n] i32, positions [n] i32, slot_mapping [n] i32, q_indptr [b+1] i32, seq_lens [b] i32,
            block_table [b, m] i32, logit_rows [r] i32, *kv_pages, *weights)
 
-``kv_pages[l]`` is ``[num_pages, heads, page_size * (k_dim + v_dim)]``; see :mod:`llmc.dialect.paged` for the meaning of the state tensors.
+``kv_pages[l]`` is ``[num_pages, heads, page_size * (k_dim + v_dim)]``; see :mod:`llmc.dialect.paged` for what
+the state tensors mean.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ FILE_NAME = "manifest.json"
 
 @dataclass
 class ModelInfo:
-    """The source model. ``context``: the most positions a sequence may have here; ``trained_context``: what the model was made for."""
+    """The source model. ``context``: the most positions a sequence may have here; ``trained_context``: what it was made for."""
 
     name: str
     source: str
@@ -206,9 +207,7 @@ def parse(text: str, where: str) -> Manifest:
             files={k: _build(FileInfo, v) for k, v in raw["files"].items()},
         )
     except (ValueError, KeyError, TypeError) as error:
-        raise ArtifactError(
-            f"the manifest of {where} is damaged ({type(error).__name__}: {error}): recompile the model"
-        ) from error
+        raise ArtifactError(f"the manifest of {where} is damaged ({type(error).__name__}: {error}): recompile the model") from error
 
 
 def read(folder: Path) -> Manifest:
@@ -218,7 +217,9 @@ def read(folder: Path) -> Manifest:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         found = "no such folder" if not folder.exists() else "no manifest.json in it"
-        raise ArtifactError(f"{folder} is not an llmc artifact ({found}): build one with `llmc compile MODEL -o {folder}`") from None
+        raise ArtifactError(
+            f"{folder} is not an llmc artifact ({found}): build one with `llmc compile MODEL -o {folder}`"
+        ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ArtifactError(f"the manifest {path} cannot be read ({error}): recompile the model") from error
     return parse(text, str(folder))

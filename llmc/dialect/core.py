@@ -40,14 +40,12 @@ def attrs_of(expr: relax.Call) -> dict[str, Any]:
     """The attributes of a call as plain Python values."""
     if expr.attrs is None:
         return {}
-    return {str(k): _plain(expr.attrs[k]) for k in expr.attrs.keys()}
+    return {str(key): _plain(value) for key, value in expr.attrs.items()}
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, str) or type(value).__name__ in ("String", "FFIString"):
-        return str(value)
     if isinstance(value, tvm.tirx.IntImm):
         return int(value.value)
     if isinstance(value, tvm.tirx.FloatImm):

@@ -7,8 +7,8 @@ positions is the block table's matter (Kwon et al., 2023, "PagedAttention").
 ``llmc.append(k [n, hk, d], v [n, hk, dv], slot_mapping [n] i32, kv_pages)`` -> kv_pages, updated in place: token i goes to slot
 ``slot_mapping[i] = page * page_size + offset``. A negative slot is skipped.
 
-``llmc.attend(q [n, hq, d], kv_pages, block_table [b, m] i32, seq_lens [b] i32, q_indptr [b+1] i32, (sinks [hq]))`` -> [n, hq, dv]: rows
-``q_indptr[s] .. q_indptr[s+1]`` are the last rows of sequence s, whose length with them is ``seq_lens[s]``; position p of sequence
+``llmc.attend(q [n, hq, d], kv_pages, block_table [b, m] i32, seq_lens [b] i32, q_indptr [b+1] i32, (sinks [hq]))`` -> ``[n, hq, dv]``:
+rows ``q_indptr[s] .. q_indptr[s+1]`` are the last rows of sequence s, whose length with them is ``seq_lens[s]``; position p of sequence
 s is in page ``block_table[s, p // page_size]``. Attributes as for ``llmc.attention``, plus ``page_size`` and ``v_dim`` (dv).
 
 In the decode phase every sequence has exactly one row (``n == b``), and ``q_indptr`` is ``0, 1, ... b``.
@@ -62,9 +62,7 @@ register(APPEND, lambda c, _: c.args[3].ty)
 register(ATTEND, _infer_attend)
 
 
-def append_reference(
-    k: np.ndarray, v: np.ndarray, slot_mapping: np.ndarray, kv_pages: np.ndarray, *, page_size: int
-) -> np.ndarray:
+def append_reference(k: np.ndarray, v: np.ndarray, slot_mapping: np.ndarray, kv_pages: np.ndarray, *, page_size: int) -> np.ndarray:
     """A copy of ``kv_pages`` with the rows of k and v written to their slots (cast to the pages' dtype)."""
     pages = kv_pages.copy()
     d, dv = k.shape[2], v.shape[2]

@@ -163,7 +163,9 @@ def read_mask(function: Any) -> MaskRule:
     return MaskRule(window, chunk)
 
 
-def mask_function(*, q_length: int, kv_length: int, mask_function: Any, config: Any = None, device: Any = None, **_: Any) -> torch.Tensor:
+def mask_function(
+    *, q_length: int, kv_length: int, mask_function: Any, config: Any = None, device: Any = None, **_: Any
+) -> torch.Tensor:
     """transformers' mask interface: a marker that stands for the mask."""
     rule = read_mask(mask_function)
     ref = torch.empty((), device=device if device is not None else "meta")
@@ -204,7 +206,9 @@ def describe_experts(model: torch.nn.Module) -> None:
             object.__setattr__(module, _ATTRIBUTE, rule)
 
 
-def experts_function(module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+def experts_function(
+    module: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
     """transformers' experts interface: x [n, h], ids [n, t], weights [n, t] -> [n, h]."""
     rule: ExpertsRule = getattr(module, _ATTRIBUTE)
     up, up_bias = ("gate_up_proj", "gate_up_proj_bias") if module.has_gate else ("up_proj", "up_proj_bias")

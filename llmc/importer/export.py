@@ -75,7 +75,9 @@ def build_model(config: Any, dtype: torch.dtype) -> torch.nn.Module:
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=boundary.INTERFACE)
     except ValueError as error:
         first = str(error).split("\n")[0]
-        raise UnsupportedError(f"model type {config.model_type!r} cannot be built as a decoder with paged attention: {first}") from error
+        raise UnsupportedError(
+            f"model type {config.model_type!r} cannot be built as a decoder with paged attention: {first}"
+        ) from error
     for part in model.modules():
         if hasattr(part, "config"):
             part.config._experts_implementation = boundary.INTERFACE

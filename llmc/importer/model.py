@@ -20,8 +20,8 @@ TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": 
 
 @dataclass
 class ImportedModel:
-    """``mod`` has one function ``main(input_ids [n] i32, positions [n] i32, *params) -> logits [n, vocab] f32``, whose parameters are
-    named as in ``params``. ``unused``: checkpoint tensors the graph does not read."""
+    """``mod`` has one function ``main(input_ids [n] i32, positions [n] i32, *params) -> logits [n, vocab] f32``, whose parameters
+    are named as in ``params``. ``unused``: checkpoint tensors the graph does not read."""
 
     mod: tvm.IRModule
     params: ParamTable

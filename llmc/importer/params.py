@@ -71,7 +71,7 @@ class Constant:
         return self.dtype
 
     def read(self) -> np.ndarray:
-        return np.ascontiguousarray(self.value)
+        return np.asarray(self.value, order="C")
 
     def describe(self) -> str:
         return self.origin
@@ -126,7 +126,8 @@ class Mapped:
         return self.dtype
 
     def read(self) -> np.ndarray:
-        return np.ascontiguousarray(self.function(*[s.read() for s in self.inputs]).astype(DTYPES[self.dtype], copy=False))
+        value = self.function(*[s.read() for s in self.inputs])
+        return np.asarray(value, dtype=DTYPES[self.dtype], order="C")
 
     def describe(self) -> str:
         return f"{self.label}({', '.join(s.describe() for s in self.inputs)})"

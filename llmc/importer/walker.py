@@ -65,7 +65,9 @@ class MaskMarker:
 
 # Ops that take a mask marker as an operand, and ops that only crop, cast or spread it.
 _TAKE_MASKS = frozenset({"llmc.attention", "aten.scaled_dot_product_attention"})
-_KEEP_MASKS = frozenset({"aten.slice", "aten.to", "aten._to_copy", "aten.alias", "aten.clone", "aten.contiguous", "aten.expand", "aten.detach"})
+_KEEP_MASKS = frozenset(
+    {"aten.slice", "aten.to", "aten._to_copy", "aten.alias", "aten.clone", "aten.contiguous", "aten.expand", "aten.detach"}
+)
 
 
 def is_one(size: Size) -> bool:
@@ -222,6 +224,8 @@ class Walker:
             source: Source = self.source_table[name].source
             matrix = len(source.shape) >= 2 and dtype == self.compute_dtype
             dtype = self.storage_dtype if matrix else dtype
+        elif name in self.buffers and self.buffers[name].ndim == 0:
+            return Tensor(self.constant(self.buffers[name].item(), dtype), shape, dtype)
         elif name in self.buffers:
             source = Constant(self.buffers[name], f"buffer {name}")
         else:
@@ -302,7 +306,11 @@ class Walker:
                     self._values[node] = self._guarded(node, lambda node=node, held=held: self._lift(held.name, node))
                 stack.pop()
                 continue
-            waiting = [] if self._is_size(node) else [n for n in self._needs(node) if n not in self._values or isinstance(self._values[n], _Lazy)]
+            waiting = (
+                []
+                if self._is_size(node)
+                else [n for n in self._needs(node) if n not in self._values or isinstance(self._values[n], _Lazy)]
+            )
             if waiting:
                 stack.extend(reversed(waiting))
                 continue
@@ -329,7 +337,13 @@ class Walker:
     def _convert(self, node: torch.fx.Node) -> Any:
         if self._is_size(node):
             value = node.meta["val"]
-            return value if isinstance(value, int | float | bool) else plain_size(value) if isinstance(value, torch.SymInt) else self._refuse(node)
+            return (
+                value
+                if isinstance(value, int | float | bool)
+                else plain_size(value)
+                if isinstance(value, torch.SymInt)
+                else self._refuse(node)
+            )
         if node.op == "get_attr":
             return self._attribute(node)
         if any(self._values.get(n, 0) is None for n in self._needs(node)):

@@ -32,7 +32,17 @@ def token_major(w: Walker, a: Tensor) -> relax.Expr:
     return turned.expr if len(stored) == 3 else w.emit(R.reshape(turned.expr, w.prims(turned.shape[1:])))
 
 
-def attend(w: Walker, node: torch.fx.Node, q: Tensor, k: Tensor, v: Tensor, rule: MaskMarker, sinks: Tensor | None, scale: float, softcap: float) -> Tensor:
+def attend(
+    w: Walker,
+    node: torch.fx.Node,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rule: MaskMarker,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> Tensor:
     """Emit ``llmc.attention``; the result is the torch shape [1, s, hq, dv]."""
     if rule.problem:
         raise Refused(rule.problem)
@@ -57,7 +67,16 @@ def mask_rule(mask: Any) -> MaskMarker:
 
 @converts("llmc.attention")
 def attention(
-    w: Walker, node: torch.fx.Node, q: Tensor, k: Tensor, v: Tensor, mask: Any, sinks: Tensor | None, scale: float, softcap: float, problem: str
+    w: Walker,
+    node: torch.fx.Node,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Any,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float,
+    problem: str,
 ) -> Tensor:
     if problem:
         raise Refused(problem)
@@ -66,8 +85,8 @@ def attention(
 
 @converts("aten.scaled_dot_product_attention")
 def scaled_dot_product_attention(
-    w: Walker, node: torch.fx.Node, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
-    *, scale: float | None = None, enable_gqa: bool = False,
+    w: Walker, node: torch.fx.Node, q: Tensor, k: Tensor, v: Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
+    is_causal: bool = False, *, scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor:  # fmt: skip
     """A model that calls PyTorch's attention itself: causal, or under one of our mask markers."""
     if attn_mask is None and not is_causal:
@@ -95,8 +114,8 @@ def expert_matrix(w: Walker, weight: Tensor, transposed: bool) -> relax.Expr:
 
 @converts("llmc.moe")
 def moe(
-    w: Walker, node: torch.fx.Node, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, gate_up_bias: Tensor | None,
-    down_bias: Tensor | None, activation: str, gated: bool, interleave: bool, transposed: bool,
+    w: Walker, node: torch.fx.Node, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
+    gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, gated: bool, interleave: bool, transposed: bool,
 ) -> Tensor:  # fmt: skip
     if activation == UNKNOWN:
         raise Refused("experts whose gating is none of silu, gelu, relu and their kin")

@@ -131,7 +131,8 @@ def _compare_converter(op: Callable[..., relax.Expr]) -> Callable[..., Tensor]:
 
 
 for _name, _op in {
-    "aten.eq": R.equal, "aten.ne": R.not_equal, "aten.lt": R.less, "aten.le": R.less_equal, "aten.gt": R.greater, "aten.ge": R.greater_equal,
+    "aten.eq": R.equal, "aten.ne": R.not_equal, "aten.lt": R.less, "aten.le": R.less_equal, "aten.gt": R.greater,
+    "aten.ge": R.greater_equal,
 }.items():  # fmt: skip
     converts(_name)(_compare_converter(_op))
 
@@ -164,7 +165,8 @@ def _unary_converter(op: Callable[[relax.Expr], relax.Expr]) -> Callable[..., Te
 for _name, _op in {
     "aten.neg": R.negative, "aten.abs": R.abs, "aten.exp": R.exp, "aten.log": R.log, "aten.sqrt": R.sqrt, "aten.rsqrt": R.rsqrt,
     "aten.sin": R.sin, "aten.cos": R.cos, "aten.tanh": R.tanh, "aten.sigmoid": R.sigmoid, "aten.erf": R.erf, "aten.floor": R.floor,
-    "aten.ceil": R.ceil, "aten.round": R.round, "aten.sign": R.sign, "aten.square": R.square, "aten.silu": R.nn.silu, "aten.relu": R.nn.relu,
+    "aten.ceil": R.ceil, "aten.round": R.round, "aten.sign": R.sign, "aten.square": R.square, "aten.silu": R.nn.silu,
+    "aten.relu": R.nn.relu,
 }.items():  # fmt: skip
     converts(_name)(_unary_converter(_op))
 
@@ -254,8 +256,8 @@ def relu6(w: Walker, node: torch.fx.Node, a: Tensor) -> Tensor:
 
 
 @converts(
-    "aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.detach_", "aten.dropout", "aten.lift_fresh_copy", "aten.lift_fresh",
-    "aten._to_copy", "aten.to", "aten.type_as", "aten.copy", "aten.float", "aten.native_dropout",
+    "aten.alias", "aten.clone", "aten.contiguous", "aten.detach", "aten.detach_", "aten.dropout", "aten.lift_fresh_copy",
+    "aten.lift_fresh", "aten._to_copy", "aten.to", "aten.type_as", "aten.copy", "aten.float", "aten.native_dropout",
 )  # fmt: skip
 def identity(w: Walker, node: torch.fx.Node, a: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
     """The value itself in the dtype torch gave the result. ``copy(a, b)`` is b in a's shape."""
@@ -324,5 +326,3 @@ def arange(w: Walker, node: torch.fx.Node, *bounds: Any, **_: Any) -> Tensor:
     start, end, step = {1: (0, *bounds, 1), 2: (*bounds, 1), 3: bounds}[len(bounds)]
     ends = [v if isinstance(v, float) else w.prim(v) for v in (start, end, step)]
     return w.like(node, R.arange(*ends, dtype=dtype))
-
-

@@ -18,7 +18,9 @@ R = relax.op
 @converts("aten.embedding")
 def embedding(w: Walker, node: torch.fx.Node, weight: Tensor, ids: Tensor, *_: Any, **__: Any) -> Tensor:
     _, dtype = w.meta(node)
-    return w.like(node, R.astype(w.emit(taken(w, weight.expr, ids, 0)), dtype) if weight.dtype != dtype else taken(w, weight.expr, ids, 0))
+    return w.like(
+        node, R.astype(w.emit(taken(w, weight.expr, ids, 0)), dtype) if weight.dtype != dtype else taken(w, weight.expr, ids, 0)
+    )
 
 
 def taken(w: Walker, table: relax.Expr, ids: Tensor, axis: int) -> relax.Expr:

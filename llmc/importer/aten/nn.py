@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from tvm import relax
 
-
 from llmc.dialect import norm
 from llmc.dialect.linear import linear as linear_op
 from llmc.importer.aten.registry import converts
@@ -72,10 +71,19 @@ def addmm(w: Walker, node: torch.fx.Node, bias: Tensor, a: Tensor, b: Tensor, be
 
 
 @converts("aten.layer_norm")
-def layer_norm(w: Walker, node: torch.fx.Node, x: Tensor, normalized: list[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5, *_: Any) -> Tensor:
+def layer_norm(
+    w: Walker,
+    node: torch.fx.Node,
+    x: Tensor,
+    normalized: list[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: Any,
+) -> Tensor:
     if len(normalized) != 1:
         raise Refused("a layer norm over several dimensions")
-    shape, dtype = w.meta(node)
+    _, dtype = w.meta(node)
     width = normalized[0]
     gamma = w.cast(weight, dtype).expr if weight is not None else w.emit(R.ones([width], dtype))
     beta = w.cast(bias, dtype).expr if bias is not None else w.emit(R.zeros([width], dtype))
@@ -83,10 +91,12 @@ def layer_norm(w: Walker, node: torch.fx.Node, x: Tensor, normalized: list[int],
 
 
 @converts("aten.rms_norm")
-def rms_norm(w: Walker, node: torch.fx.Node, x: Tensor, normalized: list[int], weight: Tensor | None = None, eps: float | None = None) -> Tensor:
+def rms_norm(
+    w: Walker, node: torch.fx.Node, x: Tensor, normalized: list[int], weight: Tensor | None = None, eps: float | None = None
+) -> Tensor:
     if len(normalized) != 1:
         raise Refused("an RMS norm over several dimensions")
-    shape, dtype = w.meta(node)
+    _, dtype = w.meta(node)
     gamma = w.cast(weight, dtype).expr if weight is not None else w.emit(R.ones([normalized[0]], dtype))
     if eps is None:
         eps = torch.finfo(getattr(torch, dtype)).eps

@@ -77,7 +77,16 @@ def any_all(w: Walker, node: torch.fx.Node, a: Tensor, dim: Any = None, keepdim:
 
 
 @converts("aten.var", "aten.std")
-def var_std(w: Walker, node: torch.fx.Node, a: Tensor, dim: Any = None, unbiased: Any = None, *, correction: Any = None, keepdim: bool = False) -> Tensor:
+def var_std(
+    w: Walker,
+    node: torch.fx.Node,
+    a: Tensor,
+    dim: Any = None,
+    unbiased: Any = None,
+    *,
+    correction: Any = None,
+    keepdim: bool = False,
+) -> Tensor:
     dims = [dim] if isinstance(dim, int) else dim or list(range(a.ndim))
     count = 1
     for d in dims:
@@ -94,7 +103,9 @@ def var_std(w: Walker, node: torch.fx.Node, a: Tensor, dim: Any = None, unbiased
 
 
 @converts("aten.linalg_vector_norm", "aten.norm")
-def vector_norm(w: Walker, node: torch.fx.Node, a: Tensor, order: Any = 2, dim: Any = None, keepdim: bool = False, **_: Any) -> Tensor:
+def vector_norm(
+    w: Walker, node: torch.fx.Node, a: Tensor, order: Any = 2, dim: Any = None, keepdim: bool = False, **_: Any
+) -> Tensor:
     _, dtype = w.meta(node)
     value = w.cast(a, dtype)
     if order in (2, None):

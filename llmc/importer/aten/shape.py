@@ -15,7 +15,17 @@ from llmc.importer.walker import Size, Tensor, Walker, is_one, stored_shape
 R = relax.op
 
 
-@converts("aten.view", "aten.reshape", "aten._unsafe_view", "aten.flatten", "aten.unflatten", "aten.squeeze", "aten.unsqueeze", "aten.view_as", "aten.reshape_as")
+@converts(
+    "aten.view",
+    "aten.reshape",
+    "aten._unsafe_view",
+    "aten.flatten",
+    "aten.unflatten",
+    "aten.squeeze",
+    "aten.unsqueeze",
+    "aten.view_as",
+    "aten.reshape_as",
+)
 def reshape(w: Walker, node: torch.fx.Node, a: Tensor, *_: Any, **__: Any) -> Tensor:
     """All of these keep the order of the elements; torch has worked out the shape."""
     shape, dtype = w.meta(node)
@@ -146,7 +156,9 @@ def cat(w: Walker, node: torch.fx.Node, parts: list[Tensor], dim: int = 0) -> Te
     else:
         # Parts may have dropped different numbers of unit dimensions: bring all to the same rank.
         rank = len(shape) - dropped
-        exprs = [p.expr if len(stored_shape(p.shape)) == rank else w.emit(R.reshape(p.expr, w.prims(p.shape[dropped:]))) for p in parts]
+        exprs = [
+            p.expr if len(stored_shape(p.shape)) == rank else w.emit(R.reshape(p.expr, w.prims(p.shape[dropped:]))) for p in parts
+        ]
         axis = dim - dropped
     return w.like(node, R.concat(exprs, axis) if len(exprs) > 1 else exprs[0])
 

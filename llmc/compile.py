@@ -1,0 +1,275 @@
+"""``llmc.compile``: a model in, an artifact out. The order of things, and nothing else: each step lives in its own module."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmc import targets
+from llmc.artifact import ArtifactWriter, explained
+from llmc.errors import UsageError
+from llmc.extras import require
+from llmc.importer.resolve import resolve
+from llmc.importer.source import ModelSource, TokenizerInfo
+from llmc.manifest import Limits, Manifest, ModelInfo, TokenizerFiles, Variant
+from llmc.progress import Phase, Progress, SilentProgress
+from llmc.targets.base import Target
+from llmc.version import __version__
+
+STORAGE_DTYPES = ("float32", "bfloat16", "float16")
+MAX_ROWS = 512
+"""Rows of one extend step: enough that a prefill reads the weights rarely, small enough that the workspace stays in megabytes."""
+MAX_LOGIT_ROWS = 128
+"""Rows of one extend step that may ask for logits; a vocabulary is wide, so this bounds the largest intermediate."""
+
+
+@dataclass
+class CompileReport:
+    """What a compile did. ``seconds`` by phase; ``unused``: checkpoint tensors the graph does not read; ``bytes`` on disk."""
+
+    manifest: Manifest
+    out: Path
+    bytes: int
+    seconds: dict[str, float] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a compile once they are checked and defaults are filled in."""
+
+    storage_dtype: str
+    kv_dtype: str
+    context: int
+    max_batch: int
+    page_size: int
+
+
+class _Clock:
+    """Times phases while showing them."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Phase]:
+        start = time.perf_counter()
+        with self.progress.phase(title, total, unit) as phase:
+            yield phase
+        self.seconds[title] = self.seconds.get(title, 0.0) + time.perf_counter() - start
+
+
+def compile(
+    model: str,
+    *,
+    out: Path | str,
+    target: str = "cpu",
+    dtype: str | None = None,
+    kv_dtype: str | None = None,
+    context: int | None = None,
+    max_batch: int = 8,
+    page_size: int = 16,
+    dump_ir: Path | None = None,
+    progress: Progress | None = None,
+    force: bool = False,
+) -> CompileReport:
+    """Compile ``model`` (a folder, a .gguf file, a known name or a hub id) for ``target`` into the folder ``out``.
+
+    ``dtype``: how matrices are stored (float32, bfloat16 or float16; None: as the checkpoint has them, float16 for quantized
+    blocks); sums are always float32. ``kv_dtype``: the same for the KV cache (None: as ``dtype``). ``context``: the most
+    positions a sequence may have (None: what the model was trained for). ``max_batch``: sequences in one decode step.
+    ``page_size``: positions of one KV page. ``dump_ir``: a folder for the IR after every pass.
+
+    Raises an :class:`llmc.errors.LlmcError`; ``out`` is then as it was before.
+    """
+    require("compile", "compiling a model")
+    clock = _Clock(progress or SilentProgress())
+    chosen = targets.parse(target)
+    _check_positive(max_batch=max_batch, page_size=page_size, context=context)
+    with ArtifactWriter(Path(out), force=force) as writer, explained(writer.out):
+        with clock.phase("model") as phase:
+            source = resolve(model, progress=phase.callback())
+        settings = _settings(source, dtype, kv_dtype, context, max_batch, page_size)
+        return _compile(model, source, chosen, settings, dump_ir, clock, writer)
+
+
+def _check_positive(**values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{name.replace('_', ' ')} must be at least 1, and {value} was asked")
+
+
+def default_context(config: Any) -> int:
+    """The positions a model was trained for.
+
+    Where rope frequencies change beyond an original length (longrope, dynamic scaling), the original length: one artifact has
+    one set of frequencies, and the unscaled set is what the model uses on everything shorter.
+    """
+    trained = int(getattr(config, "max_position_embeddings", None) or 4096)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
+    for rope in nested:
+        kind = str(rope.get("rope_type", "default"))
+        original = rope.get("original_max_position_embeddings")
+        if original and (kind == "longrope" or "dynamic" in kind):
+            trained = min(trained, int(original))
+    return trained
+
+
+def _settings(
+    source: ModelSource, dtype: str | None, kv_dtype: str | None, context: int | None, max_batch: int, page_size: int
+) -> Settings:
+    storage = dtype or source.dtype
+    for name in (storage, kv_dtype or storage):
+        if name not in STORAGE_DTYPES:
+            raise UsageError(f"unknown dtype {name!r}: choose one of {', '.join(STORAGE_DTYPES)}")
+    trained = default_context(source.config.get_text_config())
+    return Settings(storage, kv_dtype or storage, context or trained, max_batch, page_size)
+
+
+def _compile(
+    model: str, source: ModelSource, target: Target, settings: Settings, dump_ir: Path | None, clock: _Clock, writer: ArtifactWriter
+) -> CompileReport:
+    with clock.phase("load compiler"):
+        import llmc.tvm_setup  # noqa: F401  must come before anything that parses TVMScript
+        from llmc.importer.model import import_model
+        from llmc.passes.pipeline import Options, lower
+    with clock.phase("import graph") as phase:
+        imported = import_model(
+            source, storage_dtype=settings.storage_dtype, context=settings.context, step=lambda what: phase.update(0, what)
+        )
+    writer.check_room(imported.params.nbytes)
+    limits = Limits(settings.max_batch, max(MAX_ROWS, settings.max_batch), max(MAX_LOGIT_ROWS, settings.max_batch))
+    with clock.phase("passes") as phase:
+        options = Options(
+            page_size=settings.page_size,
+            kv_dtype=settings.kv_dtype,
+            context=settings.context,
+            max_batch=limits.max_batch,
+            max_rows=limits.max_rows,
+            max_logit_rows=limits.max_logit_rows,
+        )
+        lowered = lower(imported.mod, imported.params, target, options, dump_ir, phase.callback())
+    variant_folder = f"variants/{target.name.replace(':', '-')}"
+    with clock.phase("machine code"):
+        _build(lowered.mod, target, writer.root / variant_folder)
+        _copy_runtime(target, writer.root)
+    with clock.phase("weights", imported.params.nbytes, "B") as phase:
+        from llmc.weights_file import write_weights
+
+        written = write_weights(
+            imported.params, writer.root, "weights", lambda nbytes, name: phase.update(phase.done + nbytes, name)
+        )
+    with clock.phase("tokenizer"):
+        tokenizer = _write_tokenizer(source, writer.root)
+    contents = Manifest(
+        llmc=__version__,
+        tvm=_tvm_version(),
+        model=ModelInfo(
+            name=source.name,
+            source=model,
+            fingerprint=source.fingerprint(),
+            architecture=(source.config.architectures or [source.config.model_type])[0],
+            parameters=_count_parameters(imported.params),
+            vocab_size=imported.vocab_size,
+            context=settings.context,
+            trained_context=imported.trained_context,
+        ),
+        kv=_kv_info(settings, lowered.kv_layers),
+        limits=limits,
+        graph_sha256=lowered.graph_sha256,
+        options={"dtype": settings.storage_dtype, "kv_dtype": settings.kv_dtype},
+        variants=[
+            Variant(
+                name=target.name.replace(":", "-"),
+                target=target.name,
+                kind=target.kind,
+                triple=target.triple,
+                mcpu=target.mcpu,
+                features=list(target.features),
+                library=f"{variant_folder}/lib.so",
+                functions=lowered.functions,
+                weights=lowered.weights,
+                kernels=lowered.kernels,
+            )
+        ],
+        tensors=written.tensors,
+        tokenizer=tokenizer,
+        files=written.files,
+    )
+    (writer.root / "report.json").write_text(json.dumps({"unused": imported.unused}, indent=1) + "\n", encoding="utf-8")
+    with clock.phase("finish"):
+        writer.commit(contents)
+    total = sum(f.bytes for f in contents.files.values())
+    return CompileReport(contents, writer.out, total, clock.seconds, imported.unused)
+
+
+def _build(mod: Any, target: Target, folder: Path) -> None:
+    """Generate code for the lowered module and link it into ``folder/lib.so``."""
+    from tvm import relax
+
+    module = targets.module_for(target)
+    tvm_target = module.tvm_target(target)
+    with tvm_target:
+        executable = relax.build(mod, tvm_target, relax_pipeline=None)
+    folder.mkdir(parents=True)
+    module.export(executable, target, str(folder / "lib.so"))
+
+
+def _copy_runtime(target: Target, root: Path) -> None:
+    """Put TVM's runtime library beside the code it was built with, so that running needs no TVM installation (3.4 MB)."""
+    import platform
+    import sys
+
+    import tvm
+
+    if target.kind != "cpu" or sys.platform != "linux" or not target.triple.startswith(platform.machine()):
+        return  # this machine's library would not run there; `llmc doctor` on the other machine says what to install
+    library = next(Path(tvm.__file__).parent.rglob("libtvm_runtime.so"))
+    (root / "runtime").mkdir()
+    shutil.copy2(library, root / "runtime" / library.name)
+
+
+def _write_tokenizer(source: ModelSource, root: Path) -> TokenizerFiles | None:
+    folder = root / "tokenizer"
+    folder.mkdir()
+    info: TokenizerInfo | None = source.write_tokenizer(folder)
+    if info is None:
+        folder.rmdir()
+        return None
+    template = "tokenizer/chat_template.jinja" if info.chat_template is not None else None
+    return TokenizerFiles(
+        file="tokenizer/tokenizer.json",
+        chat_template=template,
+        bos_token_id=info.bos_token_id,
+        eos_token_ids=info.eos_token_ids,
+        pad_token_id=info.pad_token_id,
+        bos_token=info.bos_token,
+        eos_token=info.eos_token,
+    )
+
+
+def _tvm_version() -> str:
+    import tvm
+
+    return tvm.__version__
+
+
+def _count_parameters(table: Any) -> int:
+    from math import prod
+
+    return sum(prod(p.shape) for p in table.values())
+
+
+def _kv_info(settings: Settings, layers: list[Any]) -> Any:
+    from llmc.manifest import KvInfo
+
+    return KvInfo(settings.page_size, settings.kv_dtype, layers)

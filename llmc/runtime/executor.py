@@ -1,0 +1,172 @@
+"""Run a compiled module: the one place where the runtime calls native code.
+
+What a step needs beyond its few index arrays (KV pages, weights, hundreds of tensors) is wrapped once, at load: a step
+costs the same Python whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import os
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from llmc.errors import ArtifactError, RequestError
+from llmc.manifest import Manifest
+from llmc.runtime.artifact import Artifact
+from llmc.runtime.batch import Step
+from llmc.runtime.host import default_threads, host
+from llmc.runtime.library import load_runtime
+from llmc.runtime.tensors import tensor, zeros
+from llmc.runtime.weights import map_weights
+
+_DL_CPU = 1
+_POOLED_ALLOCATOR = 2
+# runtime.config_threadpool: the workers share the given processors, pinned to none of them
+_SHARE_ALL_CORES = -3
+
+
+class Executor(Protocol):
+    """A model with its KV pages, behind the two phases of the module ABI. Not safe to call from two threads at once."""
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of KV cache, numbered from 0, each ``manifest.kv.page_size`` positions over all layers."""
+
+    def run(self, step: Step) -> np.ndarray:
+        """Append the step's rows to the KV pages; logits float32 [r, vocab] of the rows it wants, in order.
+
+        The array is valid until the next call.
+        """
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy one page over all layers."""
+
+    def close(self) -> None:
+        """Let go of module, weights and pages."""
+
+
+def page_shapes(m: Manifest, num_pages: int) -> list[tuple[int, int, int]]:
+    """The shape of every layer's page tensor: [num_pages, heads, page_size * (k_dim + v_dim)]."""
+    return [(num_pages, layer.heads, m.kv.page_size * (layer.k_dim + layer.v_dim)) for layer in m.kv.layers]
+
+
+def set_threads(ffi: Any, threads: int) -> None:
+    """Let the calling thread's kernels run on ``threads`` threads, free to move over the processors of this process.
+
+    TVM's pool is made at its full size on first use and cannot grow, so its size is that of the process's processors and
+    ``threads`` is how many of them work. Pools of other threads, made later, follow the environment variable.
+    """
+    os.environ["TVM_NUM_THREADS"] = str(threads)
+    configure = ffi.get_global_func("runtime.config_threadpool")
+    configure(_SHARE_ALL_CORES, threads, [str(cpu) for cpu in host().cpus])
+
+
+class _Buffer:
+    """An aligned array that step arguments are copied into, large enough for any step: its address never changes."""
+
+    def __init__(self, count: int, dtype: str) -> None:
+        self._dtype = dtype
+        self._flat = zeros((count,), dtype)
+
+    def view(self, shape: tuple[int, ...]) -> np.ndarray:
+        """The start of the buffer in ``shape``."""
+        return self._flat[: prod(shape)].reshape(shape)
+
+    def fill(self, values: np.ndarray) -> Any:
+        """The start of the buffer, holding ``values``, as a tensor."""
+        view = self.view(values.shape)
+        view[...] = values
+        return tensor(view, self._dtype)
+
+
+class TvmExecutor:
+    """An :class:`Executor` over a module that llmc compiled for the CPU."""
+
+    def __init__(self, artifact: Artifact, num_pages: int, threads: int | None = None) -> None:
+        """Load the artifact's module, map its weights, and make ``num_pages`` zero pages (a stale NaN would leak through a
+        masked product). ``threads`` defaults to one for each physical core.
+
+        Raises ArtifactError if the module or the weights are damaged, RequestError for an impossible number of threads.
+        """
+        m, variant = artifact.manifest, artifact.variant
+        count = default_threads() if threads is None else threads
+        if not 1 <= count <= len(host().cpus):
+            raise RequestError(f"threads={count} cannot be: this process may use 1 to {len(host().cpus)} processors")
+        ffi = load_runtime(artifact.folder)
+        self.num_pages = num_pages
+        self.threads = count
+        self._vocab = m.model.vocab_size
+        self._vm = self._load(ffi, artifact.folder / variant.library)
+        self._decode = self._phase("decode")
+        self._extend = self._phase("extend")
+        # pages and weights as arrays, too: copy_page works on them, and they keep the memory
+        self._pages = [zeros(shape, m.kv.dtype) for shape in page_shapes(m, num_pages)]
+        weights = map_weights(artifact.folder, m.tensors, variant.weights)
+        self._static = (
+            *(tensor(pages, m.kv.dtype) for pages in self._pages),
+            *(tensor(array, dtype) for array, dtype in weights),
+        )
+        limits = m.limits
+        rows = max(limits.max_rows, limits.max_batch)
+        sizes = {
+            "input_ids": rows,
+            "positions": rows,
+            "slot_mapping": rows,
+            "q_indptr": limits.max_batch + 1,
+            "seq_lens": limits.max_batch,
+            "block_table": limits.max_batch * -(-m.model.context // m.kv.page_size),
+            "logit_rows": max(limits.max_logit_rows, 1),
+        }
+        self._buffers = {name: _Buffer(size, "int32") for name, size in sizes.items()}
+        self._out = _Buffer(max(limits.max_logit_rows, limits.max_batch) * self._vocab, "float32")
+        set_threads(ffi, count)
+
+    @staticmethod
+    def _load(ffi: Any, path: Path) -> Any:
+        try:
+            vm = ffi.load_module(str(path))["vm_load_executable"]()
+            vm["vm_initialization"](_DL_CPU, 0, _POOLED_ALLOCATOR)
+        except (RuntimeError, AttributeError, ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[-1:]
+            raise ArtifactError(f"the compiled module {path} cannot be loaded ({''.join(reason)}): recompile the model") from error
+        return vm
+
+    def _phase(self, name: str) -> Any:
+        try:
+            return self._vm[name]
+        except AttributeError as error:
+            raise ArtifactError(f"the compiled module has no function {name}: recompile the model") from error
+
+    def run(self, step: Step) -> np.ndarray:
+        """See :meth:`Executor.run`."""
+        rows = step.seq_lens if step.logit_rows is None else step.logit_rows
+        out = self._out.view((len(rows), self._vocab))
+        buffers = self._buffers
+        arguments = [
+            tensor(out, "float32"),
+            buffers["input_ids"].fill(step.input_ids),
+            buffers["positions"].fill(step.positions),
+            buffers["slot_mapping"].fill(step.slot_mapping),
+            buffers["q_indptr"].fill(step.q_indptr),
+            buffers["seq_lens"].fill(step.seq_lens),
+            buffers["block_table"].fill(step.block_table),
+        ]
+        if step.logit_rows is None:
+            self._decode(*arguments, *self._static)
+        else:
+            self._extend(*arguments, buffers["logit_rows"].fill(step.logit_rows), *self._static)
+        return out
+
+    def copy_page(self, source: int, target: int) -> None:
+        """See :meth:`Executor.copy_page`."""
+        for pages in self._pages:
+            pages[target] = pages[source]
+
+    def close(self) -> None:
+        """See :meth:`Executor.close`."""
+        self._decode = self._extend = self._vm = None
+        self._static = ()
+        self._pages = []

@@ -1,0 +1,92 @@
+"""Load ``tvm_ffi`` and ``libtvm_runtime`` into the process: the only native code that running an artifact needs.
+
+``import tvm_ffi`` imports torch wherever torch can be found (seconds and 190 MB), so torch is hidden while it is imported.
+The runtime library exports its symbols to the whole process (``RTLD_GLOBAL``): a compiled module resolves them at load.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from llmc.errors import ArtifactError, MissingExtraError
+
+_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+LIBRARY_NAME = ("" if sys.platform == "win32" else "lib") + "tvm_runtime" + _SUFFIX
+_loaded: list[ctypes.CDLL] = []
+
+
+def import_ffi() -> ModuleType:
+    """The module ``tvm_ffi``, imported without torch. A later ``import torch`` of the caller works as ever.
+
+    Raises MissingExtraError if it is not installed.
+    """
+    if "tvm_ffi" in sys.modules:
+        return sys.modules["tvm_ffi"]
+    modules: dict[str, Any] = sys.modules
+    hide = "torch" not in modules
+    if hide:
+        # None makes ``import torch`` raise ImportError, which tvm_ffi takes for "not installed"
+        modules["torch"] = None
+    try:
+        import tvm_ffi
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"running an artifact needs apache-tvm-ffi, and {error.name} is not installed here: "
+            "run `pip install 'apache-tvm-ffi>=0.1.14.post0,<0.1.15'`"
+        ) from error
+    finally:
+        if hide:
+            del modules["torch"]
+    return tvm_ffi
+
+
+def installed_library() -> Path | None:
+    """The runtime library of the installed apache-tvm package, found without importing it; None if there is none."""
+    spec = importlib.util.find_spec("tvm")
+    if spec is None:
+        return None
+    for folder in spec.submodule_search_locations or []:
+        for candidate in (Path(folder) / "lib" / LIBRARY_NAME, Path(folder) / LIBRARY_NAME):
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+def installed_version() -> str | None:
+    """The version of the installed apache-tvm package, read from its metadata; None if it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("apache-tvm")
+    except PackageNotFoundError:
+        return None
+
+
+def load_runtime(artifact: Path | None = None) -> ModuleType:
+    """Load the TVM runtime into this process and return ``tvm_ffi``.
+
+    The library of an imported ``tvm`` serves as it is; else the one in ``artifact/runtime/``; else the installed package's.
+    Raises MissingExtraError if there is none, and ArtifactError if the one found cannot be loaded.
+    """
+    ffi = import_ffi()
+    if "tvm" in sys.modules or _loaded:
+        return ffi
+    own = None if artifact is None else artifact / "runtime" / LIBRARY_NAME
+    path = own if own is not None and own.is_file() else installed_library()
+    if path is None:
+        raise MissingExtraError(
+            f"running an artifact needs {LIBRARY_NAME}: it is neither in the artifact's runtime folder nor in an installed "
+            "apache-tvm: run `pip install apache-tvm==0.27.0.post1`"
+        )
+    try:
+        _loaded.append(ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL))
+    except OSError as error:
+        raise ArtifactError(
+            f"the TVM runtime {path} cannot be loaded ({error}): run `pip install --force-reinstall apache-tvm==0.27.0.post1`"
+        ) from error
+    return ffi

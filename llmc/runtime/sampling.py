@@ -1,0 +1,160 @@
+"""What a caller may ask of sampling, and the sampler that does it.
+
+The steps, in order, as in vLLM: repetition penalty, presence and frequency penalties, temperature, min-p, top-k, top-p, draw.
+Temperature 0 takes the most probable token after the penalties. Log-probabilities are those of the model itself, before
+any of these steps.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmc.errors import InternalError, RequestError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to continue a prompt. Wrong values raise RequestError on construction."""
+
+    max_tokens: int | None = 256
+    """The most tokens to generate; None goes on until the model stops or the context is full."""
+    temperature: float = 0.0
+    """Divides the logits; 0 takes the most probable token every time (greedy)."""
+    top_k: int = 0
+    """Draw from the k most probable tokens; 0 from all."""
+    top_p: float = 1.0
+    """Draw from the fewest tokens whose probabilities add up to this (Holtzman et al., 2020)."""
+    min_p: float = 0.0
+    """Leave out tokens less probable than this times the most probable one (Nguyen et al., 2024)."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens in the prompt or the output are divided by this if positive, multiplied if negative (Keskar et al., 2019)."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token in the output (OpenAI's definition), -2 to 2."""
+    frequency_penalty: float = 0.0
+    """Taken off a token's logit as often as the token is in the output (OpenAI's definition), -2 to 2."""
+    seed: int | None = None
+    """The same seed gives the same text, whatever else is in the batch; None draws a fresh one."""
+    stop: tuple[str, ...] = ()
+    """Generation ends before the first of these strings; a single string will do."""
+    logprobs: int | None = None
+    """Report each token's log-probability and those of this many most probable tokens; None reports nothing."""
+    ignore_eos: bool = False
+    """Go on after an end-of-sequence token."""
+
+    def __post_init__(self) -> None:
+        stop: Iterable[str] = (self.stop,) if isinstance(self.stop, str) else (self.stop or ())
+        object.__setattr__(self, "stop", tuple(stop))
+        self._integer("max_tokens", 1, None, optional=True)
+        self._number("temperature", 0.0, math.inf)
+        self._integer("top_k", 0, None)
+        self._number("top_p", 0.0, 1.0)
+        if self.top_p == 0:
+            raise RequestError("top_p=0 leaves no token to draw: it must be more than 0 and at most 1")
+        self._number("min_p", 0.0, 1.0)
+        self._number("repetition_penalty", 0.0, math.inf)
+        if self.repetition_penalty == 0:
+            raise RequestError("repetition_penalty=0 cannot be: it must be more than 0, and 1 is no penalty")
+        self._number("presence_penalty", -2.0, 2.0)
+        self._number("frequency_penalty", -2.0, 2.0)
+        self._integer("seed", 0, 2**64 - 1, optional=True)
+        self._integer("logprobs", 0, None, optional=True)
+        if not all(isinstance(s, str) and s for s in self.stop):
+            raise RequestError(f"stop={list(self.stop)!r} cannot be: it must be strings that are not empty")
+
+    def _integer(self, name: str, low: int, high: int | None, optional: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low or (high is not None and value > high):
+            wanted = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
+            raise RequestError(f"{name}={value!r} cannot be: it must be {wanted}{' or None' if optional else ''}")
+
+    def _number(self, name: str, low: float, high: float) -> None:
+        value = getattr(self, name)
+        real = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+        if not real or not math.isfinite(value) or not low <= value <= high:
+            wanted = f"a number of at least {low:g}" if math.isinf(high) else f"a number from {low:g} to {high:g}"
+            raise RequestError(f"{name}={value!r} cannot be: it must be {wanted}")
+
+
+def uniform(seed: int, stream: int, position: int) -> float:
+    """A number in [0, 1) that depends on its arguments alone: Philox4x64-10 (Salmon et al., 2011) with key
+    ``(seed, stream)`` and counter ``position``."""
+    bits = np.random.Philox(key=[seed, stream], counter=[position, 0, 0, 0]).random_raw()
+    return (int(bits) >> 11) * 2.0**-53
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Natural log-probabilities over the last axis, float32 in and out, summed in float64."""
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)).astype(np.float32)
+
+
+class Sampler:
+    """Chooses the tokens of one sequence. ``stream`` tells apart the samples that share a prompt and a seed."""
+
+    def __init__(self, params: SamplingParams, prompt: list[int], vocab_size: int, stream: int = 0) -> None:
+        self._params = params
+        self._stream = stream
+        self._seed = secrets.randbits(64) if params.seed is None else int(params.seed)
+        self._seen: np.ndarray | None = None
+        self._counts: np.ndarray | None = None
+        if params.repetition_penalty != 1.0:
+            self._seen = np.zeros(vocab_size, np.bool_)
+            self._seen[prompt] = True
+        if params.presence_penalty or params.frequency_penalty:
+            self._counts = np.zeros(vocab_size, np.int32)
+
+    def sample(self, logits: np.ndarray, position: int) -> int:
+        """The token at ``position`` of the sequence, given its ``logits`` [vocab] float32, which are left as they are."""
+        if not np.isfinite(logits.max()):
+            raise InternalError(f"the model gave logits that are not finite for position {position}: please report the model")
+        logits = self._penalized(logits)
+        token = int(logits.argmax()) if self._params.temperature == 0 else self._draw(logits, position)
+        if self._seen is not None:
+            self._seen[token] = True
+        if self._counts is not None:
+            self._counts[token] += 1
+        return token
+
+    def _penalized(self, logits: np.ndarray) -> np.ndarray:
+        p = self._params
+        if self._seen is not None:
+            scaled = np.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
+            logits = np.where(self._seen, scaled, logits)
+        if self._counts is not None:
+            logits = logits - p.presence_penalty * (self._counts > 0) - p.frequency_penalty * self._counts
+        return logits
+
+    def _draw(self, logits: np.ndarray, position: int) -> int:
+        ids, weights = candidates(logits, self._params)
+        total = np.cumsum(weights)
+        # in the order of token ids, where rounding in the logits moves the bounds least
+        place = np.searchsorted(total, uniform(self._seed, self._stream, position) * total[-1], side="right")
+        return int(ids[min(int(place), len(ids) - 1)])
+
+
+def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that may be drawn, in ascending order, and their weights (float64, not normalized).
+
+    Temperature must not be 0. At least the most probable token remains.
+    """
+    ids = np.arange(logits.size)
+    if 0 < params.top_k < logits.size:
+        ids = np.sort(np.argpartition(logits, -params.top_k)[-params.top_k :])
+    scaled = logits[ids].astype(np.float64)
+    weights = np.exp((scaled - scaled.max()) / params.temperature)
+    if params.min_p > 0:
+        # the most probable token weighs 1; it survives top-k, so the order of the two does not matter
+        ids, weights = ids[weights >= params.min_p], weights[weights >= params.min_p]
+    if params.top_p < 1:
+        order = np.argsort(-weights, kind="stable")
+        before = np.cumsum(weights[order]) - weights[order]
+        kept = np.sort(order[before < params.top_p * weights.sum()])
+        ids, weights = ids[kept], weights[kept]
+    return ids, weights

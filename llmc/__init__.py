@@ -6,24 +6,21 @@ are imported on first use, so that ``import llmc`` costs nothing and running an 
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from llmc.version import __version__
 
 if TYPE_CHECKING:
-    from llmc.compile import compile as compile
+    from llmc.compiler import compile as compile
     from llmc.runtime import load as load
 
 __all__ = ["__version__", "compile", "load"]
 
+_HOMES = {"compile": "llmc.compiler", "load": "llmc.runtime"}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "compile":
-        from llmc.compile import compile as entry
-
-        return entry
-    if name == "load":
-        from llmc.runtime import load as entry
-
-        return entry
-    raise AttributeError(f"module 'llmc' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmc' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -35,7 +35,7 @@ HEADER_BYTES = 1 << 20
 CONTENT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 BUILDERS = ("apache-tvm", "apache-tvm-ffi", "torch", "transformers")
 COMPILER_PARTS = ("llmc.importer", "llmc.dialect", "llmc.passes", "llmc.schedules", "llmc.targets")
-COMPILER_FILES = ("compile.py", "artifact.py", "manifest.py")
+COMPILER_FILES = ("compiler.py", "artifact.py", "manifest.py")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -67,7 +67,7 @@ def _compile(model: str, options: dict[str, Any], progress: Progress, *, recompi
     from llmc.extras import require
 
     require("compile", f"compiling {model}")
-    from llmc.compile import compile as compile_model
+    from llmc.compiler import compile as compile_model
     from llmc.importer.resolve import resolve
 
     with progress.phase("model") as phase:
@@ -83,7 +83,7 @@ def _compile(model: str, options: dict[str, Any], progress: Progress, *, recompi
             lock.acquire()
     except OSError as error:
         raise OutputError(
-            f"the compile cache {entry} cannot be written ({error.strerror}): set LLMC_CACHE to a folder that can"
+            f"the compile cache {entry} cannot be written ({error.strerror}): set LLMC_CACHE to another folder"
         ) from error
     with lock:
         if not recompile and (hit := _ready(entry)):

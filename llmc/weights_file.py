@@ -105,7 +105,7 @@ def _write_file(path: Path, params: list[Param], advance: Callable[[int, str], N
         put(_header(params))
         for param in params:
             array = stored(param)
-            put(memoryview(array.reshape(-1).view(np.uint8)))
+            put(array.reshape(-1).view(np.uint8).data)
             put(bytes(-param.nbytes % ALIGNMENT))
             advance(param.nbytes, param.name)
             del array

@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     from llmc.progress import on_stderr
 
     require("compile", "llmc compile")
-    from llmc.compile import compile as compile_model
+    from llmc.compiler import compile as compile_model
     from llmc.units import format_bytes
 
     progress = on_stderr(args.quiet)

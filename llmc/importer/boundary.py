@@ -43,7 +43,7 @@ def _attention(
 
 
 @_attention.register_fake
-def _(q, k, v, mask, sinks, scale, softcap, problem):  # type: ignore[no-untyped-def]
+def _(q, k, v, mask, sinks, scale, softcap, problem):
     return q.new_empty((q.shape[0], q.shape[2], q.shape[1], v.shape[3]))
 
 
@@ -53,7 +53,7 @@ def _mask(ref: torch.Tensor, rows: int, columns: int, window: int, chunk: int, p
 
 
 @_mask.register_fake
-def _(ref, rows, columns, window, chunk, problem):  # type: ignore[no-untyped-def]
+def _(ref, rows, columns, window, chunk, problem):
     return ref.new_empty((1, 1, rows, columns), dtype=torch.bool)
 
 
@@ -75,7 +75,7 @@ def _moe(
 
 
 @_moe.register_fake
-def _(x, ids, weights, gate_up, down, gate_up_bias, down_bias, activation, gated, interleave, transposed):  # type: ignore[no-untyped-def]
+def _(x, ids, weights, gate_up, down, gate_up_bias, down_bias, activation, gated, interleave, transposed):
     return torch.empty_like(x)
 
 

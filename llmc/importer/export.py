@@ -55,7 +55,7 @@ def _parameters_on_meta() -> Iterator[None]:
             param = torch.nn.Parameter(param.to("meta"), requires_grad=False)
         register_parameter(module, name, param)
 
-    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign]
+    torch.nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
@@ -94,6 +94,7 @@ def _fix_dynamic_rope(model: torch.nn.Module, context: int) -> None:
     """
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+    module: Any
     for module in model.modules():
         forward = type(module).forward
         if not hasattr(module, "rope_type") or not hasattr(forward, "__wrapped__"):

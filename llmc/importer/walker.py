@@ -14,7 +14,8 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import sympy
 import torch
@@ -25,7 +26,7 @@ from tvm.relax import TensorType
 from llmc.importer.params import Constant, ParamTable, Source, transposed
 from llmc.importer.report import Problem, Refused
 
-Size = int | sympy.Expr
+Size: TypeAlias = int | sympy.Expr
 
 DTYPE_NAMES = {
     torch.float32: "float32",
@@ -303,7 +304,7 @@ class Walker:
             if node in self._values:
                 held = self._values[node]
                 if isinstance(held, _Lazy):
-                    self._values[node] = self._guarded(node, lambda node=node, held=held: self._lift(held.name, node))
+                    self._values[node] = self._guarded(node, partial(self._lift, held.name, node))
                 stack.pop()
                 continue
             waiting = (
@@ -314,7 +315,7 @@ class Walker:
             if waiting:
                 stack.extend(reversed(waiting))
                 continue
-            self._values[node] = self._guarded(node, lambda node=node: self._convert(node))
+            self._values[node] = self._guarded(node, partial(self._convert, node))
             stack.pop()
 
     def _needs(self, node: torch.fx.Node) -> list[torch.fx.Node]:

@@ -21,8 +21,9 @@ R = relax.op
 
 @converts("llmc.mask")
 def mask(w: Walker, node: torch.fx.Node, *_: Any) -> MaskMarker:
-    _, _, _, window, chunk, problem = node.args
-    return MaskMarker(int(window), int(chunk), str(problem))  # type: ignore[arg-type]
+    arguments: tuple[Any, ...] = node.args
+    window, chunk, problem = arguments[3:]
+    return MaskMarker(int(window), int(chunk), str(problem))
 
 
 def token_major(w: Walker, a: Tensor) -> relax.Expr:
@@ -94,7 +95,7 @@ def scaled_dot_product_attention(
     width = q.shape[3]
     if scale is None and not isinstance(width, int):
         raise Refused("attention over heads of unknown width")
-    factor = scale if scale is not None else float(width) ** -0.5  # type: ignore[arg-type]
+    factor = scale if scale is not None else float(width) ** -0.5
     value = attend(w, node, q, k, v, mask_rule(attn_mask), None, factor, 0.0)
     return permuted(w, value, [0, 2, 1, 3])
 

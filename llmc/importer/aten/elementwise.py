@@ -46,7 +46,7 @@ def promoted(*values: Any) -> str:
 
 def binary(w: Walker, node: torch.fx.Node, op: Callable[..., relax.Expr], a: Any, b: Any) -> Tensor:
     """``op(a, b)`` in the dtype torch gave the result."""
-    _, dtype = w.meta(node)
+    dtype = w.meta(node)[1]
     return w.like(node, op(operand(w, a, dtype), operand(w, b, dtype)))
 
 
@@ -73,7 +73,7 @@ for _names, _op in {
 def add_sub(w: Walker, node: torch.fx.Node, a: Any, b: Any, alpha: Any = 1) -> Tensor:
     op = R.add if str(node.target).startswith("aten.add") else R.subtract
     if alpha != 1:
-        _, dtype = w.meta(node)
+        dtype = w.meta(node)[1]
         b = Tensor(w.emit(R.multiply(operand(w, b, dtype), operand(w, alpha, dtype))), b.shape, dtype)
     return binary(w, node, op, a, b)
 
@@ -90,7 +90,7 @@ def div(w: Walker, node: torch.fx.Node, a: Any, b: Any, rounding_mode: str | Non
     if rounding_mode == "floor":
         return binary(w, node, R.floor_divide, a, b)
     if rounding_mode == "trunc":
-        _, dtype = w.meta(node)
+        dtype = w.meta(node)[1]
         if dtype.startswith("float"):
             return w.like(node, R.trunc(w.emit(R.divide(operand(w, a, dtype), operand(w, b, dtype)))))
     return binary(w, node, R.divide, a, b)
@@ -108,7 +108,7 @@ def remainder(w: Walker, node: torch.fx.Node, a: Any, b: Any) -> Tensor:
 
 @converts("aten.addcmul")
 def addcmul(w: Walker, node: torch.fx.Node, a: Any, b: Any, c: Any, value: Any = 1) -> Tensor:
-    _, dtype = w.meta(node)
+    dtype = w.meta(node)[1]
     product = w.emit(R.multiply(operand(w, b, dtype), operand(w, c, dtype)))
     if value != 1:
         product = w.emit(R.multiply(product, w.constant(value, dtype)))
@@ -117,7 +117,7 @@ def addcmul(w: Walker, node: torch.fx.Node, a: Any, b: Any, c: Any, value: Any =
 
 @converts("aten.lerp")
 def lerp(w: Walker, node: torch.fx.Node, a: Tensor, b: Tensor, weight: Any) -> Tensor:
-    _, dtype = w.meta(node)
+    dtype = w.meta(node)[1]
     step = w.emit(R.multiply(w.emit(R.subtract(operand(w, b, dtype), operand(w, a, dtype))), operand(w, weight, dtype)))
     return w.like(node, R.add(operand(w, a, dtype), step))
 
@@ -154,7 +154,7 @@ def logical_not(w: Walker, node: torch.fx.Node, a: Tensor) -> Tensor:
 
 
 def unary(w: Walker, node: torch.fx.Node, op: Callable[[relax.Expr], relax.Expr], a: Tensor) -> Tensor:
-    _, dtype = w.meta(node)
+    dtype = w.meta(node)[1]
     return w.like(node, op(w.cast(a, dtype).expr))
 
 
@@ -261,7 +261,7 @@ def relu6(w: Walker, node: torch.fx.Node, a: Tensor) -> Tensor:
 )  # fmt: skip
 def identity(w: Walker, node: torch.fx.Node, a: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
     """The value itself in the dtype torch gave the result. ``copy(a, b)`` is b in a's shape."""
-    _, dtype = w.meta(node)
+    dtype = w.meta(node)[1]
     if str(node.target).startswith("aten.copy"):
         (source,) = rest[:1]
         return broadcast(w, w.cast(source, dtype), w.meta(node)[0])
@@ -277,13 +277,13 @@ def broadcast(w: Walker, a: Tensor, shape: tuple[Size, ...]) -> Tensor:
 
 @converts("aten.where")
 def where(w: Walker, node: torch.fx.Node, condition: Tensor, a: Any, b: Any) -> Tensor:
-    _, dtype = w.meta(node)
+    dtype = w.meta(node)[1]
     return w.like(node, R.where(condition.expr, operand(w, a, dtype), operand(w, b, dtype)))
 
 
 @converts("aten.masked_fill")
 def masked_fill(w: Walker, node: torch.fx.Node, a: Tensor, mask: Tensor, value: Any) -> Tensor:
-    _, dtype = w.meta(node)
+    dtype = w.meta(node)[1]
     return w.like(node, R.where(mask.expr, operand(w, value, dtype), a.expr))
 
 
@@ -322,7 +322,7 @@ def scalar_tensor(w: Walker, node: torch.fx.Node, value: Any, *_: Any, **__: Any
 
 @converts("aten.arange")
 def arange(w: Walker, node: torch.fx.Node, *bounds: Any, **_: Any) -> Tensor:
-    _, dtype = w.meta(node)
+    dtype = w.meta(node)[1]
     start, end, step = {1: (0, *bounds, 1), 2: (*bounds, 1), 3: bounds}[len(bounds)]
     ends = [v if isinstance(v, float) else w.prim(v) for v in (start, end, step)]
     return w.like(node, R.arange(*ends, dtype=dtype))

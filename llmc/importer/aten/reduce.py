@@ -95,7 +95,7 @@ def var_std(
             raise Refused("a variance over tokens")
         count *= size
     lost = correction if correction is not None else (1 if unbiased in (None, True) else 0)
-    _, dtype = w.meta(node)
+    dtype = w.meta(node)[1]
     biased = reduced(w, node, R.variance, a, dims, dtype)
     if lost:
         biased = w.like(node, R.multiply(biased.expr, w.constant(count / (count - lost), dtype)))
@@ -106,7 +106,7 @@ def var_std(
 def vector_norm(
     w: Walker, node: torch.fx.Node, a: Tensor, order: Any = 2, dim: Any = None, keepdim: bool = False, **_: Any
 ) -> Tensor:
-    _, dtype = w.meta(node)
+    dtype = w.meta(node)[1]
     value = w.cast(a, dtype)
     if order in (2, None):
         square = Tensor(w.emit(R.multiply(value.expr, value.expr)), a.shape, dtype)
@@ -129,7 +129,7 @@ def logsumexp(w: Walker, node: torch.fx.Node, a: Tensor, dim: Any, keepdim: bool
 
 @converts("aten.softmax", "aten._softmax", "aten.log_softmax", "aten._log_softmax")
 def softmax(w: Walker, node: torch.fx.Node, a: Tensor, dim: int, *_: Any, **__: Any) -> Tensor:
-    _, dtype = w.meta(node)
+    dtype = w.meta(node)[1]
     op = R.nn.log_softmax if "log_softmax" in str(node.target) else R.nn.softmax
     if is_one(a.shape[dim % a.ndim]):
         raise Refused("a softmax over one element")
@@ -140,5 +140,5 @@ def softmax(w: Walker, node: torch.fx.Node, a: Tensor, dim: int, *_: Any, **__: 
 def cumsum(w: Walker, node: torch.fx.Node, a: Tensor, dim: int, **_: Any) -> Tensor:
     if not isinstance(a.shape[dim % a.ndim], int):
         raise Refused("a cumulative sum over tokens, which paged decoding does not have")
-    _, dtype = w.meta(node)
+    dtype = w.meta(node)[1]
     return w.like(node, R.cumsum(w.cast(a, dtype).expr, axis=w.axis(a, dim), dtype=dtype))

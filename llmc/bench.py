@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import prod
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,15 +34,21 @@ WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1, "uin
 
 
 @dataclass
-class Row:
-    """One test. ``gb_per_second`` is what generation reads (weights and KV), ``percent_of_limit`` that over the measured read
-    bandwidth; both None for prefill, which computes more than it reads, and where experts make the bytes read unknown."""
+class Subject:
+    """What is timed: ``bytes`` are those of the weights."""
 
     model: str
     bytes: int
     parameters: int
     target: str
     threads: int
+
+
+@dataclass
+class Row(Subject):
+    """One test. ``gb_per_second`` is what generation reads (weights and KV), ``percent_of_limit`` that over the measured read
+    bandwidth; both None for prefill, which computes more than it reads, and where experts make the bytes read unknown."""
+
     test: str
     tokens_per_second: float
     deviation: float
@@ -58,26 +65,43 @@ class Results:
 
 
 def run(
-    model: Model,
+    folder: Path,
     progress: Progress,
     *,
+    threads: int | None = None,
     prompts: Sequence[int] = (512,),
     generations: Sequence[int] = (128,),
     repeats: int = 5,
 ) -> Results:
-    """Time prefill of each of ``prompts`` lengths and generation of each of ``generations`` lengths, ``repeats`` times.
+    """Load the artifact in ``folder`` and time it: prefill of each length in ``prompts``, generation of each in ``generations``.
+
+    Every test runs ``repeats`` times. ``threads`` defaults to one for each physical core.
 
     Raises RequestError for a length that does not fit the artifact's context.
     """
-    info = model.manifest
-    longest = max([*prompts, *(n + 1 for n in generations)], default=0)
-    if longest >= info.model.context:
+    from llmc.runtime import load
+    from llmc.runtime.artifact import open_artifact
+    from llmc.runtime.host import default_threads
+
+    artifact = open_artifact(folder)
+    info = artifact.manifest
+    longest = max([*(n + 1 for n in prompts), *(n + 2 for n in generations)], default=0)
+    if longest > info.model.context:
         raise RequestError(
             f"a test of {longest} tokens does not fit the artifact's context of {info.model.context}: lower -p and -n"
         )
-    rng = np.random.default_rng(0)
+    count = default_threads() if threads is None else threads
+    model = load(folder, threads=count, context=max(longest, 1))
+    subject = Subject(
+        model=info.model.name,
+        bytes=sum(f.bytes for name, f in info.files.items() if name.startswith("weights/")),
+        parameters=info.model.parameters,
+        target=artifact.variant.target,
+        threads=count,
+    )
     with progress.phase("memory bandwidth"):
-        limit = read_bandwidth(model.threads)
+        limit = read_bandwidth(count)
+    rng = np.random.default_rng(0)
     rows = []
     for length in prompts:
         ids = rng.integers(info.model.vocab_size, size=length).tolist()
@@ -88,18 +112,18 @@ def run(
                 if i:
                     speeds.append(length / first)
                     phase.advance()
-        rows.append(_row(model, f"pp{length}", speeds, None, limit))
-    for count in generations:
+        rows.append(_row(subject, f"pp{length}", speeds, None, limit))
+    for tokens in generations:
         ids = rng.integers(info.model.vocab_size, size=1).tolist()
-        with progress.phase(f"tg{count}", total=repeats) as phase:
+        with progress.phase(f"tg{tokens}", total=repeats) as phase:
             speeds = []
             for i in range(repeats + 1):
                 # The first token belongs to the prompt.
-                _, rest = _time(model, ids, count + 1)
+                _, rest = _time(model, ids, tokens + 1)
                 if i:
-                    speeds.append(count / rest)
+                    speeds.append(tokens / rest)
                     phase.advance()
-        rows.append(_row(model, f"tg{count}", speeds, bytes_per_token(info, count), limit))
+        rows.append(_row(subject, f"tg{tokens}", speeds, bytes_per_token(info, tokens), limit))
     return Results(rows, limit)
 
 
@@ -113,16 +137,11 @@ def _time(model: Model, ids: list[int], tokens: int) -> tuple[float, float]:
     return first - start, time.perf_counter() - first
 
 
-def _row(model: Model, test: str, speeds: list[float], read: float | None, limit: float) -> Row:
-    info = model.manifest
+def _row(subject: Subject, test: str, speeds: list[float], read: float | None, limit: float) -> Row:
     mean = statistics.fmean(speeds)
     rate = None if read is None else read * mean
     return Row(
-        model=info.model.name,
-        bytes=sum(f.bytes for name, f in info.files.items() if name.startswith("weights/")),
-        parameters=info.model.parameters,
-        target=model.variant.target,
-        threads=model.threads,
+        **asdict(subject),
         test=test,
         tokens_per_second=mean,
         deviation=statistics.stdev(speeds) if len(speeds) > 1 else 0.0,

@@ -22,7 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--format", choices=("md", "json", "csv"), default="md", help="how to print the results (default: md)")
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
-    options.add_runtime(parser)
+    parser.add_argument("--threads", type=options.positive, metavar="N", help="CPU threads (default: one per physical core)")
+    parser.add_argument("--recompile", action="store_true", help="compile again even if the cache holds this model")
     options.add_compile(parser)
 
 
@@ -33,10 +34,11 @@ def _lengths(text: str) -> list[int]:
 
 def main(args: argparse.Namespace) -> int:
     from llmc.bench import FORMATS, run
-    from llmc.cli.session import open_model
+    from llmc.cli.session import artifact
     from llmc.progress import on_stderr
 
-    model = open_model(args)
-    results = run(model, on_stderr(args.quiet), prompts=args.prompts, generations=args.generations, repeats=args.repeats)
+    progress = on_stderr(args.quiet)
+    tests = {"prompts": args.prompts, "generations": args.generations, "repeats": args.repeats}
+    results = run(artifact(args), progress, threads=args.threads, **tests)
     print(FORMATS[args.format](results))
     return 0

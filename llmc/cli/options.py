@@ -61,6 +61,7 @@ def compile_options(args: argparse.Namespace) -> dict[str, Any]:
 def add_runtime(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("running")
     group.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: one per physical core)")
+    group.add_argument("--context", type=positive, metavar="N", help="most positions of a sequence (default: the artifact's)")
     group.add_argument(
         "--kv-memory", type=memory, metavar="SIZE", help="memory for the KV cache, such as 2GB (default: chosen from what is free)"
     )

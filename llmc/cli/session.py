@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc.cli import options
@@ -24,12 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def open_model(args: argparse.Namespace) -> Model:
     """The loaded model that ``args.model`` names, compiled first if need be."""
-    from llmc.cache import artifact_for
-    from llmc.progress import on_stderr
     from llmc.runtime import load
 
-    folder = artifact_for(args.model, options.compile_options(args), on_stderr(args.quiet), recompile=args.recompile)
-    return load(folder, threads=args.threads, kv_memory=args.kv_memory)
+    return load(artifact(args), threads=args.threads, context=args.context, kv_memory=args.kv_memory)
+
+
+def artifact(args: argparse.Namespace) -> Path:
+    """The artifact folder of ``args.model``, compiled into the cache if it is a model that is not there."""
+    from llmc.cache import artifact_for
+    from llmc.progress import on_stderr
+
+    return artifact_for(args.model, options.compile_options(args), on_stderr(args.quiet), recompile=args.recompile)
 
 
 def has_template(model: Model) -> bool:

@@ -16,6 +16,7 @@ from tvm import relax
 from tvm.ir import Op
 
 from llmc.errors import InternalError
+from llmc.importer.params import ParamTable
 
 Binding = tuple[relax.Var, relax.Expr]
 Rule = Callable[["Rewriter", relax.Var, relax.Expr], "relax.Expr | None"]
@@ -58,12 +59,16 @@ def substitute(expr: relax.Expr, subst: Mapping[relax.Var, relax.Expr]) -> relax
 
 @dataclass
 class Graph:
-    """One dataflow block. ``bindings`` are in execution order; ``output`` is bound by one of them (or is a parameter)."""
+    """One dataflow block. ``bindings`` are in execution order; ``output`` is bound by one of them.
+
+    The first ``inputs`` parameters are inputs and state, the others weights, named as in the parameter table.
+    """
 
     name: str
     params: list[relax.Var]
     bindings: list[Binding]
     output: relax.Var
+    inputs: int
     attrs: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
@@ -85,8 +90,8 @@ class Graph:
                     alias[b.var] = value
                 else:
                     bindings.append((b.var, value))
-        attrs = {} if function.attrs is None else {str(k): v for k, v in function.attrs.items()}
-        return cls(name, list(function.params), bindings, substitute(body.body, alias), attrs)
+        inputs = int(function.attrs["num_input"])
+        return cls(name, list(function.params), bindings, substitute(body.body, alias), inputs)
 
     def function(self) -> relax.Function:
         """The graph as a Relax function of one dataflow block, with the graph's attributes."""
@@ -96,7 +101,7 @@ class Graph:
         body = relax.SeqExpr([block], result)
         relax.expr._update_type(body, self.output.ty)
         function = relax.Function(self.params, body, self.output.ty, is_pure=True)
-        return function.with_attrs({"global_symbol": self.name, **self.attrs})
+        return function.with_attrs({"global_symbol": self.name, "num_input": self.inputs, **self.attrs})
 
     def module(self) -> tvm.IRModule:
         return tvm.IRModule({self.name: self.function()})
@@ -118,6 +123,14 @@ class Graph:
                 live.update(operands(value))
                 kept.append((var, value))
         self.bindings = kept[::-1]
+
+    def remove_unused_params(self, params: ParamTable) -> None:
+        """Drop weights that nothing reads, from the signature and from ``params``."""
+        uses = self.uses()
+        for var in self.params[self.inputs :]:
+            if var not in uses:
+                params.remove(var.name)
+        self.params = self.params[: self.inputs] + [p for p in self.params[self.inputs :] if p in uses]
 
 
 class Rewriter:
@@ -151,7 +164,7 @@ class Rewriter:
         return found if not op or op_name(found) == op else None
 
     def single_use(self, expr: relax.Expr) -> bool:
-        """Whether the graph before the rewrite read ``expr`` exactly once (a new variable was read by nobody: False)."""
+        """Whether ``expr`` is read exactly once. A replacement is read as often as what it replaced."""
         return isinstance(expr, relax.Var) and self.uses.get(expr) == 1
 
 
@@ -169,9 +182,8 @@ def rewrite(graph: Graph, rule: Rule) -> None:
         if new is None:
             work.bind(var, value)
             continue
-        new_var = work.emit(new, var.name)
-        subst[var] = new_var
-        work.uses[new_var] = max(work.uses.get(new_var, 0) if new_var in work.uses else 0, work.uses.get(var, 0))
+        subst[var] = new_var = work.emit(new, var.name)
+        work.uses[new_var] = work.uses.get(new_var, 0) + work.uses.get(var, 0)
     graph.bindings = work.bindings
     graph.output = substitute(graph.output, subst)
     graph.remove_dead()

@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmc.runtime.artifact import open_artifact, verify
+    from llmc.runtime.artifact import open_artifact
     from llmc.runtime.loading import load
     from llmc.runtime.model import Model
     from llmc.runtime.results import Completion, Event, Score, Timing, TokenLogprob
@@ -25,7 +25,6 @@ __all__ = [
     "TokenLogprob",
     "load",
     "open_artifact",
-    "verify",
 ]
 
 _MODULES = {
@@ -38,7 +37,6 @@ _MODULES = {
     "TokenLogprob": "results",
     "load": "loading",
     "open_artifact": "artifact",
-    "verify": "artifact",
 }
 
 

@@ -5,7 +5,6 @@ Every refusal says what was built, what was found, and the command that mends it
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,25 +91,6 @@ def check_sizes(m: Manifest, where: Path) -> None:
                 f"the artifact {where} is damaged: {name} {what}, and the manifest says {info.bytes} bytes: "
                 f"copy it again, or recompile it with {_recompile(m)}"
             )
-
-
-def verify(folder: str | Path) -> int:
-    """Check every file of the artifact against its sha256, whatever machine it is for; the number of files checked.
-
-    Raises ArtifactError naming the first file that is missing or differs.
-    """
-    where = Path(folder)
-    m = manifest.read(where)
-    check_sizes(m, where)
-    for name, info in m.files.items():
-        with (where / name).open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != info.sha256:
-            raise ArtifactError(
-                f"the artifact {where} is damaged: {name} has sha256 {found[:12]}…, and the manifest says {info.sha256[:12]}…: "
-                f"copy it again, or recompile it with {_recompile(m)}"
-            )
-    return len(m.files)
 
 
 def open_artifact(folder: str | Path) -> Artifact:

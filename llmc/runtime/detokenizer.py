@@ -8,6 +8,7 @@ between is new. The work per token does not grow with the text.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import product
 
 from llmc.runtime.tokenizer import Tokenizer
 
@@ -29,11 +30,24 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._special = tokenizer.special_ids
         tail = [t for t in prompt[-4 * _PATIENCE :] if t not in self._special][-_PATIENCE:]
-        # the tail may start within a character: of the possible starts, the one that decodes best
+        start, end = self._clean_cut(tail)
+        self._window = tail[start:]
+        self._clean = end - start
+        self._emitted = len(self._decode(tail[start:end]))
+
+    def _clean_cut(self, tail: list[int]) -> tuple[int, int]:
+        """The part of the prompt's tail that is whole characters: it may start within one, being a tail, and end within one if
+        the prompt came as ids (nothing was seen of that one yet). Of the possible cuts, the first that decodes best."""
         starts = range(_LONGEST if len(tail) == _PATIENCE else 1)
-        self._window = min((tail[k:] for k in starts), key=lambda ids: self._decode(ids).count(_REPLACEMENT))
-        self._clean = len(self._window)
-        self._emitted = len(self._decode(self._window).rstrip(_REPLACEMENT))
+        ends = range(len(tail), max(len(tail) - _LONGEST, -1), -1)
+        best, fewest = (0, len(tail)), len(tail) * _LONGEST
+        for start, end in product(starts, ends):
+            broken = self._decode(tail[start:end]).count(_REPLACEMENT)
+            if broken < fewest:
+                best, fewest = (start, end), broken
+            if not broken:
+                break
+        return best
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids) if ids else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -52,7 +52,7 @@ class Model:
     @overload
     def generate(
         self, prompt: Any, params: SamplingParams | None = ..., *, stream: Literal[True], n: int = ..., **sampling: Any
-    ) -> Iterator[Event]: ...
+    ) -> Generator[Event, None, None]: ...
     @overload
     def generate(
         self, prompt: Any, params: SamplingParams | None = ..., *, stream: Literal[False] = ..., n: int = ..., **sampling: Any
@@ -68,7 +68,7 @@ class Model:
         prompt, which share its pages of KV cache.
 
         Returns a :class:`Completion` for one prompt with ``n=1``; otherwise a list of them, all ``n`` of the first prompt first.
-        With ``stream=True`` an iterator of :class:`Event`, one for each token of any of them, in the order they are made;
+        With ``stream=True`` a generator of :class:`Event`, one for each token of any of them, in the order they are made;
         closing it frees what it holds.
 
         Raises RequestError for a prompt that is empty or longer than the context, for bad sampling values, and if the KV
@@ -94,7 +94,7 @@ class Model:
             results[event.index * n + event.sample].add(event)
         return results[0] if single and n == 1 else results
 
-    def _run(self, requests: list[Request]) -> Iterator[Event]:
+    def _run(self, requests: list[Request]) -> Generator[Event, None, None]:
         bounds = Bounds(self.context, self.manifest.model.vocab_size, self._eos_ids)
         executor = self._open_executor()
         scheduler = Scheduler(executor, self.pages, self.limits, bounds, self.tokenizer)

@@ -32,7 +32,7 @@ class SamplingParams:
     min_p: float = 0.0
     """Leave out tokens less probable than this times the most probable one (Nguyen et al., 2024)."""
     repetition_penalty: float = 1.0
-    """Logits of tokens in the prompt or the output are divided by this if positive, multiplied if negative (Keskar et al., 2019)."""
+    """Divides positive, multiplies negative logits of tokens in the prompt or the output (Keskar et al., 2019)."""
     presence_penalty: float = 0.0
     """Taken off the logit of every token in the output (OpenAI's definition), -2 to 2."""
     frequency_penalty: float = 0.0
@@ -85,7 +85,7 @@ class SamplingParams:
 def uniform(seed: int, stream: int, position: int) -> float:
     """A number in [0, 1) that depends on its arguments alone: Philox4x64-10 (Salmon et al., 2011) with key
     ``(seed, stream)`` and counter ``position``."""
-    bits = np.random.Philox(key=[seed, stream], counter=[position, 0, 0, 0]).random_raw()
+    bits = np.random.Philox(key=np.array([seed, stream], np.uint64), counter=np.array([position, 0, 0, 0], np.uint64)).random_raw()
     return (int(bits) >> 11) * 2.0**-53
 
 

@@ -35,7 +35,7 @@ HEADER_BYTES = 1 << 20
 CONTENT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 BUILDERS = ("apache-tvm", "apache-tvm-ffi", "torch", "transformers")
 COMPILER_PARTS = ("llmc.importer", "llmc.dialect", "llmc.passes", "llmc.schedules", "llmc.targets")
-COMPILER_FILES = ("compiler.py", "artifact.py", "manifest.py")
+COMPILER_FILES = ("compiler.py", "weights_file.py", "artifact.py", "manifest.py")
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -176,11 +176,11 @@ def _host() -> str:
 
 def _local_files(model: str) -> Path | None:
     """Where the files of ``model`` are if they are on this machine already; None if they must be fetched or do not exist."""
-    from llmc.importer import fetch
-
     path = Path(model)
     if path.exists():
         return path
+    from llmc.importer import fetch
+
     if model in fetch.NAMES:
         return fetch.cached(model)
     return _hub_snapshot(model) if HUB_ID.fullmatch(model) else None

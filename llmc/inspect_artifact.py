@@ -123,5 +123,6 @@ def _layers(layers: list[KvLayer]) -> str:
     """The KV layers by kind, each once: ``30 layers of 3 × (64 + 64)``."""
     kinds = Counter((v.heads, v.k_dim, v.v_dim, v.window) for v in layers)
     return ", ".join(
-        f"{n} layers of {h} × ({k} + {v})" + (f" in a window of {w}" if w >= 0 else "") for (h, k, v, w), n in kinds.items()
+        f"{n} layer{'s' if n > 1 else ''} of {h} × ({k} + {v})" + (f" in a window of {w}" if w >= 0 else "")
+        for (h, k, v, w), n in kinds.items()
     )

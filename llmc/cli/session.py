@@ -49,7 +49,8 @@ def answer(model: Model, request: Any, args: argparse.Namespace, so_far: Complet
 
     ``so_far`` holds what there is when an interrupt ends the answer early.
     """
-    with contextlib.closing(model.generate(request, stream=True, **options.sampling_options(args))) as events:
+    events: Any = model.generate(request, stream=True, **options.sampling_options(args))
+    with contextlib.closing(events):
         for event in events:
             so_far.add(event)
             if echo and event.text:

@@ -83,18 +83,22 @@ class _Conversion:
         for name, tensor in made.items():
             function = partial(self.numpy, model, name)
             shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-            sources[name] = reordered(inputs, function, shape) or Mapped(inputs, function, shape, dtype, self.label)
+            in_blocks = reordered(inputs[0], function, shape) if len(inputs) == 1 and isinstance(inputs[0], BlockSource) else None
+            sources[name] = in_blocks or Mapped(inputs, function, shape, dtype, self.label)
         return sources
 
 
-def reordered(inputs: tuple[Source, ...], function: Any, shape: tuple[int, ...]) -> Source | None:
-    """A source that keeps native blocks, if ``function`` of one block source only reorders its rows; else None."""
-    if len(inputs) != 1 or not isinstance(inputs[0], BlockSource) or inputs[0].shape != shape:
-        return None
-    order = row_permutation(function, shape)
+def reordered(source: Source, function: Any, shape: tuple[int, ...]) -> Source | None:
+    """What ``function`` makes of ``source``, if that only moves rows: the source itself, or its rows (and blocks) reordered.
+
+    None if it does more, or if the source has no blocks that would be worth keeping.
+    """
+    order = row_permutation(function, shape) if source.shape == shape and shape else None
     if order is None:
         return None
-    return inputs[0] if np.array_equal(order, np.arange(len(order))) else RowPermuted(inputs[0], order)
+    if np.array_equal(order, np.arange(len(order))):
+        return source
+    return RowPermuted(source, order) if isinstance(source, BlockSource) else None
 
 
 def kept(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

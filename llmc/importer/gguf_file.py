@@ -233,7 +233,8 @@ def _source(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int
         nbytes = prod(shape[:-1]) * source.bytes_per_row
     if start + nbytes > size:
         raise ModelError(
-            f"{path} is truncated: tensor {name!r} takes bytes {start} to {start + nbytes}, and the file has {size}: download it again"
+            f"{path} is truncated: tensor {name!r} takes bytes {start} to {start + nbytes}, and the file has {size}: "
+            "download it again"
         )
     return source
 

@@ -57,10 +57,11 @@ def row_permutation(function: Callable[[np.ndarray], np.ndarray | None], shape: 
     thin = (shape[0], *[min(2, d) for d in shape[1:]])
     probe = np.arange(np.prod(thin), dtype=np.float64).reshape(thin)
     try:
-        result = function(probe.copy())
+        with np.errstate(all="ignore"):
+            result = function(probe.copy())
     except (ValueError, IndexError, RuntimeError, KeyError):
         return None
-    if result is None or result.shape != thin:
+    if result is None or result.shape != thin or not np.isfinite(result).all():
         return None
     order = (result.reshape(shape[0], -1)[:, 0] // max(1, probe[0].size)).astype(np.int64)
     if order.min(initial=0) < 0 or order.max(initial=0) >= shape[0] or not np.array_equal(probe[order], result):

@@ -56,6 +56,15 @@ def llmc(cli_cache: Path) -> Llmc:
     return call
 
 
+@pytest.fixture(scope="session")
+def tiny_artifact(llmc: Llmc, tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model compiled for this machine by the command line, in float32 with a context of 96. Do not change it."""
+    out = tmp_path_factory.mktemp("tiny") / "artifact"
+    done = llmc("compile", tiny_model_dir("llama"), "-o", out, "--dtype", "float32", "--context", "96")
+    assert done.returncode == 0, done.stderr
+    return out
+
+
 def make_manifest(files: dict[str, bytes]) -> Manifest:
     """A manifest with round numbers: 3 layers of 2 × (4 + 4) float16, two of them in a window of 9; 1000 bytes of workspace."""
     kernels = [

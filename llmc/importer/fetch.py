@@ -17,10 +17,13 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmc.cache import root
 from llmc.errors import ModelError, OutputError
-from llmc.importer.source import Progress
+
+if TYPE_CHECKING:  # the compile cache asks this module for names, and must not load the compiler's packages for it
+    from llmc.importer.source import Progress
 
 _BLOCK = 1 << 20
 

@@ -162,9 +162,10 @@ def test_a_hub_id_is_found_where_the_hub_library_puts_it(tmp_path: Path, monkeyp
 
 
 def test_a_lookup_imports_no_compiler(model: Path, compiled: list[str]) -> None:
-    """In a process of its own: the key of a model on disk, without TVM, torch, transformers or NumPy."""
+    """In a process of its own: the key of a model on disk or in the cache, without TVM, torch, transformers or NumPy."""
     code = (
         "import sys; from pathlib import Path; from llmc import cache\n"
+        "cache._local_files('smollm2-135m'); cache._local_files('org/name')\n"
         f"files = cache._local_files({str(model)!r}); cache._ready(cache._entry('m', files, {OPTIONS!r}))\n"
         "heavy = {'tvm', 'tvm_ffi', 'torch', 'transformers', 'numpy', 'huggingface_hub', 'filelock'}\n"
         "print(sorted(heavy & set(sys.modules)))"

@@ -7,7 +7,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, overload
+from typing import Any, Self
 
 import numpy as np
 
@@ -48,15 +48,6 @@ class Model:
         """The model's tokenizer; None if the artifact has none, and prompts must be token ids."""
         files = self.manifest.tokenizer
         return None if files is None else Tokenizer(self.folder, files)
-
-    @overload
-    def generate(
-        self, prompt: Any, params: SamplingParams | None = ..., *, stream: Literal[True], n: int = ..., **sampling: Any
-    ) -> Generator[Event, None, None]: ...
-    @overload
-    def generate(
-        self, prompt: Any, params: SamplingParams | None = ..., *, stream: Literal[False] = ..., n: int = ..., **sampling: Any
-    ) -> Any: ...
 
     def generate(
         self, prompt: Any, params: SamplingParams | None = None, *, stream: bool = False, n: int = 1, **sampling: Any
@@ -157,7 +148,7 @@ class Model:
         """
         if isinstance(prompt, str):
             ids = self._need_tokenizer().encode(prompt)
-        elif len(prompt) and isinstance(prompt[0], Mapping):
+        elif isinstance(prompt, Sequence) and prompt and isinstance(prompt[0], Mapping):
             # the template writes the special tokens itself
             ids = self._need_tokenizer().encode(self.apply_chat_template(prompt), add_special_tokens=False)
         else:
@@ -195,11 +186,11 @@ class Model:
 
     def _check_ids(self, ids: Any) -> list[int]:
         vocab = self.manifest.model.vocab_size
-        values = np.asarray(ids)
-        if values.ndim != 1 or not values.size or not np.issubdtype(values.dtype, np.integer):
+        values = list(ids) if isinstance(ids, Sequence | np.ndarray) else []
+        if not values or not all(isinstance(v, int | np.integer) for v in values):
             raise RequestError("token ids must be a list of whole numbers that is not empty")
-        if values.min() < 0 or values.max() >= vocab:
-            wrong = values[(values < 0) | (values >= vocab)][0]
+        wrong = next((v for v in values if not 0 <= v < vocab), None)
+        if wrong is not None:
             raise RequestError(f"the token id {wrong} is not in the vocabulary: ids go from 0 to {vocab - 1}")
         return [int(v) for v in values]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,7 @@ def split(text: str, stops: list[str], cuts: list[int]) -> tuple[str, bool]:
     matcher = StopStrings(stops)
     shown = ""
     edges = [0, *cuts, len(text)]
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in pairwise(edges):
         piece, found = matcher.push(text[a:b])
         shown += piece
         if found:

@@ -24,7 +24,12 @@ def test_reserve_takes_only_what_the_positions_need() -> None:
     table.advance(5)
     table.reserve(3, no_copy)
     assert allocator.used == 3
-    assert [table.slot(p) for p in (0, 3, 4, 8)] == [table.pages[0] * 4, table.pages[0] * 4 + 3, table.pages[1] * 4, table.pages[2] * 4]
+    assert [table.slot(p) for p in (0, 3, 4, 8)] == [
+        table.pages[0] * 4,
+        table.pages[0] * 4 + 3,
+        table.pages[1] * 4,
+        table.pages[2] * 4,
+    ]
     table.release()
     table.release()
     assert allocator.free == 5

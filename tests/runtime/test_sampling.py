@@ -92,7 +92,7 @@ def test_uniform_depends_on_seed_stream_and_position_only() -> None:
     assert len(set(values.values())) == len(values)
     assert uniform(1, 1, 5) == values[1, 1, 5]
     numbers = np.array([uniform(3, 0, p) for p in range(4000)])
-    assert 0 <= numbers.min()
+    assert numbers.min() >= 0
     assert numbers.max() < 1
     assert abs(numbers.mean() - 0.5) < 0.02
     assert abs(np.corrcoef(numbers[1:], numbers[:-1])[0, 1]) < 0.05

@@ -155,8 +155,11 @@ def sentencepiece_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, eos: str = "</s>", template: str | None = TEMPLATE) -> TokenizerFiles:
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, template: str | None = TEMPLATE) -> TokenizerFiles:
     """Write a tokenizer as an artifact holds it."""
+    start, end = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
+    assert start is not None
+    assert end is not None
     (folder / "tokenizer").mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer" / "tokenizer.json"))
     if template is not None:
@@ -164,9 +167,9 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, eos: str = "</s>", templ
     return TokenizerFiles(
         file="tokenizer/tokenizer.json",
         chat_template=None if template is None else "tokenizer/chat_template.jinja",
-        bos_token_id=tokenizer.token_to_id("<s>"),
-        eos_token_ids=[tokenizer.token_to_id(eos)],
+        bos_token_id=start,
+        eos_token_ids=[end],
         pad_token_id=None,
         bos_token="<s>",
-        eos_token=eos,
+        eos_token="</s>",
     )

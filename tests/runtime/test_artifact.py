@@ -1,0 +1,195 @@
+"""An artifact that cannot run here is refused before anything is loaded, with the reason and the remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmc.errors import ArtifactError, MissingExtraError
+from llmc.manifest import Limits, Variant
+from llmc.runtime import host as host_module
+from llmc.runtime import library, load
+from llmc.runtime.artifact import check_versions, choose_variant, open_artifact, refusal
+from llmc.runtime.host import Host, describe, parse_cpuinfo
+from llmc.runtime.loading import kv_page_count
+
+from .toy import PAGE_SIZE, manifest
+
+ZEN = Host("x86_64", "linux", "AMD EPYC", frozenset({"avx2", "fma", "avx512f"}), (0, 1), 2)
+PI = Host("aarch64", "linux", "Cortex-A76", frozenset({"asimd", "asimddp"}), (0, 1, 2, 3), 4)
+MAC = Host("aarch64", "darwin", "Apple M4", None, (0,), 1)
+
+
+def variant(name: str, triple: str, *features: str, kind: str = "cpu") -> Variant:
+    return Variant(name, f"{kind}:{name}", kind, triple, name, list(features), f"variants/{name}/lib.so", [], [], [])
+
+
+V3 = variant("x86-64-v3", "x86_64-unknown-linux-gnu", "avx2", "fma")
+V4 = variant("x86-64-v4", "x86_64-unknown-linux-gnu", "avx2", "fma", "avx512f")
+ARM = variant("neon", "aarch64-linux-gnu", "asimd")
+APPLE = variant("apple", "arm64-apple-macos13.0")
+CUDA = variant("sm_90", "x86_64-unknown-linux-gnu", kind="cuda")
+
+
+@pytest.mark.parametrize(
+    ("machine", "variants", "want"),
+    [
+        (ZEN, [V3, V4, ARM, CUDA], V4),
+        (replace(ZEN, features=frozenset({"avx2", "fma"})), [V4, V3], V3),
+        (PI, [V4, ARM], ARM),
+        (MAC, [ARM, APPLE], APPLE),
+    ],
+)
+def test_the_variant_that_uses_most_of_the_machine(machine: Host, variants: list[Variant], want: Variant) -> None:
+    m = replace(manifest(5, 8, Limits(1, 1, 1)), variants=variants)
+    assert choose_variant(m, Path("a"), machine) is want
+
+
+@pytest.mark.parametrize(
+    ("v", "machine", "message"),
+    [
+        (
+            V4,
+            replace(ZEN, features=frozenset({"avx2", "fma"})),
+            "cpu:x86-64-v4 needs the CPU features avx512f, which this AMD EPYC",
+        ),
+        (ARM, ZEN, "cpu:neon is for aarch64-linux-gnu, and this machine is x86_64 linux"),
+        (APPLE, PI, "is for arm64-apple-macos13.0, and this machine is aarch64 linux"),
+        (CUDA, ZEN, "cuda:sm_90 needs a cuda device"),
+    ],
+)
+def test_what_cannot_run_says_why_and_what_to_do(v: Variant, machine: Host, message: str) -> None:
+    assert message in str(refusal(v, machine))
+    m = replace(manifest(5, 8, Limits(1, 1, 1)), variants=[v])
+    with pytest.raises(ArtifactError, match="no variant of the artifact") as caught:
+        choose_variant(m, Path("a"), machine)
+    assert message in str(caught.value)
+    assert "`llmc compile toy --target cpu`" in str(caught.value)
+
+
+def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / "manifest.json"
+    raw = json.loads(path.read_text())
+    edit(raw)
+    path.write_text(json.dumps(raw))
+
+
+def test_the_whole_artifact_opens(artifact: Path) -> None:
+    opened = open_artifact(artifact)
+    assert opened.folder == artifact
+    assert opened.variant.name == "cpu"
+
+
+def test_versions_must_match(artifact: Path) -> None:
+    change(artifact, lambda raw: raw.update(llmc="9.3.1"))
+    with pytest.raises(
+        ArtifactError, match=r"built by llmc 9\.3\.1 and this is llmc .*`llmc compile hand/made --target cpu`.*pip install llmc==9"
+    ):
+        load(artifact)
+    change(artifact, lambda raw: raw.update(llmc="0.1.99", tvm="0.26.0"))
+    with pytest.raises(ArtifactError, match=r"built with TVM 0\.26\.0 and TVM 0\.27\.0\S* is installed"):
+        load(artifact)
+    # a runtime library of its own needs no TVM installed
+    (artifact / "runtime").mkdir()
+    (artifact / "runtime" / library.LIBRARY_NAME).write_bytes(b"")
+    check_versions(open_artifact(artifact).manifest, artifact)
+    change(artifact, lambda raw: raw.update(format=99))
+    with pytest.raises(ArtifactError, match="manifest format 99"):
+        load(artifact)
+
+
+def test_damage_is_found_before_loading(artifact: Path) -> None:
+    weights = artifact / "weights" / "weights-00001.safetensors"
+    data = weights.read_bytes()
+    weights.write_bytes(data[:-1])
+    with pytest.raises(
+        ArtifactError, match=rf"weights-00001\.safetensors has {len(data) - 1} bytes, and the manifest says {len(data)}"
+    ):
+        load(artifact)
+    weights.unlink()
+    with pytest.raises(ArtifactError, match=r"weights-00001\.safetensors is missing"):
+        load(artifact)
+    (artifact / "manifest.json").write_text("{")
+    with pytest.raises(ArtifactError, match="damaged"):
+        load(artifact)
+    with pytest.raises(ArtifactError, match="no such folder"):
+        load(artifact / "none")
+
+
+CPUINFO = """processor\t: 0
+model name\t: Some CPU @ 3GHz
+physical id\t: 0
+core id\t\t: 0
+flags\t\t: fpu avx2 fma
+
+processor\t: 1
+model name\t: Some CPU @ 3GHz
+physical id\t: 0
+core id\t\t: 0
+flags\t\t: fpu avx2 fma
+
+processor\t: 2
+model name\t: Some CPU @ 3GHz
+physical id\t: 0
+core id\t\t: 1
+flags\t\t: fpu avx2 fma
+"""
+ARM_CPUINFO = "processor\t: 0\nFeatures\t: fp asimd\n\nprocessor\t: 1\nFeatures\t: fp asimd\n\nHardware\t: Board\n"
+
+
+def test_host_from_cpuinfo() -> None:
+    machine = describe(CPUINFO, "AMD64", "linux", (0, 1, 2))
+    assert (machine.machine, machine.cpu_name, machine.cores) == ("x86_64", "Some CPU @ 3GHz", 2)
+    assert machine.features == {"fpu", "avx2", "fma"}
+    assert describe(CPUINFO, "x86_64", "linux", (0, 1)).cores == 1
+    board = describe(ARM_CPUINFO, "arm64", "linux", (0, 1))
+    assert (board.machine, board.cores, board.features) == ("aarch64", 2, {"fp", "asimd"})
+    elsewhere = describe("", "arm64", "darwin", (0, 1, 2))
+    assert (elsewhere.features, elsewhere.cores) == (None, 3)
+    assert len(parse_cpuinfo(CPUINFO)) == 3
+
+
+def test_this_machine() -> None:
+    machine, memory = host_module.host(), host_module.memory()
+    assert machine.machine == os.uname().machine
+    assert 1 <= machine.cores <= len(machine.cpus) <= (os.cpu_count() or 1)
+    assert 0 < memory.available <= memory.total
+
+
+def test_default_threads_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TVM_NUM_THREADS", raising=False)
+    assert host_module.default_threads() == host_module.host().cores
+    monkeypatch.setenv("TVM_NUM_THREADS", "1")
+    assert host_module.default_threads() == 1
+    monkeypatch.setenv("TVM_NUM_THREADS", "4096")
+    assert host_module.default_threads() == len(host_module.host().cpus)
+
+
+def test_the_runtime_library_is_found_without_importing_tvm(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = library.installed_library()
+    assert path is not None
+    assert path.name == library.LIBRARY_NAME
+    monkeypatch.delitem(sys.modules, "tvm", raising=False)
+    monkeypatch.setattr(library, "_loaded", [])
+    monkeypatch.setattr(library, "installed_library", lambda: None)
+    with pytest.raises(MissingExtraError, match="pip install apache-tvm=="):
+        library.load_runtime(Path("nowhere"))
+
+
+def test_page_count_follows_context_batch_and_memory() -> None:
+    m = manifest(5, 1024, Limits(8, 8, 8))
+    page = m.kv.bytes_per_token * PAGE_SIZE
+    huge = 10**12
+    assert kv_page_count(m, 1024, 8, None, huge) == 2 * 256
+    assert kv_page_count(m, 1024, 1, None, huge) == 256
+    assert kv_page_count(m, 1021, 1, None, huge) == 256
+    assert kv_page_count(m, 1024, 8, huge, 0) == 8 * 256
+    assert kv_page_count(m, 1024, 8, 10 * page + 1, huge) == 10
+    assert kv_page_count(m, 1024, 8, None, 40 * page) == 20

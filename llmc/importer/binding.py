@@ -66,7 +66,7 @@ class _Conversion:
 
     def numpy(self, model: Any, target: str, *arrays: np.ndarray) -> np.ndarray:
         """The array of ``target``, from one array per input."""
-        return to_numpy(self.run(model, [to_torch(np.ascontiguousarray(a)) for a in arrays])[target])
+        return to_numpy(self.run(model, [to_torch(np.asarray(a, order="C")) for a in arrays])[target])
 
     def sources(self, model: Any) -> dict[str, Source]:
         """One lazy source per model name; shapes come from running the conversion on meta tensors."""

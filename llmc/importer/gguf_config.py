@@ -21,6 +21,7 @@ from llmc.importer.hf_config import first_line
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 # metadata keys after "<architecture>." -> config fields of the same meaning, where a config class has them
 _FIELDS = {
+    "context_length": ("n_positions",),
     "attention.key_length": ("head_dim",),
     "attention.sliding_window": ("sliding_window",),
     "attn_logit_softcapping": ("attn_logit_softcapping",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from llmc.runtime.sampling import SamplingParams, log_softmax
 from .toy import byte_level_tokenizer, executor_of, reference_logits, toy_model, write_tokenizer
 
 PROMPTS = [[5], [3, 1, 4, 1, 5, 9, 2, 6], [7, 7], list(range(30)), [11, 0, 12], [2] * 9, [39, 38, 37, 36, 35]]
-SAMPLED = {"max_tokens": 12, "temperature": 0.9, "top_p": 0.95, "seed": 5}
+SAMPLED: dict[str, Any] = {"max_tokens": 12, "temperature": 0.9, "top_p": 0.95, "seed": 5}
 
 
 def greedy_reference(prompt: list[int], count: int, vocab: int = 40) -> list[int]:
@@ -27,7 +28,7 @@ def greedy_reference(prompt: list[int], count: int, vocab: int = 40) -> list[int
     return tokens[len(prompt) :]
 
 
-def generate_all(model: Model, prompts: list[list[int]], **options: object) -> list[Completion]:
+def generate_all(model: Model, prompts: list[list[int]], **options: Any) -> list[Completion]:
     completions = model.generate(prompts, **options)
     assert model.pages.used == 0
     return completions
@@ -97,7 +98,7 @@ def test_samples_that_end_at_once_leave_nothing() -> None:
 
 @pytest.mark.parametrize("pages", [9, 12, 17])
 def test_a_full_cache_delays_and_changes_nothing(pages: int) -> None:
-    options = {"max_tokens": 20, "temperature": 0.8, "seed": 3}
+    options: dict[str, Any] = {"max_tokens": 20, "temperature": 0.8, "seed": 3}
     prompts = [[i, 3, 5] for i in range(6)]
     want = [toy_model().generate(p, **options).token_ids for p in prompts]
     model = toy_model(pages=pages)
@@ -173,7 +174,7 @@ def test_a_failing_step_leaves_no_page_behind(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_logprobs_are_the_models_own() -> None:
-    options = {"max_tokens": 5, "temperature": 0.7, "repetition_penalty": 1.5, "seed": 1}
+    options: dict[str, Any] = {"max_tokens": 5, "temperature": 0.7, "repetition_penalty": 1.5, "seed": 1}
     completion = toy_model().generate([3, 1, 4], logprobs=3, **options)
     assert completion.token_ids == toy_model().generate([3, 1, 4], **options).token_ids
     want = log_softmax(reference_logits(40, [3, 1, 4, *completion.token_ids]))
@@ -226,7 +227,7 @@ def text_model(tmp_path: Path) -> Model:
 
 
 def test_stop_strings_end_the_text_before_them(text_model: Model) -> None:
-    params = {"max_tokens": 60, "temperature": 1.5, "seed": 2, "ignore_eos": True}
+    params: dict[str, Any] = {"max_tokens": 60, "temperature": 1.5, "seed": 2, "ignore_eos": True}
     whole = text_model.generate("hello", **params)
     assert len(whole.text) > 20
     stop = whole.text[10:13]
@@ -274,7 +275,7 @@ def test_text_and_messages_become_the_tokens_they_should(text_model: Model) -> N
     ids = text_model.encode(messages)
     assert tokenizer.decode(ids, skip_special_tokens=False) == "<s>[user] hello\n[assistant] "
     assert ids.count(start) == 1
-    params = {"max_tokens": 5}
+    params: dict[str, Any] = {"max_tokens": 5}
     single = text_model.generate(messages, **params)
     assert single.token_ids == text_model.generate(ids, **params).token_ids
     mixed = text_model.generate(["hello", messages, ids], **params)
@@ -282,7 +283,7 @@ def test_text_and_messages_become_the_tokens_they_should(text_model: Model) -> N
 
 
 def test_bad_requests_say_what_is_wrong(text_model: Model) -> None:
-    cases: list[tuple[object, dict[str, object], str]] = [
+    cases: list[tuple[object, dict[str, Any], str]] = [
         ([], {}, "not empty"),
         (3, {}, "a prompt must be text"),
         ([[]], {}, "not empty"),

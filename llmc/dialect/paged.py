@@ -9,7 +9,8 @@ positions is the block table's matter (Kwon et al., 2023, "PagedAttention").
 
 ``llmc.attend(q [n, hq, d], kv_pages, block_table [b, m] i32, seq_lens [b] i32, q_indptr [b+1] i32, (sinks [hq]))``
 -> ``[n, hq, dv]``: rows ``q_indptr[s] .. q_indptr[s+1]`` are the last rows of sequence s, whose length with them is
-``seq_lens[s]``; position p of sequence s is in page ``block_table[s, p // page_size]``. Attributes as for ``llmc.attention``, plus ``page_size`` and ``v_dim`` (dv).
+``seq_lens[s]``; position p of sequence s is in page ``block_table[s, p // page_size]``. Attributes as for
+``llmc.attention``, plus ``page_size`` and ``v_dim`` (dv).
 
 In the decode phase every sequence has exactly one row (``n == b``), and ``q_indptr`` is ``0, 1, ... b``.
 """

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import sympy
 import torch
 
 from llmc.errors import UnsupportedError
@@ -73,10 +74,12 @@ def build_model(config: Any, dtype: torch.dtype) -> torch.nn.Module:
     try:
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=boundary.INTERFACE)
-    except ValueError as error:
+    except (ValueError, KeyError, AttributeError, ImportError) as error:
         first = str(error).split("\n")[0]
+        own = isinstance(error, KeyError) and boundary.INTERFACE in first
+        why = "its attention does not go through the attention interface of transformers" if own else first
         raise UnsupportedError(
-            f"model type {config.model_type!r} cannot be built as a decoder with paged attention: {first}"
+            f"model type {config.model_type!r} cannot be built as a decoder with paged attention: {why}"
         ) from error
     for part in model.modules():
         if hasattr(part, "config"):
@@ -112,8 +115,7 @@ def _fix_dynamic_rope(model: torch.nn.Module, context: int) -> None:
                 inv_freq, scaling = ROPE_INIT_FUNCTIONS[rope_type](module.config, torch.device("cpu"), seq_len=context, **extra)
                 setattr(module, f"{prefix}inv_freq", inv_freq)
                 setattr(module, f"{prefix}attention_scaling", scaling)
-            inner = forward.__wrapped__
-            module.forward = inner.__get__(module)  # the update itself depends on data and must not be traced
+            module.forward = inspect.unwrap(forward).__get__(module)  # the update depends on data and must not be traced
 
 
 def _take_buffers(model: torch.nn.Module) -> dict[str, np.ndarray]:
@@ -152,10 +154,31 @@ def export_model(config: Any, *, dtype: torch.dtype = torch.float32, context: in
     shapes = {"input_ids": {1: length}, "position_ids": {1: length}}
     try:
         with torch.no_grad():
-            program = torch.export.export(wrapped, (ids, positions), dynamic_shapes=shapes, strict=False)
+            program = torch.export.export(
+                wrapped, (ids, positions), dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
+            )
     except Exception as error:  # torch.export raises whatever the model's own code raises
         raise UnsupportedError(_explain(config, error)) from error
+    _check_lengths(config, program, context)
     return Exported(_functional(program), model, buffers)
+
+
+def _check_lengths(config: Any, program: torch.export.ExportedProgram, context: int) -> None:
+    """Raise UnsupportedError if the trace holds only for some sequence lengths: the model branches on its length.
+
+    torch notes what it assumed about sizes as assertions. Most are true for every length and merely beyond its prover (that a
+    reshape fits); each is tried at many lengths.
+    """
+    inputs = [n for n in program.graph.nodes if n.op == "placeholder" and n.name in program.graph_signature.user_inputs]
+    environment = inputs[0].meta["val"].shape[1].node.shape_env
+    lengths = sorted({*range(2, 66), *(2**i + d for i in range(6, 21) for d in (-1, 0, 1)), context})
+    for assumed in [a.expr for group in environment.deferred_runtime_asserts.values() for a in group]:
+        for length in (n for n in lengths if n <= context):
+            if assumed.xreplace(dict.fromkeys(assumed.free_symbols, sympy.Integer(length))) != sympy.true:
+                raise UnsupportedError(
+                    f"model type {config.model_type!r} computes differently at different lengths: what was traced holds where "
+                    f"{assumed}, and not for a sequence of {length}"
+                )
 
 
 def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:

@@ -28,6 +28,9 @@ from llmc.importer.report import Problem, Refused
 
 Size: TypeAlias = int | sympy.Expr
 
+_LENGTH = sympy.Symbol("n", integer=True, positive=True)
+"""The number of tokens, in torch shapes."""
+
 DTYPE_NAMES = {
     torch.float32: "float32",
     torch.float64: "float64",
@@ -49,6 +52,8 @@ class Tensor:
     expr: relax.Expr
     shape: tuple[Size, ...]
     dtype: str
+    param: relax.Var | None = None
+    """For a parameter, the variable itself in its full shape."""
 
     @property
     def ndim(self) -> int:
@@ -83,16 +88,6 @@ def stored_shape(shape: Sequence[Size]) -> tuple[Size, ...]:
     return tuple(shape[lead:])
 
 
-def plain_size(size: Any) -> Size:
-    """A torch size as an int or a sympy expression."""
-    if isinstance(size, torch.SymInt):
-        expr = size.node.expr
-        return int(expr) if expr.is_number else expr
-    if isinstance(size, sympy.Expr):
-        return int(size) if size.is_number else size
-    return int(size)
-
-
 class Walker:
     """Walks one exported program; see the module docstring.
 
@@ -124,16 +119,23 @@ class Walker:
         self.input_ids = relax.Var("input_ids", TensorType((self.n,), "int32"))
         self.positions = relax.Var("positions", TensorType((self.n,), "int32"))
         self.attention_layers = 0
-        self._symbol: sympy.Expr | None = None
+        self._lengths: set[sympy.Expr] = set()
         self._values: dict[torch.fx.Node, Any] = {}
 
     # --- shapes ---------------------------------------------------------------------------------------------------
+
+    def size(self, size: Any) -> Size:
+        """A torch size as an int or a sympy expression. Each input has a symbol for its length; all are one."""
+        expr = size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
+        if expr.is_number:
+            return int(expr)
+        return expr.xreplace(dict.fromkeys(expr.free_symbols & self._lengths, _LENGTH))
 
     def prim(self, size: Size) -> tirx.PrimExpr | int:
         """A size as a Relax shape entry: torch's sequence symbol becomes n."""
         if isinstance(size, int):
             return size
-        if size == self._symbol:
+        if size == _LENGTH:
             return self.n
         if isinstance(size, sympy.Add):
             return self._fold(operator.add, size.args)
@@ -144,9 +146,9 @@ class Walker:
         raise Refused(f"the size {size}, which is not a sum or product of the number of tokens")
 
     def _fold(self, combine: Callable[[Any, Any], Any], parts: Sequence[Size]) -> Any:
-        value = self.prim(plain_size(parts[0]))
+        value = self.prim(self.size(parts[0]))
         for part in parts[1:]:
-            value = combine(value, self.prim(plain_size(part)))
+            value = combine(value, self.prim(self.size(part)))
         return value
 
     def prims(self, shape: Sequence[Size]) -> list[Any]:
@@ -180,7 +182,11 @@ class Walker:
     def meta(self, node: torch.fx.Node, index: int | None = None) -> tuple[tuple[Size, ...], str]:
         """Shape and dtype that torch recorded for a node, or for one of its results."""
         value = node.meta["val"] if index is None else node.meta["val"][index]
-        return tuple(plain_size(s) for s in value.shape), self.dtype_name(value.dtype)
+        return tuple(self.size(s) for s in value.shape), self.dtype_name(value.dtype)
+
+    def sizes(self, node: torch.fx.Node) -> tuple[Size, ...]:
+        """The torch shape of a node's value, whatever its dtype."""
+        return tuple(self.size(s) for s in node.meta["val"].shape)
 
     def dtype_name(self, dtype: torch.dtype) -> str:
         if dtype not in DTYPE_NAMES:
@@ -217,7 +223,7 @@ class Walker:
             self.vars[name] = relax.Var(name, TensorType(list(source.shape), dtype))
         return self.vars[name]
 
-    def _lift(self, name: str, node: torch.fx.Node) -> Tensor | None:
+    def _lift(self, name: str, node: torch.fx.Node) -> Any:
         """The value of a parameter or buffer placeholder."""
         name = self.tied.get(name, name)
         shape, dtype = self.meta(node)
@@ -231,14 +237,15 @@ class Walker:
             source = Constant(self.buffers[name], f"buffer {name}")
         else:
             self.missing.append(name)
-            return None
+            return self._stand_in(node.meta["val"])
         var = self.parameter(name, source, dtype)
-        return self.tensor(var, shape, dtype)
+        value = self.tensor(var, shape, dtype)
+        return Tensor(value.expr, shape, dtype, var)
 
     def transposed_parameter(self, tensor: Tensor) -> Tensor | None:
         """For a matrix parameter ``[k, o]``: the parameter that is its transpose, made while streaming. None if it is none."""
-        var = tensor.expr
-        if not isinstance(var, relax.Var) or var.name not in self.params or tensor.ndim != 2:
+        var = tensor.param
+        if var is None or tensor.ndim != 2:
             return None
         name = f"{var.name}.T"
         source = transposed(self.params[var.name].source)
@@ -256,13 +263,13 @@ class Walker:
         graph = self.program.graph
         inputs = list(signature.user_inputs)
         for node in graph.nodes:
-            if node.op == "placeholder" and node.name == inputs[0]:
-                self._symbol = plain_size(node.meta["val"].shape[1])
+            if node.op == "placeholder" and node.name in inputs:
+                self._lengths.add(node.meta["val"].shape[1].node.expr)
         (output,) = [n for n in graph.nodes if n.op == "output"]
         (result,) = output.args[0]
         with self.builder.function("main", [self.input_ids, self.positions]):
             with self.builder.dataflow():
-                shape = tuple(plain_size(s) for s in result.meta["val"].shape[:2])
+                shape = tuple(self.size(s) for s in result.meta["val"].shape[:2])
                 for node in graph.nodes:
                     if node.op == "placeholder" and node.name in inputs:
                         var = self.input_ids if node.name == inputs[0] else self.positions
@@ -326,14 +333,24 @@ class Walker:
         return isinstance(node.meta.get("val"), torch.SymInt | int | float | bool | torch.SymFloat | torch.SymBool)
 
     def _guarded(self, node: torch.fx.Node, convert: Callable[[], Any]) -> Any:
-        """A node's value, or None with the problem noted. A node that needs a failed one fails silently: one cause, one line."""
+        """A node's value; if it is refused the problem is noted, and a stand-in lets the walk go on to find the others."""
         try:
             return convert()
         except Refused as refused:
             self.problems.append(Problem.of(node, str(refused)))
         except _Poisoned:
             pass
-        return None
+        return self._stand_in(node.meta.get("val"))
+
+    def _stand_in(self, value: Any) -> Any:
+        """Zeros of the type torch recorded, or None where there is no such type; a module with problems is never used."""
+        if isinstance(value, list | tuple):
+            return [self._stand_in(v) for v in value]
+        try:
+            shape, dtype = tuple(self.size(s) for s in value.shape), self.dtype_name(value.dtype)
+            return self.tensor(relax.op.zeros(self.prims(stored_shape(shape)), dtype), shape, dtype)
+        except (AttributeError, Refused):
+            return None
 
     def _convert(self, node: torch.fx.Node) -> Any:
         if self._is_size(node):
@@ -341,7 +358,7 @@ class Walker:
             return (
                 value
                 if isinstance(value, int | float | bool)
-                else plain_size(value)
+                else self.size(value)
                 if isinstance(value, torch.SymInt)
                 else self._refuse(node)
             )
@@ -353,6 +370,9 @@ class Walker:
             return self._inline(node)
         if node.target is operator.getitem:
             return self.value(node.args[0])[node.args[1]]
+        from llmc.importer.aten.complex import Complex
+        from llmc.importer.aten.complex import convert as convert_complex
+
         converter = self._converters.get(_op_name(node.target))
         if converter is None:
             raise Refused("no conversion for this operator")
@@ -361,6 +381,8 @@ class Walker:
             if _op_name(node.target) in _KEEP_MASKS:
                 return args[0]
             raise Refused("a mask that the model changes itself")
+        if any(isinstance(a, Complex) for a in args):
+            return convert_complex(self, node, _op_name(node.target), args)
         return converter(self, node, *args, **{k: self.value(v) for k, v in node.kwargs.items()})
 
     def _refuse(self, node: torch.fx.Node) -> Any:

@@ -103,9 +103,9 @@ def scaled_dot_product_attention(
 def expert_matrix(w: Walker, weight: Tensor, transposed: bool) -> relax.Expr:
     """Packed experts as [E, o, k], the layout ``llmc.moe`` reads; a transposed checkpoint is turned while streaming."""
     if not transposed:
-        return weight.expr
-    var = weight.expr
-    if not isinstance(var, relax.Var) or var.name not in w.params:
+        return weight.param if weight.param is not None else w.restored(weight)
+    var = weight.param
+    if var is None:
         raise Refused("expert matrices that are not parameters")
     source = w.params[var.name].source
     e, k, o = source.shape

@@ -25,7 +25,8 @@ def flat_linear(w: Walker, node: torch.fx.Node, x: Tensor, weight: Tensor, bias:
         for size in lead:
             count = count * w.prim(size)
         rows = w.emit(R.reshape(rows, [count, w.prim(x.shape[-1])]))
-    y = w.emit(linear_op(rows, weight.expr, None if bias is None else w.cast(bias, x.dtype).expr))
+    matrix = weight.param if weight.param is not None else w.restored(weight)
+    y = w.emit(linear_op(rows, matrix, None if bias is None else w.cast(bias, x.dtype).expr))
     shape, dtype = w.meta(node)
     if len(lead) != 1:
         y = R.reshape(y, w.prims(stored_shape(shape)))
@@ -34,8 +35,6 @@ def flat_linear(w: Walker, node: torch.fx.Node, x: Tensor, weight: Tensor, bias:
 
 @converts("aten.linear")
 def linear(w: Walker, node: torch.fx.Node, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if len(stored_shape(weight.shape)) != 2:
-        weight = w.tensor(w.restored(weight), weight.shape, weight.dtype)
     return flat_linear(w, node, x, weight, bias)
 
 

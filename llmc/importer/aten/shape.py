@@ -145,6 +145,25 @@ def split(w: Walker, node: torch.fx.Node, a: Tensor, _: Any, dim: int = 0) -> li
     return parted(w, node, a, dim)
 
 
+@converts("aten.slice_scatter")
+def slice_scatter(
+    w: Walker, node: torch.fx.Node, a: Tensor, source: Tensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> Tensor:
+    """``a`` with ``a[start:end]`` along ``dim`` replaced by ``source``: what is before, the source, what is after."""
+    dim = dim % a.ndim
+    extent = a.shape[dim]
+    if step != 1 or not isinstance(extent, int):
+        raise Refused("an assignment to a part of the tokens, or to every other element")
+    first, last, _ = slice(start, end).indices(extent)
+
+    def piece(low: int, high: int) -> Tensor:
+        return sliced(w, a, dim, low, high, 1, (*a.shape[:dim], high - low, *a.shape[dim + 1 :]))
+
+    before = [piece(0, first)] if first > 0 else []
+    after = [piece(last, extent)] if last < extent else []
+    return cat(w, node, [*before, source, *after], dim)
+
+
 @converts("aten.cat", "aten.concat")
 def cat(w: Walker, node: torch.fx.Node, parts: list[Tensor], dim: int = 0) -> Tensor:
     shape, dtype = w.meta(node)

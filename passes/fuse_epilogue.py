@@ -67,6 +67,19 @@ def _residual(work: Rewriter, value: relax.Call) -> relax.Expr | None:
     return None
 
 
+def _second_residual(work: Rewriter, value: relax.Call) -> relax.Expr | None:
+    """``(linear(x, w) + linear(y, v)) + h`` -> ``linear(x, w, residual=linear(y, v, residual=h))``: parallel branches."""
+    for z, h in (value.args, reversed(list(value.args))):
+        outer = work.value(z, "llmc.linear")
+        if outer is None or not attrs_of(outer)["residual"] or not work.single_use(z) or not isinstance(h, relax.Var):
+            continue
+        found = _open_linear(work, outer.args[-1])
+        if found is not None and same_shape(dims(h), dims(z)) and dtype_of(h) == dtype_of(z):
+            inner = work.emit(call("llmc.linear", *found[0].args, h, **{**found[1], "residual": 1}))
+            return call("llmc.linear", *list(outer.args)[:-1], inner, **attrs_of(outer))
+    return None
+
+
 def _epilogue(work: Rewriter, _: relax.Var, value: relax.Expr) -> relax.Expr | None:
     name = op_name(value)
     if name in ACTIVATION_OF:
@@ -75,7 +88,10 @@ def _epilogue(work: Rewriter, _: relax.Var, value: relax.Expr) -> relax.Expr | N
         return _squared_relu(work, value.args[0], uses=1)
     if name == "relax.multiply" and value.args[0].same_as(value.args[1]):
         return _squared_relu(work, value.args[0], uses=2)
-    return _residual(work, value) if name == "relax.add" else None
+    if name == "relax.add":
+        found = _residual(work, value)
+        return _second_residual(work, value) if found is None else found
+    return None
 
 
 def fuse_bias(graph: Graph) -> None:

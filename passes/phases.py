@@ -133,7 +133,7 @@ def _take_rows(graph: Graph) -> None:
     def narrow(v: relax.Var) -> None:
         """Make sure that ``narrowed`` has v's wanted rows."""
         if v not in narrowed and rows.depends(v):
-            narrowed[v] = work.emit(op.take(v, logit_rows, axis=0), f"{v.name}_rows")
+            narrowed[v] = work.emit(op.take(v, logit_rows, axis=0, mode="clip"), f"{v.name}_rows")
 
     for var, value in graph.bindings:
         if var not in rows.tail:

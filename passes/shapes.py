@@ -45,7 +45,7 @@ def scalar(expr: relax.Expr) -> float | None:
 
 
 def axis_slice(call: relax.Call) -> tuple[int, int, int, int] | None:
-    """``(axis, begin, end, step)`` of a ``strided_slice`` along one axis of known size, in plain non-negative numbers; else None."""
+    """``(axis, begin, end, step)`` of a ``strided_slice`` along one axis of known size, as non-negative numbers; else None."""
     axes, begin, end = ([plain(v) for v in call.args[i]] for i in (1, 2, 3))
     steps = [plain(v) for v in call.args[4]] if len(call.args) > 4 else [1]
     shape = dims(call.args[0])

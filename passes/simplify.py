@@ -27,9 +27,9 @@ from llmc.passes.rewrite import Graph, Rewriter, op_name, rewrite
 from llmc.passes.shapes import axis_slice, dims, dtype_of, plain, same_shape, scalar, take_slice
 
 ELEMENTWISE = {
-    "relax.abs", "relax.astype", "relax.clip", "relax.cos", "relax.erf", "relax.exp", "relax.log", "relax.negative", "relax.nn.gelu",
-    "relax.nn.gelu_tanh", "relax.nn.relu", "relax.nn.silu", "relax.rsqrt", "relax.sigmoid", "relax.sin", "relax.sqrt",
-    "relax.square", "relax.tanh",
+    "relax.abs", "relax.astype", "relax.clip", "relax.cos", "relax.erf", "relax.exp", "relax.log", "relax.negative",
+    "relax.nn.gelu", "relax.nn.gelu_tanh", "relax.nn.relu", "relax.nn.silu", "relax.rsqrt", "relax.sigmoid", "relax.sin",
+    "relax.sqrt", "relax.square", "relax.tanh",
 }  # fmt: skip
 """Operators that act on each element of one tensor operand alone."""
 
@@ -221,6 +221,13 @@ def _linear(work: Rewriter, var: relax.Var, value: relax.Call) -> relax.Expr | N
     return op.reshape(work.emit(call("llmc.linear", *args, **attrs)), var.ty.shape)
 
 
+def _take(_: Rewriter, __: relax.Var, value: relax.Call) -> relax.Expr | None:
+    """Indices are clipped: the "fast" mode reads outside the table for an index that is out of range."""
+    if str(value.attrs.mode) != "fast":
+        return None
+    return op.take(value.args[0], value.args[1], axis=value.attrs.axis, mode="clip")
+
+
 _RULES: dict[str, Simplification] = {
     "relax.reshape": _reshape,
     "relax.expand_dims": _reshape,
@@ -231,5 +238,6 @@ _RULES: dict[str, Simplification] = {
     "relax.broadcast_to": _same_as_operand,
     "relax.strided_slice": _slice,
     "relax.concat": _concat,
+    "relax.take": _take,
     "llmc.linear": _linear,
 }

@@ -244,18 +244,23 @@ class Interpreter:
         """The result for ``arguments``, in the order of the parameters. Shapes bind the symbolic dimensions."""
         if len(arguments) != len(self.function.params):
             raise ValueError(f"{len(self.function.params)} parameters, {len(arguments)} arguments")
-        for var, value in zip(self.function.params, arguments, strict=True):
-            self._bind_parameter(var, np.asarray(value))
+        given = [(var, np.asarray(value)) for var, value in zip(self.function.params, arguments, strict=True)]
+        for var, value in given:
+            self._bind_symbols(var, value)
+        for var, value in given:
+            self._bind_parameter(var, value)
         for block in self.function.body.blocks:
             for binding in block.bindings:
                 self.values[binding.var] = self._checked(binding.var, self._eval(binding.value))
                 self._track_pages(binding.var, binding.value)
         return self._eval(self.function.body.body)
 
-    def _bind_parameter(self, var: Any, value: np.ndarray) -> None:
+    def _bind_symbols(self, var: Any, value: np.ndarray) -> None:
         for dim, size in zip(var.ty.shape, value.shape, strict=True):
             if isinstance(dim, tirx.Var) and self.symbols.setdefault(dim, size) != size:
                 raise ValueError(f"{var.name}: {dim} is {self.symbols[dim]} and {size}")
+
+    def _bind_parameter(self, var: Any, value: np.ndarray) -> None:
         expected = tuple(evaluate(d, self.symbols) for d in var.ty.shape)
         if expected != value.shape:
             raise ValueError(f"{var.name}: expected {expected}, found {value.shape}")

@@ -1,0 +1,241 @@
+"""The compiler's middle, as a list: from an importer's graph to a module that ``relax.build`` turns into code.
+
+Graph passes work on one dataflow block (:class:`~llmc.passes.rewrite.Graph`), module passes on the IRModule of both phases.
+Each has a module of its own whose docstring shows what it does. After every pass the dialect's invariants are verified, and
+with ``dump_ir`` the IR is written.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
+
+# isort: split
+import tvm
+from tvm import relax, tirx
+
+from llmc import targets
+from llmc.errors import InternalError, OutputError
+from llmc.importer.params import ParamTable
+from llmc.manifest import FunctionInfo, KernelChoice, KvLayer
+from llmc.passes.fingerprint import graph_sha256
+from llmc.passes.fuse_epilogue import fuse_bias, fuse_epilogue
+from llmc.passes.fuse_norm import fuse_norm
+from llmc.passes.fuse_rope import fuse_rope
+from llmc.passes.lower_kernels import KernelLibrary, generated_choice, lower_kernels
+from llmc.passes.memory import kernel_counts, lower_vm, plan_memory, workspace_bytes
+from llmc.passes.merge_projections import merge_projections
+from llmc.passes.paged_attention import paged_attention
+from llmc.passes.phases import phases
+from llmc.passes.rewrite import Graph
+from llmc.passes.simplify import simplify
+from llmc.passes.verify_dialect import Verifier
+from llmc.targets.base import Target
+
+PHASES = ("decode", "extend")
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the module is compiled for: the KV cache's layout, and the largest step that memory is planned for.
+
+    ``page_size``: positions in a page; ``kv_dtype``: of stored keys and values; ``context``: most positions of a sequence;
+    ``max_batch``: sequences in a step; ``max_rows``: tokens in an extend step; ``max_logit_rows``: rows with logits in one.
+    """
+
+    page_size: int = 32
+    kv_dtype: str = "float32"
+    context: int = 4096
+    max_batch: int = 8
+    max_rows: int = 512
+    max_logit_rows: int = 64
+
+    def upper_bounds(self, phase: str) -> dict[str, int]:
+        """The most that each symbolic dimension of ``phase`` can be."""
+        bounds = {"b": self.max_batch, "m": -(-self.context // self.page_size)}
+        if phase == "extend":
+            bounds |= {"n": self.max_rows, "r": self.max_logit_rows}
+        return bounds
+
+
+@dataclass
+class Lowered:
+    """``mod`` is ready for ``relax.build(mod, tvm_target, relax_pipeline=None)``.
+
+    ``weights`` names the weight arguments of both phases in order; ``timings``: seconds per pass in order.
+    """
+
+    mod: tvm.IRModule
+    kv_layers: list[KvLayer]
+    weights: list[str]
+    functions: list[FunctionInfo]
+    kernels: list[KernelChoice]
+    graph_sha256: str
+    timings: list[tuple[str, float]]
+
+
+@dataclass
+class _State:
+    """What the passes read and change. ``graphs`` is one graph until the phases split, and unused once ``module`` exists."""
+
+    graphs: list[Graph]
+    params: ParamTable
+    target: Target
+    options: Options
+    tvm_target: Any = None
+    module: tvm.IRModule | None = None
+    kv_layers: list[KvLayer] = field(default_factory=list)
+    weights: list[str] = field(default_factory=list)
+    library: KernelLibrary | None = None
+    functions: list[FunctionInfo] = field(default_factory=list)
+    kernels: list[KernelChoice] = field(default_factory=list)
+
+
+def _paged_attention(s: _State) -> None:
+    s.kv_layers = paged_attention(s.graphs[0], s.options.page_size, s.options.kv_dtype)
+
+
+def _phases(s: _State) -> None:
+    s.graphs = list(phases(s.graphs[0]))
+    for graph in s.graphs:
+        graph.attrs["tir_var_upper_bound"] = s.options.upper_bounds(graph.name)
+    s.weights = [p.name for p in s.graphs[0].params[s.graphs[0].inputs :]]
+
+
+def _lower_kernels(s: _State) -> None:
+    module = targets.module_for(s.target)
+    s.tvm_target = module.tvm_target(s.target)
+    s.module, s.library = lower_kernels(s.graphs, s.target, module.families(s.target), s.tvm_target)
+
+
+def _fuse_operators(s: _State) -> None:
+    with s.tvm_target:
+        for step in (
+            relax.transform.AnnotateTIROpPattern(),
+            relax.transform.FuseOps(),
+            relax.transform.FuseTIR(),
+            relax.transform.DeadCodeElimination(list(PHASES)),
+        ):
+            s.module = step(s.module)
+
+
+def _schedule(s: _State) -> None:
+    assert s.module is not None
+    schedule = targets.module_for(s.target).schedule
+    for var, function in list(s.module.functions.items()):
+        if isinstance(function, tirx.PrimFunc) and not function.attrs.get("tirx.is_scheduled", False):
+            s.module.update_func(var, schedule(function, s.target))
+
+
+def _plan_memory(s: _State) -> None:
+    s.module = plan_memory(s.module, PHASES, s.tvm_target)
+    assert s.library is not None
+    chosen = s.library.choices()
+    handwritten = {k.kernel for k in chosen}
+    for name in PHASES:
+        counts = kernel_counts(s.module[name])
+        s.functions.append(FunctionInfo(name, workspace_bytes(s.module[name]), sum(counts.values())))
+        s.kernels += [k for k in chosen if k.function == name]
+        s.kernels += [
+            generated_choice(name, kernel, s.module[kernel], n) for kernel, n in counts.items() if kernel not in handwritten
+        ]
+
+
+def _lower_vm(s: _State) -> None:
+    s.module = lower_vm(s.module, s.tvm_target)
+
+
+PASSES: list[tuple[str, Callable[[_State], None]]] = [
+    ("simplify", lambda s: simplify(s.graphs[0], s.params)),
+    ("fuse_norm", lambda s: fuse_norm(s.graphs[0], s.params)),
+    ("fuse_rope", lambda s: fuse_rope(s.graphs[0])),
+    ("simplify_layouts", lambda s: simplify(s.graphs[0], s.params)),
+    ("fuse_bias", lambda s: fuse_bias(s.graphs[0])),
+    ("merge_projections", lambda s: merge_projections(s.graphs[0], s.params)),
+    ("fuse_epilogue", lambda s: fuse_epilogue(s.graphs[0])),
+    ("simplify_slices", lambda s: simplify(s.graphs[0], s.params)),
+    ("paged_attention", _paged_attention),
+    ("phases", _phases),
+    ("lower_kernels", _lower_kernels),
+    ("fuse_operators", _fuse_operators),
+    ("schedule", _schedule),
+    ("plan_memory", _plan_memory),
+    ("lower_vm", _lower_vm),
+]
+
+
+def lower(
+    mod: tvm.IRModule,
+    params: ParamTable,
+    target: Target,
+    options: Options,
+    dump_ir: Path | None = None,
+    progress: Progress | None = None,
+) -> Lowered:
+    """Run every pass over the graph ``main`` of ``mod``; ``params`` is changed to what the compiled functions take.
+
+    ``dump_ir``: a folder that gets ``NN_pass.txt`` after every pass and ``timing.json``. ``progress(done, total, pass)``.
+    Raises UnsupportedError if the target has no kernel for an operator, InternalError if a pass breaks an invariant.
+    """
+    graph = Graph.of("main", mod["main"])
+    digest = graph_sha256(graph)
+    graph.remove_unused_params(params)
+    state = _State([graph], params, target, options)
+    verifier = Verifier(params)
+    timings: list[tuple[str, float]] = []
+    verifier.graph("import", graph)
+    _dump(dump_ir, 0, "import", state)
+    for index, (name, run) in enumerate(PASSES):
+        if progress is not None:
+            progress(index, len(PASSES), name)
+        start = time.perf_counter()
+        run(state)
+        timings.append((name, time.perf_counter() - start))
+        _verify(verifier, name, state)
+        _dump(dump_ir, index + 1, name, state)
+    if dump_ir is not None:
+        _write(dump_ir / "timing.json", json.dumps(dict(timings), indent=1) + "\n")
+    if progress is not None:
+        progress(len(PASSES), len(PASSES), "done")
+    return Lowered(state.module, state.kv_layers, state.weights, state.functions, state.kernels, digest, timings)
+
+
+def _verify(verifier: Verifier, name: str, state: _State) -> None:
+    if state.module is not None:
+        verifier.module(name, state.module)
+        return
+    for graph in state.graphs:
+        verifier.graph(name, graph)
+    orders = {tuple(p.name for p in g.params[g.inputs :]) for g in state.graphs}
+    if len(orders) != 1:
+        raise InternalError(f"after pass {name}: the phases take different weights")
+
+
+def _dump(folder: Path | None, index: int, name: str, state: _State) -> None:
+    if folder is None:
+        return
+    module = state.module
+    if module is None:
+        module = tvm.IRModule({g.name: g.function() for g in state.graphs})
+    try:
+        text = module.script(show_meta=False)
+    except (ValueError, TypeError, RuntimeError):
+        text = tvm.ir.save_json(module)  # the text printer does not know every operator that passes make
+    _write(folder / f"{index:02d}_{name}.txt", text)
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OutputError(
+            f"--dump-ir cannot write {path} ({error.strerror}): choose a folder with room that you may write to"
+        ) from error

@@ -6,14 +6,14 @@ costs the same Python whatever the number of layers.
 
 from __future__ import annotations
 
-import os
+import threading
 from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from llmc.errors import ArtifactError, RequestError
+from llmc.errors import ArtifactError, InternalError, RequestError
 from llmc.manifest import Manifest
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.batch import Step
@@ -53,15 +53,23 @@ def page_shapes(m: Manifest, num_pages: int) -> list[tuple[int, int, int]]:
     return [(num_pages, layer.heads, m.kv.page_size * (layer.k_dim + layer.v_dim)) for layer in m.kv.layers]
 
 
-def set_threads(ffi: Any, threads: int) -> None:
-    """Let the calling thread's kernels run on ``threads`` threads, free to move over the processors of this process.
+class _Pool(threading.local):
+    """TVM keeps one thread pool for each thread that runs kernels: how many threads the calling one's is set to."""
 
-    TVM's pool is made at its full size on first use and cannot grow, so its size is that of the process's processors and
-    ``threads`` is how many of them work. Pools of other threads, made later, follow the environment variable.
-    """
-    os.environ["TVM_NUM_THREADS"] = str(threads)
-    configure = ffi.get_global_func("runtime.config_threadpool")
-    configure(_SHARE_ALL_CORES, threads, [str(cpu) for cpu in host().cpus])
+    threads = 0
+
+    def use(self, ffi: Any, count: int) -> None:
+        """Let the calling thread's kernels run on ``count`` threads, free to move over the processors of this process.
+
+        The pool is made on first use and cannot grow, so its size is all of those processors and ``count`` is how many work.
+        """
+        if self.threads != count:
+            configure = ffi.get_global_func("runtime.config_threadpool")
+            configure(_SHARE_ALL_CORES, count, [str(cpu) for cpu in host().cpus])
+            self.threads = count
+
+
+_pool = _Pool()
 
 
 class _Buffer:
@@ -96,6 +104,7 @@ class TvmExecutor:
         if not 1 <= count <= len(host().cpus):
             raise RequestError(f"threads={count} cannot be: this process may use 1 to {len(host().cpus)} processors")
         ffi = load_runtime(artifact.folder)
+        self._ffi = ffi
         self.num_pages = num_pages
         self.threads = count
         self._vocab = m.model.vocab_size
@@ -122,7 +131,6 @@ class TvmExecutor:
         }
         self._buffers = {name: _Buffer(size, "int32") for name, size in sizes.items()}
         self._out = _Buffer(max(limits.max_logit_rows, limits.max_batch) * self._vocab, "float32")
-        set_threads(ffi, count)
 
     @staticmethod
     def _load(ffi: Any, path: Path) -> Any:
@@ -154,10 +162,16 @@ class TvmExecutor:
             buffers["seq_lens"].fill(step.seq_lens),
             buffers["block_table"].fill(step.block_table),
         ]
-        if step.logit_rows is None:
-            self._decode(*arguments, *self._static)
-        else:
-            self._extend(*arguments, buffers["logit_rows"].fill(step.logit_rows), *self._static)
+        function = self._decode
+        if step.logit_rows is not None:
+            function = self._extend
+            arguments.append(buffers["logit_rows"].fill(step.logit_rows))
+        _pool.use(self._ffi, self.threads)
+        try:
+            function(*arguments, *self._static)
+        except (RuntimeError, TypeError, ValueError) as error:
+            reason = str(error).strip().splitlines()[-1:]
+            raise InternalError(f"the compiled module failed ({''.join(reason)}): please report the model") from error
         return out
 
     def copy_page(self, source: int, target: int) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from llmc.errors import ArtifactError, RequestError
+from llmc.errors import ArtifactError, InternalError, RequestError
 from llmc.runtime import load
 from llmc.runtime.artifact import open_artifact
 from llmc.runtime.batch import Chunk, build_step
@@ -104,6 +106,32 @@ def test_load_options_are_checked(artifact: Path) -> None:
     assert load(artifact, context=16).pages.num_pages == 8
     assert load(artifact, context=16, max_batch=1).pages.num_pages == 4
     assert load(artifact, kv_memory=10**9).pages.num_pages == 24
+
+
+def test_every_model_keeps_its_own_number_of_threads(artifact: Path) -> None:
+    import tvm_ffi
+
+    count = tvm_ffi.get_global_func("runtime.NumThreads")
+    every = len(host().cpus)
+    before = os.sched_getaffinity(0)
+    one, all_of_them = load(artifact, threads=1), load(artifact, threads=every)
+    for model, threads in ((one, 1), (all_of_them, every), (one, 1)):
+        model.generate([1], max_tokens=1)
+        assert count() == threads
+    with ThreadPoolExecutor(1) as elsewhere:
+        elsewhere.submit(one.generate, [1], max_tokens=1).result()
+        assert elsewhere.submit(count).result() == 1
+    assert os.sched_getaffinity(0) == before
+
+
+def test_a_step_the_module_refuses_is_a_defect_told_in_one_line(artifact: Path) -> None:
+    executor = TvmExecutor(open_artifact(artifact), 4)
+    sequence = Sequence([1, 2], PageAllocator(4, PAGE_SIZE))
+    sequence.table.reserve(2, executor.copy_page)
+    step = build_step([Chunk(sequence, 2, 1)])
+    with pytest.raises(InternalError, match="the compiled module failed") as caught:
+        executor.run(replace(step, slot_mapping=step.slot_mapping[:1]))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_module_is_one_sentence(artifact: Path) -> None:

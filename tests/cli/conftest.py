@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from llmc.cli.main import main
 from llmc.manifest import (
     FileInfo,
     FunctionInfo,
@@ -52,6 +55,28 @@ def llmc(cli_cache: Path) -> Llmc:
             check=False,
             env={**os.environ, "LLMC_CACHE": str(cli_cache), "HF_HUB_OFFLINE": "1", **(env or {})},
         )
+
+    return call
+
+
+@pytest.fixture
+def llmc_here(cli_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Llmc:
+    """As ``llmc``, but in this process, which has imported the compiler once: for the many commands that need it."""
+    monkeypatch.setenv("LLMC_CACHE", str(cli_cache))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("LLMC_DEBUG", raising=False)
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        argv = [*map(str, arguments)]
+        streams = [io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2)]
+        with contextlib.redirect_stdout(streams[0]), contextlib.redirect_stderr(streams[1]):
+            try:
+                status = main(argv)
+            except SystemExit as end:
+                status = int(end.code or 0)
+        for stream in streams:
+            stream.seek(0)
+        return subprocess.CompletedProcess(argv, status, streams[0].read(), streams[1].read())
 
     return call
 

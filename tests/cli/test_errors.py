@@ -43,32 +43,32 @@ def copy(folder: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("command", [("run", "{}", "hi"), ("compile", "{}", "-o", "{}-out")])
-def test_missing_path(llmc: Llmc, tmp_path: Path, command: tuple[str, ...]) -> None:
+def test_missing_path(llmc_here: Llmc, tmp_path: Path, command: tuple[str, ...]) -> None:
     missing = str(tmp_path / "no-such-model")
-    check(llmc(*(c.format(missing) for c in command)), 3, missing)
+    check(llmc_here(*(c.format(missing) for c in command)), 3, missing)
 
 
-def test_not_a_model(llmc: Llmc, tmp_path: Path) -> None:
+def test_not_a_model(llmc_here: Llmc, tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").write_bytes(b"x")
-    check(llmc("compile", tmp_path, "-o", tmp_path / "out"), 3, str(tmp_path), "config.json")
+    check(llmc_here("compile", tmp_path, "-o", tmp_path / "out"), 3, str(tmp_path), "config.json")
 
 
-def test_truncated_safetensors(llmc: Llmc, tiny_model_dir: MakeModel, tmp_path: Path) -> None:
+def test_truncated_safetensors(llmc_here: Llmc, tiny_model_dir: MakeModel, tmp_path: Path) -> None:
     model = copy(tiny_model_dir("llama"), tmp_path)
     weights = model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    check(llmc("compile", model, "-o", tmp_path / "out"), 3, "model.safetensors")
+    check(llmc_here("compile", model, "-o", tmp_path / "out"), 3, "model.safetensors")
     assert not (tmp_path / "out").exists()
 
 
-def test_truncated_gguf(llmc: Llmc, smollm2_gguf: Path, tmp_path: Path) -> None:
+def test_truncated_gguf(llmc_here: Llmc, smollm2_gguf: Path, tmp_path: Path) -> None:
     short = tmp_path / "short.gguf"
     with smollm2_gguf.open("rb") as whole:
         short.write_bytes(whole.read(8 << 20))
-    check(llmc("compile", short, "-o", tmp_path / "out"), 3, "short.gguf")
+    check(llmc_here("compile", short, "-o", tmp_path / "out"), 3, "short.gguf")
 
 
-def test_nan_weights(llmc: Llmc, tiny_model_dir: MakeModel, tmp_path: Path) -> None:
+def test_nan_weights(llmc_here: Llmc, tiny_model_dir: MakeModel, tmp_path: Path) -> None:
     model = copy(tiny_model_dir("llama"), tmp_path)
     weights = model / "model.safetensors"
     data = bytearray(weights.read_bytes())
@@ -76,11 +76,11 @@ def test_nan_weights(llmc: Llmc, tiny_model_dir: MakeModel, tmp_path: Path) -> N
     start, _ = json.loads(data[8 : 8 + length])["model.layers.1.mlp.up_proj.weight"]["data_offsets"]
     data[8 + length + start : 8 + length + start + 4] = np.float32("nan").tobytes()
     weights.write_bytes(data)
-    check(llmc("compile", model, "-o", tmp_path / "out"), 3, "up_proj", "NaN")
+    check(llmc_here("compile", model, "-o", tmp_path / "out"), 3, "up_proj", "NaN")
     assert [p.name for p in tmp_path.iterdir()] == ["copy"] or sorted(p.name for p in tmp_path.iterdir()) == [".out.lock", "copy"]
 
 
-def test_unsupported_model(llmc: Llmc, tmp_path: Path) -> None:
+def test_unsupported_model(llmc_here: Llmc, tmp_path: Path) -> None:
     """A state-space model: transformers builds it, and its operators are not those of a decoder with attention."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -88,12 +88,12 @@ def test_unsupported_model(llmc: Llmc, tmp_path: Path) -> None:
     config = AutoConfig.for_model("mamba", vocab_size=101, hidden_size=24, state_size=4, num_hidden_layers=1, time_step_rank=2)
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
-    check(llmc("compile", tmp_path / "model", "-o", tmp_path / "out"), 4)
+    check(llmc_here("compile", tmp_path / "model", "-o", tmp_path / "out"), 4)
 
 
-def test_unknown_target(llmc: Llmc, tiny_model_dir: MakeModel, tmp_path: Path) -> None:
-    check(llmc("compile", tiny_model_dir("llama"), "-o", tmp_path / "out", "--target", "cpu:x86-64-v33"), 2, "cpu:x86-64-v3")
-    check(llmc("compile", tiny_model_dir("llama"), "-o", tmp_path / "out", "--target", "toaster"), 2, "toaster", "cpu")
+def test_unknown_target(llmc_here: Llmc, tiny_model_dir: MakeModel, tmp_path: Path) -> None:
+    check(llmc_here("compile", tiny_model_dir("llama"), "-o", tmp_path / "out", "--target", "cpu:x86-64-v33"), 2, "cpu:x86-64-v3")
+    check(llmc_here("compile", tiny_model_dir("llama"), "-o", tmp_path / "out", "--target", "toaster"), 2, "toaster", "cpu")
 
 
 def test_missing_extra(llmc: Llmc, tiny_model_dir: MakeModel, tmp_path: Path) -> None:
@@ -106,9 +106,9 @@ def test_missing_extra(llmc: Llmc, tiny_model_dir: MakeModel, tmp_path: Path) ->
 # the output
 
 
-def test_read_only_output(llmc: Llmc, tiny_model_dir: MakeModel) -> None:
+def test_read_only_output(llmc_here: Llmc, tiny_model_dir: MakeModel) -> None:
     """/sys takes no new folders, from root neither."""
-    check(llmc("compile", tiny_model_dir("llama"), "-o", "/sys/llmc-test"), 6, "/sys/llmc-test")
+    check(llmc_here("compile", tiny_model_dir("llama"), "-o", "/sys/llmc-test"), 6, "/sys/llmc-test")
 
 
 def test_disk_full(tiny_model_dir: MakeModel, tmp_path: Path) -> None:
@@ -126,16 +126,16 @@ def test_disk_full(tiny_model_dir: MakeModel, tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} <= {".out.lock"}
 
 
-def test_two_compiles_into_one_folder(llmc: Llmc, tiny_model_dir: MakeModel, tmp_path: Path) -> None:
+def test_two_compiles_into_one_folder(llmc_here: Llmc, tiny_model_dir: MakeModel, tmp_path: Path) -> None:
     with FileLock(tmp_path / ".out.lock"):
-        check(llmc("compile", tiny_model_dir("llama"), "-o", tmp_path / "out"), 6, "another llmc", str(tmp_path / "out"))
+        check(llmc_here("compile", tiny_model_dir("llama"), "-o", tmp_path / "out"), 6, "another llmc", str(tmp_path / "out"))
 
 
-def test_output_that_is_taken(llmc: Llmc, tiny_model_dir: MakeModel, tiny_artifact: Path, tmp_path: Path) -> None:
+def test_output_that_is_taken(llmc_here: Llmc, tiny_model_dir: MakeModel, tiny_artifact: Path, tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear", encoding="utf-8")
     before = (tiny_artifact / "manifest.json").read_bytes()
-    check(llmc("compile", tiny_model_dir("llama"), "-o", tiny_artifact), 6, "--force")
-    check(llmc("compile", tiny_model_dir("llama"), "-o", tmp_path, "--force"), 6, "other things")
+    check(llmc_here("compile", tiny_model_dir("llama"), "-o", tiny_artifact), 6, "--force")
+    check(llmc_here("compile", tiny_model_dir("llama"), "-o", tmp_path, "--force"), 6, "other things")
     assert (tiny_artifact / "manifest.json").read_bytes() == before and (tmp_path / "letter.txt").exists()
 
 

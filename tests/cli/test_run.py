@@ -98,16 +98,16 @@ def test_artifact_runs_wherever_it_is_moved(llmc: Llmc, tiny_artifact: Path, tmp
     assert llmc("run", moved, "ab", *GREEDY).stdout == greedy + "\n"
 
 
-def test_verify_of_a_real_artifact(llmc: Llmc, tiny_artifact: Path, tiny_model_dir: Callable[..., Path]) -> None:
-    done = llmc("verify", tiny_artifact, "--against", tiny_model_dir("llama"), "--json")
+def test_verify_of_a_real_artifact(llmc_here: Llmc, tiny_artifact: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    done = llmc_here("verify", tiny_artifact, "--against", tiny_model_dir("llama"), "--json")
     report = json.loads(done.stdout)
     assert done.returncode == 0 and report["ok"] and report["logits"]["passed"]
     assert len(report["logits"]["prompts"]) == 3
     assert all(p["max_rel"] < 1e-4 and p["top1"] == 1 and p["greedy"] == p["greedy_of"] for p in report["logits"]["prompts"])
 
 
-def test_verify_against_another_model_fails(llmc: Llmc, tiny_artifact: Path, tiny_model_dir: Callable[..., Path]) -> None:
-    done = llmc("verify", tiny_artifact, "--against", tiny_model_dir("llama", seed=1))
+def test_verify_against_another_model_fails(llmc_here: Llmc, tiny_artifact: Path, tiny_model_dir: Callable[..., Path]) -> None:
+    done = llmc_here("verify", tiny_artifact, "--against", tiny_model_dir("llama", seed=1))
     assert done.returncode == 1 and "FAILED" in done.stdout
 
 

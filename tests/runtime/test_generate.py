@@ -111,6 +111,15 @@ def test_a_full_cache_delays_and_changes_nothing(pages: int) -> None:
     assert samples[3].token_ids == want[1]
 
 
+def test_a_long_prompt_takes_pages_back_from_a_later_sample_in_the_same_step() -> None:
+    # the later samples decode, and are planned before the earliest one, whose prompt still comes in chunks
+    prompts = [[i % 40 for i in range(50)], [5], [6], [7]]
+    model = toy_model(pages=16, limits=Limits(4, 8, 4))
+    for completion, prompt in zip(generate_all(model, prompts, max_tokens=12), prompts, strict=True):
+        assert completion.token_ids == greedy_reference(prompt, 12)
+    assert sum(len(step.input_ids) for step in executor_of(model).steps) > 50 + 11 + 3 * (1 + 11)
+
+
 def test_one_sample_too_large_for_the_cache_is_refused_and_nothing_leaks() -> None:
     model = toy_model(pages=5)
     with pytest.raises(RequestError, match="the KV cache is full"):

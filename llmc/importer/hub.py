@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,23 @@ _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _UNWANTED = ["*/*", "consolidated*.safetensors"]
 
 
-def _reporting_bar(progress: Progress | None) -> type[Any]:
-    """A tqdm class that draws nothing and tells ``progress`` the bytes done so far."""
+def _reporting_bar(progress: Progress | None, what: str) -> type[Any]:
+    """A tqdm class that draws nothing and tells ``progress`` the bytes done so far, as ``what``."""
     from huggingface_hub.utils import tqdm
+
+    # the hub counts bytes twice, as received and as written, and not always both: the further count is the progress
+    counting: list[Any] = []
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            kwargs["disable"] = False  # a disabled bar does not count
-            super().__init__(*args, **kwargs)
+            # a disabled bar does not count, and any bar ends a line when it is closed
+            super().__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO()})
+            if self.unit == "B":
+                counting.append(self)
 
         def display(self, *args: Any, **kwargs: Any) -> None:
-            if progress and getattr(self, "unit", "") == "B":
-                progress(int(self.n), int(self.total or 0), str(self.desc or "downloading"))
+            if progress and counting:
+                progress(int(max(b.n for b in counting)), int(max(b.total or 0 for b in counting)), what)
 
     return Bar
 
@@ -46,7 +52,11 @@ def download(model: str, progress: Progress | None = None) -> Path:
     at = f" at revision {revision!r}" if revision else ""
     try:
         folder = snapshot_download(
-            name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNWANTED, tqdm_class=_reporting_bar(progress)
+            name,
+            revision=revision,
+            allow_patterns=_WANTED,
+            ignore_patterns=_UNWANTED,
+            tqdm_class=_reporting_bar(progress, f"downloading {name}"),
         )
     except errors.GatedRepoError as error:
         raise ModelError(

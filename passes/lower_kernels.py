@@ -95,11 +95,11 @@ def kernel_call(value: relax.Call, result: relax.Var, phase: str) -> KernelCall:
     return KernelCall(value.op.name, tuple(tensors[:-1]), tensors[-1], tuple(sorted(attrs_of(value).items())), phase)
 
 
-def generated_choice(function: str, name: str, kernel: tirx.PrimFunc, count: int) -> KernelChoice:
-    """The record of a PrimFunc that was generated from Relax operators and not taken from a family."""
-    buffers = [kernel.buffer_map[p] for p in kernel.params if p in kernel.buffer_map]
-    shapes = ", ".join(f"{b.dtype}[{','.join(str(d) for d in b.shape)}]" for b in buffers)
-    return KernelChoice(function, "relax", name, "generated", count, shapes, {}, "legalised and fused from Relax operators")
+def generated_choice(function: str, name: str, calls: Sequence[relax.Call]) -> KernelChoice:
+    """The record of a PrimFunc that was generated from Relax operators and not taken from a family, and is called by ``calls``."""
+    operands = [a for a in calls[0].args if isinstance(a.ty, relax.TensorType)]
+    shape = ", ".join(f"{dtype_of(a)}[{','.join(str(d) for d in dims(a))}]" for a in operands)
+    return KernelChoice(function, "relax", name, "generated", len(calls), shape, {}, "legalised and fused from Relax operators")
 
 
 def _dim_name(dim: Any, index: int) -> str:

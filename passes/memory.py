@@ -13,7 +13,6 @@ unknown size; KV pages are parameters and take no part in the plan. The function
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import tvm
@@ -68,6 +67,7 @@ def plan_memory(module: tvm.IRModule, names: Sequence[str], tvm_target: tvm.targ
     with tvm_target:
         for step in (
             R.RewriteDataflowReshape(),
+            R.DeadCodeElimination(list(names)),  # kernels whose every call has become a view
             R.ToNonDataflow(),
             R.RemovePurityChecking(),
             R.CallTIRRewrite(),
@@ -94,13 +94,13 @@ def workspace_bytes(function: relax.Function) -> int:
     return total
 
 
-def kernel_counts(function: relax.Function) -> Counter[str]:
-    """How often one call of a planned function runs each PrimFunc."""
-    return Counter(
-        value.op.name_hint
-        for _, value in _bindings(function)
-        if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar)
-    )
+def kernel_calls(function: relax.Function) -> dict[str, list[relax.Call]]:
+    """What one call of a planned function runs: the calls of each PrimFunc, by its name."""
+    calls: dict[str, list[relax.Call]] = {}
+    for _, value in _bindings(function):
+        if isinstance(value, relax.Call) and isinstance(value.op, tvm.ir.GlobalVar):
+            calls.setdefault(value.op.name_hint, []).append(value)
+    return calls
 
 
 def lower_vm(module: tvm.IRModule, tvm_target: tvm.target.Target) -> tvm.IRModule:

@@ -29,7 +29,7 @@ from llmc.passes.fuse_epilogue import fuse_bias, fuse_epilogue
 from llmc.passes.fuse_norm import fuse_norm
 from llmc.passes.fuse_rope import fuse_rope
 from llmc.passes.lower_kernels import KernelLibrary, generated_choice, lower_kernels
-from llmc.passes.memory import kernel_counts, lower_vm, plan_memory, workspace_bytes
+from llmc.passes.memory import kernel_calls, lower_vm, plan_memory, workspace_bytes
 from llmc.passes.merge_projections import merge_projections
 from llmc.passes.paged_attention import paged_attention
 from llmc.passes.phases import phases
@@ -140,12 +140,10 @@ def _plan_memory(s: _State) -> None:
     chosen = s.library.choices()
     handwritten = {k.kernel for k in chosen}
     for name in PHASES:
-        counts = kernel_counts(s.module[name])
-        s.functions.append(FunctionInfo(name, workspace_bytes(s.module[name]), sum(counts.values())))
+        calls = kernel_calls(s.module[name])
+        s.functions.append(FunctionInfo(name, workspace_bytes(s.module[name]), sum(len(c) for c in calls.values())))
         s.kernels += [k for k in chosen if k.function == name]
-        s.kernels += [
-            generated_choice(name, kernel, s.module[kernel], n) for kernel, n in counts.items() if kernel not in handwritten
-        ]
+        s.kernels += [generated_choice(name, kernel, c) for kernel, c in calls.items() if kernel not in handwritten]
 
 
 def _lower_vm(s: _State) -> None:
@@ -165,7 +163,6 @@ PASSES: list[tuple[str, Callable[[_State], None]]] = [
     ("phases", _phases),
     ("lower_kernels", _lower_kernels),
     ("fuse_operators", _fuse_operators),
-    ("schedule", _schedule),
     ("plan_memory", _plan_memory),
     ("lower_vm", _lower_vm),
 ]

@@ -1,0 +1,112 @@
+"""Graph in, machine code out: decode and extend through the VM against the interpreter's forward pass over the whole sequence."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
+
+# isort: split
+import numpy as np
+import pytest
+import tvm
+from tvm import relax
+
+from llmc import targets
+from llmc.importer.params import DTYPES
+from llmc.passes.pipeline import PASSES, Lowered, Options, lower
+from tests.support import graphs, interpreter
+from tests.support.stepper import Stepper, mixed_schedule, page_shapes
+
+TARGET = targets.parse("cpu")
+OPTIONS = Options(page_size=4, kv_dtype="float32", context=24, max_batch=4, max_rows=16, max_logit_rows=8)
+
+
+class Machine:
+    """A built module with its weights and pages: a callable for :class:`Stepper`."""
+
+    def __init__(self, built: graphs.Built, lowered: Lowered, kv_dtype: str) -> None:
+        module = targets.module_for(TARGET)
+        tvm_target = module.tvm_target(TARGET)
+        with tvm_target:
+            executable = relax.build(lowered.mod, tvm_target, relax_pipeline=None)
+        self.vm = relax.VirtualMachine(executable, tvm.cpu())
+        self.vocab = built.config.vocab
+        shapes = page_shapes(lowered.kv_layers, 12, OPTIONS.page_size)
+        self.pages = [tvm.runtime.tensor(np.zeros(shape, DTYPES[kv_dtype])) for shape in shapes]
+        self.weights = [tvm.runtime.tensor(graphs.stored(built.table, name)) for name in lowered.weights]
+
+    def __call__(self, phase: str, state: dict[str, np.ndarray], rows: int) -> np.ndarray:
+        out = tvm.runtime.tensor(np.full((rows, self.vocab), np.nan, np.float32))
+        returned = self.vm[phase](out, *[tvm.runtime.tensor(v) for v in state.values()], *self.pages, *self.weights)
+        np.testing.assert_array_equal(returned.numpy(), out.numpy())
+        return out.numpy()
+
+
+def compare(case: str, kv_dtype: str, tolerance: float) -> Lowered:
+    """Lower, build and run ``case``; compare every logit with the float64 reference."""
+    config = graphs.CASES[case]
+    built = graphs.build(config)
+    lowered = lower(built.module, built.table, TARGET, Options(**{**OPTIONS.__dict__, "kv_dtype": kv_dtype}))
+    sequences = [np.random.default_rng(5).integers(0, config.vocab, n) for n in (11, 7, 5)]
+    stepper = Stepper(Machine(built, lowered, kv_dtype), sequences, OPTIONS.page_size, 12)
+    mixed_schedule(stepper)
+    original = graphs.build(config)
+    params = original.module["main"].params
+    for ids, logits in zip(sequences, stepper.logits, strict=True):
+        expected = interpreter.run(
+            original.module, original.arguments(params, {"input_ids": ids, "positions": np.arange(len(ids))})
+        )
+        for position, row in logits.items():
+            np.testing.assert_allclose(row, expected[position], rtol=tolerance, atol=tolerance, err_msg=f"position {position}")
+    return lowered
+
+
+@pytest.mark.parametrize("case", ["grouped", "nhd", "offset_norms", "parallel_partial", "pairs_partial", "experts", "single"])
+def test_machine_code_matches_the_reference(case: str) -> None:
+    compare(case, "float32", 3e-5)
+
+
+def test_narrow_kv_cache() -> None:
+    lowered = compare("pairs", "float16", 2e-2)
+    assert any("float16" in k.shape for k in lowered.kernels if k.op == "llmc.attend")
+
+
+def test_what_a_compile_reports(tmp_path: Path) -> None:
+    built = graphs.build(graphs.CASES["grouped"])
+    seen: list[tuple[int, int, str]] = []
+    lowered = lower(built.module, built.table, TARGET, OPTIONS, tmp_path / "ir", lambda *step: seen.append(step))
+    assert [name for name, _ in lowered.timings] == [name for name, _ in PASSES]
+    dumped = sorted(p.name for p in (tmp_path / "ir").iterdir())
+    assert len(dumped) == len(PASSES) + 2 and dumped[0] == "00_import.txt" and dumped[-2].endswith("_lower_vm.txt")
+    assert set(json.loads((tmp_path / "ir" / "timing.json").read_text())) == {name for name, _ in PASSES}
+    assert seen[-1] == (len(PASSES), len(PASSES), "done")
+    assert lowered.weights == list(dict.fromkeys(lowered.weights)) and set(lowered.weights) == set(built.table)
+    decode, extend = lowered.functions
+    assert (decode.name, extend.name) == ("decode", "extend")
+    # the widest value of an extend step, 16 rows of 48 float32, needs more than all of decode's 4 rows of it
+    assert extend.workspace_bytes > 16 * 48 * 4 > decode.workspace_bytes / 4 > 0
+    linears = {k.kernel: k for k in lowered.kernels if k.function == "decode" and k.op == "llmc.linear"}
+    assert sum(k.count for k in linears.values()) == 9 and len(linears) == 5
+    for name in ("decode", "extend"):
+        assert sum(k.count for k in lowered.kernels if k.function == name) == {"decode": decode, "extend": extend}[name].kernels
+    assert all(k.why and k.shape and k.family for k in lowered.kernels)
+
+
+def test_depth_adds_no_kernels() -> None:
+    counts = []
+    for layers in (2, 5):
+        built = graphs.build(graphs.Config(layers=layers))
+        lowered = lower(built.module, built.table, TARGET, OPTIONS)
+        counts.append(sum(isinstance(f, tvm.tirx.PrimFunc) for f in lowered.mod.functions.values()))
+    assert counts[0] == counts[1]
+
+
+def test_the_hash_is_the_graphs() -> None:
+    def digest(**changes: object) -> str:
+        built = graphs.build(graphs.Config(**changes), seed=len(changes))  # type: ignore[arg-type]
+        return lower(built.module, built.table, TARGET, OPTIONS).graph_sha256
+
+    assert digest() == digest()
+    assert len({digest(), digest(window=3), digest(heads=2), digest(activation="gelu")}) == 4

@@ -51,22 +51,21 @@ def dot_tile(
     weight: Expr,
     w_rows: Sequence[tuple[Expr, ...]],
     k: int,
-    prefetch: int = 0,
+    stream: bool = False,
 ) -> list[Expr]:
     """Emit the products of every x row with every weight row; per x row, a vector with one sum per weight row.
 
-    ``x_rows`` and ``w_rows`` are index prefixes; the last dimension of both buffers is k. ``prefetch`` asks for the weights
-    that many rows further on: short rows end before the hardware's stream detection has caught up.
+    ``x_rows`` and ``w_rows`` are index prefixes; the last dimension of both buffers is k. ``stream`` walks the weight rows
+    one after the other, for weights that come from memory; else all of them advance together. The sums are the same bits.
     """
     lanes = simd.widest(k)
-    full = k // lanes
     zero = simd.splat(0.0, lanes)
     acc = [[local(lanes) for _ in w_rows] for _ in x_rows]
     for row in acc:
         for a in row:
             store(a, zero, 0, lanes=lanes)
 
-    def step(start: Expr, counted: int) -> None:
+    def step(columns: Sequence[int], start: Expr, counted: int) -> None:
         xs = []
         for r in x_rows:
             value = simd.load(x, *r, start, lanes=lanes)
@@ -74,17 +73,16 @@ def dot_tile(
                 fresh = tirx.Ramp(0, 1, lanes) >= tirx.Broadcast(tirx.const(counted, "int32"), lanes)
                 value = tirx.Select(fresh, value, zero)
             xs.append(bind(value))
-        for j, w in enumerate(w_rows):
-            value = bind(simd.load(weight, *w, start, lanes=lanes))
+        for j in columns:
+            value = bind(simd.load(weight, *w_rows[j], start, lanes=lanes))
             for i, xv in enumerate(xs):
                 store(acc[i][j], simd.fma(xv, value, read(acc[i][j], 0, lanes=lanes)), 0, lanes=lanes)
-            if prefetch:
-                ahead = tirx.address_of(weight[(*w[:-1], w[-1] + prefetch, start)])
-                T.evaluate(tirx.call_intrin("void", "tirx.prefetch", ahead, 0, 3, 1))
 
-    with T.serial(0, full) as kk:
-        step(tirx.Cast("int64", kk) * lanes, 0)
-    rest = k - full * lanes
-    if rest:
-        step(tirx.const(k - lanes, "int64"), lanes - rest)
+    full, rest = divmod(k, lanes)
+    together = range(len(w_rows))
+    for columns in [[j] for j in together] if stream else [list(together)]:
+        with T.serial(0, full) as kk:
+            step(columns, tirx.Cast("int64", kk) * lanes, 0)
+        if rest:
+            step(columns, tirx.const(k - lanes, "int64"), lanes - rest)
     return [simd.sums([read(a, 0, lanes=lanes) for a in row]) for row in acc]

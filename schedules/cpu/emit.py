@@ -80,8 +80,11 @@ def ceildiv(a: Expr, b: int) -> Expr:
 
 
 def local(lanes: int, count: int = 1, dtype: str = "float32") -> Expr:
-    """A local buffer of ``count`` vectors. One vector per buffer becomes a register."""
-    return T.alloc_buffer((lanes * count,), dtype, scope="local")
+    """A thread's own buffer of ``count`` vectors. One vector per buffer becomes a register; above 1 KB it is a workspace.
+
+    Its scope is TVM's "global": only that one is put on the stack on a CPU, any other becomes a heap allocation.
+    """
+    return T.alloc_buffer((lanes * count,), dtype)
 
 
 def span(start: Expr, lanes: int) -> Expr:
@@ -181,6 +184,9 @@ class Simd:
             return value
         if dtype == "float16" and not self.has_half:
             return _half_to_float(tirx.reinterpret(vector("uint16", lanes), value), lanes)
+        if dtype == "bfloat16":
+            bits = tirx.Cast(vector("uint32", lanes), tirx.reinterpret(vector("uint16", lanes), value))
+            return tirx.reinterpret(vector("float32", lanes), bits << words(16, lanes))
         return tirx.Cast(vector("float32", lanes), value)
 
     def narrow(self, value: Expr, dtype: str, lanes: int) -> Expr:
@@ -189,6 +195,11 @@ class Simd:
             return value
         if dtype == "float16" and not self.has_half:
             return tirx.reinterpret(vector("float16", lanes), _float_to_half(bind(value), lanes))
+        if dtype == "bfloat16":
+            bits = bind(tirx.reinterpret(vector("uint32", lanes), value))
+            rounded = bits + ((bits >> words(16, lanes)) & words(1, lanes)) + words(0x7FFF, lanes)
+            upper = tirx.Cast(vector("uint16", lanes), rounded >> words(16, lanes))
+            return tirx.reinterpret(vector("bfloat16", lanes), upper)
         return tirx.Cast(vector(dtype, lanes), value)
 
     def sums(self, vectors: Sequence[Expr]) -> Expr:
@@ -246,36 +257,35 @@ def _halves(a: Expr, b: Expr | None, pieces: int, width: int, offset: int) -> Ex
     return shuffle([a] if b is None else [a, b], take)
 
 
+def words(value: int, lanes: int) -> Expr:
+    """An unsigned 32-bit constant in every lane."""
+    constant = tirx.const(value, "uint32")
+    return constant if lanes == 1 else tirx.Broadcast(constant, lanes)
+
+
 def _half_to_float(bits: Expr, lanes: int) -> Expr:
     """IEEE half bits to float32 by integer arithmetic, for machines without the conversion (x86-64 before v3)."""
-
-    def word(value: int) -> Expr:
-        return tirx.const(value, "uint32") if lanes == 1 else tirx.Broadcast(tirx.const(value, "uint32"), lanes)
-
+    floats = vector("float32", lanes)
     wide = bind(tirx.Cast(vector("uint32", lanes), bits))
-    magnitude = (wide & word(0x7FFF)) << word(13)
-    # Shifted into place the exponent is too small by 127 - 15; a multiplication also makes subnormals right.
-    scale = tirx.const(2.0**112, "float32")
-    scaled = tirx.reinterpret(vector("float32", lanes), magnitude) * (scale if lanes == 1 else tirx.Broadcast(scale, lanes))
-    scaled_bits = tirx.reinterpret(vector("uint32", lanes), scaled)
-    special = tirx.Select(magnitude >= word(0x7C00 << 13), scaled_bits | word(0x7F800000), scaled_bits)
-    return tirx.reinterpret(vector("float32", lanes), special | ((wide & word(0x8000)) << word(16)))
+    magnitude = bind((wide & words(0x7FFF, lanes)) << words(13, lanes))
+    # Shifted into place the exponent is too small by 127 - 15 = 112; the product with 2^112 makes subnormals right as well.
+    scale = tirx.reinterpret(floats, words((127 + 112) << 23, lanes))
+    scaled = bind(tirx.reinterpret(vector("uint32", lanes), tirx.reinterpret(floats, magnitude) * scale))
+    special = tirx.Select(magnitude >= words(0x7C00 << 13, lanes), scaled | words(0x7F800000, lanes), scaled)
+    return tirx.reinterpret(floats, special | ((wide & words(0x8000, lanes)) << words(16, lanes)))
 
 
 def _float_to_half(value: Expr, lanes: int) -> Expr:
     """float32 to IEEE half bits, to nearest even, by integer arithmetic: the inverse of :func:`_half_to_float`."""
-
-    def word(number: int) -> Expr:
-        return tirx.const(number, "uint32") if lanes == 1 else tirx.Broadcast(tirx.const(number, "uint32"), lanes)
-
-    bits = bind(tirx.reinterpret(vector("uint32", lanes), value))
-    magnitude = bind(bits & word(0x7FFFFFFF))
+    floats, integers = vector("float32", lanes), vector("uint32", lanes)
+    bits = bind(tirx.reinterpret(integers, value))
+    magnitude = bind(bits & words(0x7FFFFFFF, lanes))
     # Subnormal results: adding 0.5 lets the float addition do the rounding at the right bit.
-    half = tirx.const(0.5, "float32")
-    small = tirx.reinterpret(vector("float32", lanes), magnitude) + (half if lanes == 1 else tirx.Broadcast(half, lanes))
-    subnormal = tirx.reinterpret(vector("uint32", lanes), small) - word(0x3F000000)
-    normal = (magnitude - word(112 << 23) + word(0xFFF) + ((magnitude >> word(13)) & word(1))) >> word(13)
-    finite = tirx.Select(magnitude < word(113 << 23), subnormal, normal)
-    infinite = tirx.Select(magnitude > word(0x7F800000), word(0x7E00), word(0x7C00))
-    result = tirx.Select(magnitude >= word(0x477FF000), infinite, finite)
-    return tirx.Cast(vector("uint16", lanes), result | ((bits & word(0x80000000)) >> word(16)))
+    small = tirx.reinterpret(floats, magnitude) + tirx.reinterpret(floats, words(0x3F000000, lanes))
+    subnormal = tirx.reinterpret(integers, small) - words(0x3F000000, lanes)
+    odd = (magnitude >> words(13, lanes)) & words(1, lanes)
+    normal = (magnitude - words(112 << 23, lanes) + words(0xFFF, lanes) + odd) >> words(13, lanes)
+    finite = tirx.Select(magnitude < words(113 << 23, lanes), subnormal, normal)
+    infinite = tirx.Select(magnitude > words(0x7F800000, lanes), words(0x7E00, lanes), words(0x7C00, lanes))
+    result = tirx.Select(magnitude >= words(0x477FF000, lanes), infinite, finite)
+    return tirx.Cast(vector("uint16", lanes), result | ((bits & words(0x80000000, lanes)) >> words(16, lanes)))

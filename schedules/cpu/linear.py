@@ -3,7 +3,9 @@
 The work is cut into (row block × output block) tasks. Inside a task the few weight rows of an output block stay in the
 first-level cache while all rows of the block pass over them, so a step with n ≤ ``row_block`` rows reads every weight once
 (decode: the machine's memory bandwidth), and the x rows of a block stay in the second level (prefill: the FMA units).
-The register tile is ``rows × outputs`` of :func:`llmc.schedules.cpu.dot.tile_shape`; rows left over go one at a time.
+The first row of a block streams the weights in the order they lie in memory (with k of a few hundred, several short rows at
+once defeat the hardware's prefetch); the others find them in the cache and go through the register tile ``rows × outputs`` of
+:func:`llmc.schedules.cpu.dot.tile_shape`, rows left over one at a time.
 """
 
 from __future__ import annotations
@@ -64,11 +66,11 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
-    """``row_block``: rows that share one pass over the weights; ``prefetch``: whether the next weight rows are asked for."""
+    """``row_block``: rows that share one pass over the weights."""
     k, tile = call.args[1].shape[1], tile_shape(Simd(target))
     assert isinstance(k, int)
     fit = [r for r in (96, 48, 192, 24) if r * k * 4 <= L2_SHARE]
-    return {"row_block": [max(tile.rows, r // tile.rows * tile.rows) for r in fit or [24]], "prefetch": [True, False]}
+    return {"row_block": [r // tile.rows * tile.rows + 1 for r in fit or [24]]}
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
@@ -83,25 +85,19 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         full, rest = o // tile.outputs, output_blocks(o, tile.outputs)
         tasks = full + (1 if rest else 0)
 
-        def rows(start: Expr, count: int, first: Expr, outputs: int) -> None:
-            ahead = tile.outputs if config["prefetch"] and count == 1 else 0
-            sums = dot_tile(
-                simd,
-                buffers["x"],
-                [(start + i,) for i in range(count)],
-                buffers["weight"],
-                [(first + j,) for j in range(outputs)],
-                k,
-                ahead,
-            )
+        def rows(start: Expr, count: int, first: Expr, outputs: int, stream: bool = False) -> None:
+            x_rows = [(start + i,) for i in range(count)]
+            w_rows = [(first + j,) for j in range(outputs)]
+            sums = dot_tile(simd, buffers["x"], x_rows, buffers["weight"], w_rows, k, stream)
             for i, value in enumerate(sums):
                 _finish(call, simd, buffers, value, start + i, first, outputs)
 
         def columns(low: Expr, high: Expr, first: Expr, outputs: int) -> None:
-            tiles = tirx.floordiv(high - low, tile.rows)
+            rows(low, 1, first, outputs, stream=True)
+            tiles = tirx.floordiv(high - low - 1, tile.rows)
             with T.serial(0, tiles) as t:
-                rows(low + t * tile.rows, tile.rows, first, outputs)
-            with T.serial(low + tiles * tile.rows, high) as row:
+                rows(low + 1 + t * tile.rows, tile.rows, first, outputs)
+            with T.serial(low + 1 + tiles * tile.rows, high) as row:
                 rows(row, 1, first, outputs)
 
         def task(t: Expr) -> None:

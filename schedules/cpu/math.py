@@ -75,12 +75,13 @@ class Math:
         """exp(x); x is clamped to [-87, 88.7], so the result is finite and never zero."""
         fma, integers = self.simd.fma, vector("int32", self.lanes)
         x = bind(tirx.max(tirx.min(x, self._c(88.7)), self._c(-87.0)))
-        shifted = bind(fma(x, self._c(LOG2_E), self._c(ROUND)))
-        n = bind(shifted - self._c(ROUND))
+        # Seen through its bits the rounded sum is opaque to TVM, which would cancel (a + ROUND) - ROUND.
+        bits = bind(tirx.reinterpret(integers, fma(x, self._c(LOG2_E), self._c(ROUND))))
+        n = bind(tirx.reinterpret(vector("float32", self.lanes), bits) - self._c(ROUND))
         r = bind(fma(n, self._c(-LN2_LOW), fma(n, self._c(-LN2_HIGH), x)))
         p = fma(self._polynomial(r, _exp_coefficients()), r * r, r) + self._c(1.0)
         shift = tirx.const(23, "int32")
-        exponent = tirx.reinterpret(integers, shifted) << (shift if self.lanes == 1 else tirx.Broadcast(shift, self.lanes))
+        exponent = bits << (shift if self.lanes == 1 else tirx.Broadcast(shift, self.lanes))
         return bind(tirx.reinterpret(vector("float32", self.lanes), tirx.reinterpret(integers, p) + exponent))
 
     def sigmoid(self, x: Expr) -> Expr:

@@ -1,0 +1,136 @@
+"""``llmc.attend`` on a CPU: paged attention for decode rows and ragged extend rows, with the same arithmetic in both phases.
+
+A task is a block of rows and one KV head. In the decode phase a row is a sequence; in the extend phase a block of packed rows
+may touch several sequences, which are found through ``q_indptr`` and done one after the other.
+:mod:`llmc.schedules.cpu.flash` is what happens inside.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from llmc.schedules.cpu.emit import Simd, Symbols, arguments, bind, ceildiv, function, i64, local, read, store
+from llmc.schedules.cpu.flash import Flash, Heads, Scores
+from llmc.schedules.protocol import KernelCall, TensorSpec
+from llmc.targets.base import Target
+
+Expr = Any
+NAME = "cpu.attend"
+OP = "llmc.attend"
+STORAGE = ("float32", "float16", "bfloat16")
+
+
+def _call(
+    hq: int, hk: int, d: int, dv: int = 0, page_size: int = 16, dtype: str = "float32", phase: str = "extend", **attrs: Any
+) -> KernelCall:
+    dv = dv or d
+    full = {"scale": d**-0.5, "window": -1, "chunk": -1, "softcap": 0.0, "sinks": 0, "page_size": page_size, "v_dim": dv, **attrs}
+    n = "b" if phase == "decode" else "n"
+    args = [
+        TensorSpec((n, hq, d), "float32"),
+        TensorSpec(("num_pages", hk, page_size * (d + dv)), dtype),
+        TensorSpec(("b", "m"), "int32"),
+        TensorSpec(("b",), "int32"),
+        TensorSpec(("b+1",), "int32"),
+    ]
+    if full["sinks"]:
+        args.append(TensorSpec((hq,), "float32"))
+    return KernelCall(OP, tuple(args), TensorSpec((n, hq, dv), "float32"), tuple(sorted(full.items())), phase)
+
+
+SHAPES: dict[str, KernelCall] = {
+    "smollm2_extend": _call(9, 3, 64),
+    "smollm2_decode": _call(9, 3, 64, phase="decode"),
+    "mha_80_f16": _call(2, 2, 80, page_size=5, dtype="float16"),
+    "window_96_bf16": _call(4, 2, 96, dtype="bfloat16", window=7),
+    "odd_20_12_softcap": _call(6, 2, 20, 12, page_size=3, softcap=3.0),
+    "tiny_12_sinks": _call(2, 1, 12, 20, page_size=16, sinks=1, window=5),
+    "chunked_128": _call(8, 1, 128, page_size=7, chunk=9),
+    "window_decode": _call(4, 2, 96, dtype="bfloat16", window=7, phase="decode"),
+}
+
+
+def matches(call: KernelCall, target: Target) -> str | None:
+    if call.op != OP or target.kind != "cpu":
+        return None
+    q, pages = call.args[0], call.args[1]
+    sinks_ok = len(call.args) == 5 or call.args[5].dtype in STORAGE
+    if q.dtype != "float32" or pages.dtype not in STORAGE or not sinks_ok:
+        return None
+    return f"online softmax over chunks of positions, {pages.dtype} pages"
+
+
+def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
+    """``row_block``: rows of a task, which share one gathering of keys and values."""
+    return {"row_block": [1] if call.phase == "decode" else [32, 16, 64]}
+
+
+def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
+    simd, symbols = Simd(target), Symbols()
+    hq, d = (int(v) for v in call.args[0].shape[1:])
+    hk, block = int(call.args[1].shape[1]), int(config["row_block"])
+    heads = Heads(hq // hk, d, int(call.attr("v_dim")), int(call.attr("page_size")), block)
+    scores = Scores(*(call.attr(name) for name in ("scale", "softcap", "window", "chunk")))
+    names = ["q", "kv_pages", "block_table", "seq_lens", "q_indptr", "sinks"][: len(call.args)]
+    specs = {**dict(zip(names, call.args, strict=True)), "out": call.result}
+    with function(f"attend_{call.phase}_{hq}x{hk}x{d}") as done:
+        buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
+        n, sequences = symbols.dim(call.args[0].shape[0]), symbols.dim(call.args[3].shape[0])
+        lengths, starts = buffers["seq_lens"], buffers["q_indptr"]
+        flash = Flash(
+            simd, heads, scores, buffers["q"], buffers["kv_pages"], buffers["block_table"], buffers["out"], buffers.get("sinks")
+        )
+
+        def decode(t: Expr) -> None:
+            row, head = bind(tirx.floordiv(t, hk)), bind(tirx.floormod(t, hk))
+            flash.run(row, head, row, i64(1), bind(i64(lengths[row]) - 1))
+
+        def extend(t: Expr, tasks: Expr) -> None:
+            # Later rows see more positions. Each thread takes a run of tasks, so front and back are dealt in turn.
+            half = tirx.floordiv(t, 2)
+            dealt = bind(tirx.Select(tirx.floormod(t, 2).equal(i64(0)), half, tasks - 1 - half))
+            head, low = bind(tirx.floormod(dealt, hk)), tirx.floordiv(dealt, hk) * block
+            row, sequence = local(1, dtype="int64"), local(1, dtype="int64")
+            store(row, low, 0)
+            store(sequence, i64(0), 0)
+            high = bind(tirx.min(low + block, n))
+            with T.While(read(row, 0) < high):
+                here = tirx.And(read(sequence, 0) + 1 < sequences, i64(starts[read(sequence, 0) + 1]) <= read(row, 0))
+                with T.While(here):
+                    store(sequence, read(sequence, 0) + 1, 0)
+                s, first = bind(read(sequence, 0)), bind(read(row, 0))
+                end = bind(i64(starts[s + 1]))
+                stop = bind(tirx.min(high, tirx.max(end, first + 1)))
+                # Rows behind the last sequence are padding: they repeat its last position rather than read past its pages.
+                position = bind(tirx.min(i64(lengths[s]) - end + first, i64(lengths[s]) - 1))
+                flash.run(s, head, first, bind(stop - first), position)
+                store(row, stop, 0)
+
+        tasks = bind(ceildiv(n, block) * hk)
+        with T.parallel(0, tasks) as t:
+            flash.allocate()
+            if call.phase == "decode":
+                decode(t)
+            else:
+                extend(t, tasks)
+    return done()
+
+
+def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
+    from llmc.dialect.paged import attend_reference
+
+    attrs = {name: value for name, value in call.attrs if name != "sinks"}
+    return attend_reference(*arrays, **attrs)
+
+
+def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
+    """``context``: the positions that each of the b sequences holds; all of them are read once and multiplied by every row."""
+    width = {"float32": 4, "float16": 2, "bfloat16": 2}[call.args[1].dtype]
+    n, hq, d = call.args[0].bind(symbols)
+    values = d + int(call.attr("v_dim"))
+    cache = symbols["b"] * symbols["context"] * int(call.args[1].shape[1]) * values * width
+    return cache + 4 * n * hq * values, 2 * n * hq * values * symbols["context"]

@@ -76,15 +76,15 @@ def _compile(model: str, options: dict[str, Any], progress: Progress, *, recompi
         entry.mkdir(parents=True, exist_ok=True)
         lock = FileLock(entry / "lock")
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             progress.note(f"another llmc is compiling {model}: waiting for it")
-            lock.acquire()
+            held = lock.acquire()
     except OSError as error:
         raise OutputError(
             f"the compile cache {entry} cannot be written ({error.strerror}): set LLMC_CACHE to another folder"
         ) from error
-    with lock:
+    with held:
         if not recompile and (hit := _ready(entry)):
             return hit
         (entry / "ready").unlink(missing_ok=True)

@@ -16,6 +16,8 @@ import numpy as np
 
 from llmc.errors import InternalError, RequestError
 
+_HEAD = 1024
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -133,28 +135,40 @@ class Sampler:
 
     def _draw(self, logits: np.ndarray, position: int) -> int:
         ids, weights = candidates(logits, self._params)
-        total = np.cumsum(weights)
+        total = np.cumsum(weights, dtype=np.float64)
         # in the order of token ids, where rounding in the logits moves the bounds least
         place = np.searchsorted(total, uniform(self._seed, self._stream, position) * total[-1], side="right")
         return int(ids[min(int(place), len(ids) - 1)])
 
 
 def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that may be drawn, in ascending order, and their weights (float64, not normalized).
+    """The tokens that may be drawn, in ascending order, and their weights (float32, the largest 1, not normalized).
 
     Temperature must not be 0. At least the most probable token remains.
     """
     ids = np.arange(logits.size)
     if 0 < params.top_k < logits.size:
         ids = np.sort(np.argpartition(logits, -params.top_k)[-params.top_k :])
-    scaled = logits[ids].astype(np.float64)
-    weights = np.exp((scaled - scaled.max()) / params.temperature)
+        logits = logits[ids]
+    weights = np.exp((logits - logits.max()) / np.float32(params.temperature))
     if params.min_p > 0:
-        # the most probable token weighs 1; it survives top-k, so the order of the two does not matter
-        ids, weights = ids[weights >= params.min_p], weights[weights >= params.min_p]
+        # the most probable token survives top-k, so the order of the two does not matter
+        kept = np.flatnonzero(weights >= params.min_p)
+        ids, weights = ids[kept], weights[kept]
     if params.top_p < 1:
-        order = np.argsort(-weights, kind="stable")
-        before = np.cumsum(weights[order]) - weights[order]
-        kept = np.sort(order[before < params.top_p * weights.sum()])
+        kept = nucleus(weights, params.top_p)
         ids, weights = ids[kept], weights[kept]
     return ids, weights
+
+
+def nucleus(weights: np.ndarray, share: float) -> np.ndarray:
+    """Indices, ascending, of the fewest largest ``weights`` that add up to ``share`` of their sum; ties go to lower indices."""
+    limit = share * weights.sum(dtype=np.float64)
+    head = np.arange(weights.size)
+    if weights.size > _HEAD:
+        # sorting a whole vocabulary takes milliseconds, and the nucleus is nearly always among the largest few
+        large = np.flatnonzero(weights >= np.partition(weights, -_HEAD)[-_HEAD])
+        head = large if weights[large].sum(dtype=np.float64) >= limit else head
+    order = head[np.argsort(-weights[head], kind="stable")]
+    before = np.cumsum(weights[order], dtype=np.float64) - weights[order]
+    return np.sort(order[before < limit])

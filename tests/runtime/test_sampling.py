@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llmc.errors import InternalError, RequestError
-from llmc.runtime.sampling import Sampler, SamplingParams, candidates, log_softmax, uniform
+from llmc.runtime.sampling import Sampler, SamplingParams, candidates, log_softmax, nucleus, uniform
 
 LOGITS = np.array([1.0, 2.5, -0.7, 2.5, 0.0, -3.0, 1.9], np.float32)
 
@@ -72,7 +72,24 @@ def test_candidates_have_the_analytic_probabilities(params: SamplingParams) -> N
         assert ids[0] in (1, 3)
         assert len(ids) == 1
         return
-    np.testing.assert_allclose(found, want, atol=1e-12)
+    np.testing.assert_allclose(found, want, atol=1e-6)
+    assert (found > 0).tolist() == (want > 0).tolist()
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 4.0])
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.9, 0.999])
+def test_the_nucleus_of_a_large_vocabulary_is_that_of_a_full_sort(scale: float, share: float) -> None:
+    rng = np.random.default_rng(2)
+    # rounded, so that there are ties
+    weights = np.exp(np.round(rng.normal(size=5000) * scale, 1))
+    want, total = [], 0.0
+    for i in sorted(range(5000), key=lambda i: (-weights[i], i)):
+        if total >= share * weights.sum():
+            break
+        want.append(i)
+        total += weights[i]
+    found = nucleus(weights, share).tolist()
+    assert found == sorted(want)
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -89,7 +89,7 @@ def _mapped_by_transformers(file: GGUFFile) -> dict[str, Any]:
         ) from error
 
 
-def llama3_parameters(factors: np.ndarray, inv_freq: np.ndarray, original: int) -> dict[str, float] | None:
+def fit_frequency_bands(factors: np.ndarray, inv_freq: np.ndarray, original: int) -> dict[str, float] | None:
     """The ``llama3`` rope parameters that make ``factors`` (divisors of ``inv_freq``, both ``[rotary / 2]``), if any do.
 
     The formula (transformers ``_compute_llama3_parameters``): with w = 2 pi / inv_freq, 1 where w < original / high, ``factor``
@@ -125,7 +125,7 @@ def rope_scaling(file: GGUFFile, theta: float, context: int) -> dict[str, Any] |
     if shared is not None and not np.all(shared == 1):
         inv_freq = theta ** (-np.arange(len(shared)) / len(shared))
         for length in (8192, original):
-            fitted = llama3_parameters(shared, inv_freq, length)
+            fitted = fit_frequency_bands(shared, inv_freq, length)
             if fitted:
                 return {"rope_type": "llama3", **fitted}
         # longrope with the same divisors for every length is what the tensor says

@@ -76,7 +76,7 @@ class GGUFPlainSource:
         return raw.view(DTYPES[self.dtype]).reshape(self.shape)
 
     def describe(self) -> str:
-        return f"{self.file.name}:{self.name}"
+        return f"{self.file.name}:{_printable(self.name)}"
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class GGUFSource:
         return dequantize(self.blocks(), self.scheme)
 
     def describe(self) -> str:
-        return f"{self.file.name}:{self.name}"
+        return f"{self.file.name}:{_printable(self.name)}"
 
 
 def _mapped(source: GGUFPlainSource | GGUFSource, nbytes: int) -> np.ndarray:
@@ -131,6 +131,16 @@ class GGUFFile:
     @property
     def architecture(self) -> str:
         return str(self.metadata["general.architecture"])
+
+
+def _printable(name: str) -> str:
+    """A name from a file that may be damaged, fit for a message: one short line."""
+    short = name if len(name) <= 80 else name[:77] + "..."
+    return short if short.isprintable() else ascii(short)
+
+
+def _quoted(name: str) -> str:
+    return f"'{_printable(name)}'"
 
 
 class _Cursor:
@@ -163,17 +173,19 @@ class _Cursor:
 
     def value(self, kind: int, key: str) -> Any:
         if kind == _STRING:
-            return self.string(f"the value of {key}")
+            return self.string(f"the value of {_quoted(key)}")
         if kind == _ARRAY:
-            element, count = self.unpack("<IQ", f"the array {key}")
+            element, count = self.unpack("<IQ", f"the array {_quoted(key)}")
             if count > len(self.data) - self.at:
-                raise self.truncated(f"the array {key} of {count} elements")
+                raise self.truncated(f"the array {_quoted(key)} of {count} elements")
             if element in _SCALARS:
-                return list(self.unpack(f"<{count}{_SCALARS[element][1]}", f"the array {key}"))
+                return list(self.unpack(f"<{count}{_SCALARS[element][1]}", f"the array {_quoted(key)}"))
             return [self.value(element, key) for _ in range(count)]
         if kind not in _SCALARS:
-            raise ModelError(f"{self.path} is damaged: the metadata key {key} at byte {self.at} has the unknown type {kind}")
-        return self.unpack(_SCALARS[kind], f"the value of {key}")[0]
+            raise ModelError(
+                f"{self.path} is damaged: the metadata key {_quoted(key)} at byte {self.at} has the unknown type {kind}"
+            )
+        return self.unpack(_SCALARS[kind], f"the value of {_quoted(key)}")[0]
 
 
 def _check_version(path: Path, cursor: _Cursor) -> None:
@@ -193,10 +205,10 @@ def _table(cursor: _Cursor, count: int) -> list[tuple[str, tuple[int, ...], int,
     rows = []
     for index in range(count):
         name = cursor.string(f"the name of tensor {index}")
-        (rank,) = cursor.unpack("<I", f"tensor {name}")
+        (rank,) = cursor.unpack("<I", f"tensor {_quoted(name)}")
         if rank > 8:
-            raise ModelError(f"{cursor.path} is damaged: tensor {name!r} has {rank} dimensions at byte {cursor.at}")
-        *dims, kind, offset = cursor.unpack(f"<{rank}QIQ", f"tensor {name}")
+            raise ModelError(f"{cursor.path} is damaged: tensor {_quoted(name)} has {rank} dimensions at byte {cursor.at}")
+        *dims, kind, offset = cursor.unpack(f"<{rank}QIQ", f"tensor {_quoted(name)}")
         rows.append((name, tuple(reversed(dims)), kind, offset))
     return rows
 
@@ -211,7 +223,7 @@ def _refuse_types(path: Path, rows: list[tuple[str, tuple[int, ...], int, int]])
         parts = []
         for kind_name, tensors in names.items():
             more = f" and {len(tensors) - _NAMES_SHOWN} more" if len(tensors) > _NAMES_SHOWN else ""
-            parts.append(f"{kind_name} ({', '.join(tensors[:_NAMES_SHOWN])}{more})")
+            parts.append(f"{kind_name} ({', '.join(map(_printable, tensors[:_NAMES_SHOWN]))}{more})")
         raise UnsupportedError(
             f"{path} stores tensors in block types llmc cannot read: {'; '.join(parts)}. Use a file with "
             f"{', '.join(BLOCK_TYPES)}, F16, BF16 or F32 tensors"
@@ -228,12 +240,12 @@ def _source(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int
         block = BLOCK_TYPES[source.scheme].elements
         if not shape or shape[-1] % block:
             raise ModelError(
-                f"{path} is damaged: tensor {name!r} of {source.scheme} has rows of {list(shape)[-1:]}, no multiple of {block}"
+                f"{path} is damaged: tensor {_quoted(name)} of {source.scheme} has rows of {list(shape)[-1:]}, no multiple of {block}"
             )
         nbytes = prod(shape[:-1]) * source.bytes_per_row
     if start + nbytes > size:
         raise ModelError(
-            f"{path} is truncated: tensor {name!r} takes bytes {start} to {start + nbytes}, and the file has {size}: "
+            f"{path} is truncated: tensor {_quoted(name)} takes bytes {start} to {start + nbytes}, and the file has {size}: "
             "download it again"
         )
     return source
@@ -256,7 +268,7 @@ def open_gguf(path: Path) -> GGUFFile:
             metadata: dict[str, Any] = {}
             for index in range(key_count):
                 key = cursor.string(f"metadata key {index}")
-                (kind,) = cursor.unpack("<I", f"the type of {key}")
+                (kind,) = cursor.unpack("<I", f"the type of {_quoted(key)}")
                 metadata[key] = cursor.value(kind, key)
             rows = _table(cursor, tensor_count)
             end = cursor.at

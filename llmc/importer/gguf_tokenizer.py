@@ -13,7 +13,7 @@ from llmc.errors import ModelError, UnsupportedError
 from llmc.importer.gguf_file import GGUFFile
 from llmc.importer.hf_config import first_line
 from llmc.importer.source import TokenizerInfo
-from llmc.importer.tokenizer_files import template_text, token_ids, write_files
+from llmc.importer.tokenizer_files import set_ends, template_text, token_ids, write_files
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _ONE_DIGIT = (r"\p{N}", _GPT2)
@@ -70,26 +70,16 @@ def _set_space_prefix(tokenizer: Any) -> None:
         tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
 
 
-def _set_added_ends(tokenizer: Any, file: GGUFFile, tokens: list[str], model: str) -> None:
+def _set_added_ends(tokenizer: Any, file: GGUFFile, model: str) -> None:
     """Put the begin and end tokens around a text that the file wants there. Sentencepiece files begin texts unless they say no."""
-    from tokenizers import processors
-
-    add_bos = bool(file.metadata.get("tokenizer.ggml.add_bos_token", model == "llama"))
-    add_eos = bool(file.metadata.get("tokenizer.ggml.add_eos_token", False))
-    wanted = {}
-    for kind, add in (("bos", add_bos), ("eos", add_eos)):
-        ids = token_ids([file.metadata.get(f"tokenizer.ggml.{kind}_token_id")])
-        if add and ids and ids[0] < len(tokens):
-            wanted[kind] = (tokens[ids[0]], ids[0])
-    if not wanted:
-        return
-    start = [wanted["bos"][0]] if "bos" in wanted else []
-    end = [wanted["eos"][0]] if "eos" in wanted else []
-    single = [*start, "$A", *end]
-    second = [f"{t}:1" for t in (*start, "$B", *end)]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=single, pair=[*single, *second], special_tokens=list(dict.fromkeys(wanted.values()))
-    )
+    add = {
+        "bos": bool(file.metadata.get("tokenizer.ggml.add_bos_token", model == "llama")),
+        "eos": bool(file.metadata.get("tokenizer.ggml.add_eos_token", False)),
+    }
+    ids = {kind: token_ids([file.metadata.get(f"tokenizer.ggml.{kind}_token_id")]) for kind in add}
+    bos, eos = (tokenizer.id_to_token(ids[kind][0]) if add[kind] and ids[kind] else None for kind in ("bos", "eos"))
+    if bos or eos:
+        set_ends(tokenizer, bos, eos)
 
 
 def build_tokenizer(file: GGUFFile) -> Any | None:
@@ -119,7 +109,7 @@ def build_tokenizer(file: GGUFFile) -> Any | None:
         _set_splitter(tokenizer, file)
     elif file.metadata.get("tokenizer.ggml.add_space_prefix") is False:
         _set_space_prefix(tokenizer)
-    _set_added_ends(tokenizer, file, tokens, model)
+    _set_added_ends(tokenizer, file, model)
     return tokenizer
 
 

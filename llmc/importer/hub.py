@@ -12,7 +12,7 @@ from llmc.importer.hf_config import first_line
 from llmc.importer.source import Progress
 
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-# what a model in Hugging Face's layout consists of; subfolders and Mistral's second copy of the weights are not needed
+# what a model in Hugging Face's layout consists of; subfolders and second copies of the weights are not needed
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _UNWANTED = ["*/*", "consolidated*.safetensors"]
 

@@ -91,7 +91,8 @@ def _header_bytes(path: Path, size: int) -> tuple[bytes, int]:
 def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> SafetensorsSource:
     """The source for one header entry, or ModelError if the entry contradicts itself or the file's size."""
     try:
-        stored, shape, (begin, end) = str(entry["dtype"]), tuple(int(d) for d in entry["shape"]), entry["data_offsets"]
+        stored, shape = str(entry["dtype"]), tuple(int(d) for d in entry["shape"])
+        begin, end = (int(offset) for offset in entry["data_offsets"])
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path} is damaged: the header entry of tensor {name!r} lacks dtype, shape or data_offsets") from error
     if stored not in _DTYPE_NAMES:
@@ -99,7 +100,7 @@ def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> Safetenso
             f"{path.name}:{name} is stored as {stored}, which llmc cannot read: supported are {', '.join(_DTYPE_NAMES)}; "
             "convert the checkpoint to one of them"
         )
-    source = SafetensorsSource(path, name, shape, _DTYPE_NAMES[stored], data + int(begin))
+    source = SafetensorsSource(path, name, shape, _DTYPE_NAMES[stored], data + begin)
     if min(shape, default=0) < 0 or begin < 0 or end - begin != source.nbytes:
         raise ModelError(f"{path} is damaged: tensor {name!r} of {stored} {list(shape)} is given bytes {begin} to {end}")
     if data + end > size:

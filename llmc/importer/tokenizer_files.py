@@ -43,6 +43,17 @@ def token_ids(values: Iterable[Any]) -> list[int]:
     return list(ids)
 
 
+def set_ends(tokenizer: Any, bos: str | None, eos: str | None) -> None:
+    """Make ``tokenizer`` put these tokens (of its vocabulary) before and after every text, and nothing else."""
+    from tokenizers import processors
+
+    start, end = [bos] if bos else [], [eos] if eos else []
+    single = [*start, "$A", *end]
+    second = [f"{token}:1" for token in (*start, "$B", *end)]
+    special = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(start + end)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, pair=[*single, *second], special_tokens=special)
+
+
 def write_files(
     folder: Path, tokenizer: Any, chat_template: str | None, bos: list[int], eos: list[int], pad: list[int]
 ) -> TokenizerInfo:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llmc.errors import ModelError
@@ -50,6 +50,33 @@ def test_tokenizer_json_is_kept(model: Path, tmp_path: Path) -> None:
         assert written.encode(text).ids == reference(text).input_ids
     assert (info.bos_token_id, info.eos_token_ids, info.pad_token_id) == (0, [1], 2)
     assert (info.bos_token, info.eos_token, info.chat_template, info.vocab_size) == ("<s>", "</s>", None, len(reference))
+
+
+FLAGS = [{"add_bos_token": True}, {"add_bos_token": False}, {"add_bos_token": True, "add_eos_token": True}, {"add_eos_token": True}]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
+@pytest.mark.parametrize("old", [False, True])
+def test_added_ends_as_transformers(model: Path, tmp_path: Path, tokenizer: Tokenizer, flags: dict[str, bool], old: bool) -> None:
+    """The flags count where transformers converts an old tokenizer; a tokenizer.json says itself what it adds."""
+    if old:
+        (model / "tokenizer.json").unlink()
+        tokenizer.model.save(str(model))
+        edit(model / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
+        edit(model / "config.json", model_type="gpt2")
+    else:
+        ends = Tokenizer.from_file(str(model / "tokenizer.json"))
+        ends.post_processor = processors.TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 2)])
+        ends.save(str(model / "tokenizer.json"))
+    edit(model / "tokenizer_config.json", **flags)
+    write_folder_tokenizer(model, tmp_path / "out")
+    written = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    reference = AutoTokenizer.from_pretrained(model)
+    for text in TEXTS:
+        assert written.encode(text).ids == reference(text).input_ids
+    assert written.encode("").ids == (
+        [0] * flags.get("add_bos_token", False) + [1] * flags.get("add_eos_token", False) if old else [2]
+    )
 
 
 def test_truncation_and_padding_are_removed(model: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -107,6 +107,17 @@ def bind(value: Expr) -> Expr:
     return T.bind(value)
 
 
+def keep(value: Expr) -> Expr:
+    """Like :func:`bind`, by way of a register's buffer that TVM does not look through.
+
+    TVM's analyses substitute bound values into each other: a chain in which each is used several times grows exponentially.
+    """
+    lanes = _lanes(value)
+    register = local(lanes, dtype=str(value.ty.dtype).split("x")[0])
+    store(register, value, 0, lanes=lanes)
+    return bind(read(register, 0, lanes=lanes))
+
+
 def when(condition: Expr, then: Callable[[], None], otherwise: Callable[[], None] | None = None) -> None:
     """Emit ``if condition: then() else: otherwise()``."""
     with T.If(condition):
@@ -228,6 +239,7 @@ class Simd:
     def largest(self, value: Expr) -> Expr:
         """The maximum of a vector's lanes."""
         width = _lanes(value)
+        value = keep(value)
         while width > 1:
             half = width // 2
             value = bind(tirx.max(_halves(value, None, 1, width, 0), _halves(value, None, 1, width, half)))

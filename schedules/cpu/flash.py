@@ -17,7 +17,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from llmc.schedules.cpu.emit import Simd, bind, ceildiv, each_vector, elements, f32, i64, local, read, shuffle, store, when
+from llmc.schedules.cpu.emit import Simd, bind, ceildiv, each_vector, elements, f32, i64, keep, local, read, shuffle, store, when
 from llmc.schedules.cpu.math import Math
 
 Expr = Any
@@ -219,20 +219,20 @@ class Flash:
             if self.scores.softcap > 0:
                 capped = math.tanh(value * self.simd.splat(1.0 / self.scores.softcap, lanes))
                 value = capped * self.simd.splat(self.scores.softcap, lanes)
-            scores.append(bind(tirx.Select(visible[-1], value, self.simd.splat(MASKED, lanes))))
+            scores.append(keep(tirx.Select(visible[-1], value, self.simd.splat(MASKED, lanes))))
         largest = scores[0]
         for value in scores[1:]:
-            largest = tirx.max(largest, value)
+            largest = keep(tirx.max(largest, value))
         before = bind(read(self.tops, query))
-        top = bind(tirx.max(before, self.simd.largest(bind(largest))))
+        top = keep(tirx.max(before, self.simd.largest(largest)))
         store(self.tops, top, query)
         alpha = Math(self.simd, 1).exp(before - top)
         store(self.alpha, alpha, slot)
-        total = bind(read(self.totals, query * lanes, lanes=lanes) * self.simd.splat(alpha, lanes))
+        total = keep(read(self.totals, query * lanes, lanes=lanes) * self.simd.splat(alpha, lanes))
         for o, inside, value in zip(offsets, visible, scores, strict=True):
-            weight = bind(tirx.Select(inside, math.exp(value - self.simd.splat(top, lanes)), self.simd.splat(0.0, lanes)))
+            weight = keep(tirx.Select(inside, math.exp(value - self.simd.splat(top, lanes)), self.simd.splat(0.0, lanes)))
             store(self.weights, weight, slot * self.chunk + o, lanes=lanes)
-            total = bind(total + weight)
+            total = keep(total + weight)
         store(self.totals, total, query * lanes, lanes=lanes)
 
     def _accumulate(self, queries: list[Expr], count: Expr) -> None:

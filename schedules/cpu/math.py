@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
-from llmc.schedules.cpu.emit import Simd, bind, vector
+from llmc.schedules.cpu.emit import Simd, bind, keep, vector
 
 Expr = Any
 LOG2_E = 1.4426950408889634
@@ -74,15 +74,15 @@ class Math:
     def exp(self, x: Expr) -> Expr:
         """exp(x); x is clamped to [-87, 88.7], so the result is finite and never zero."""
         fma, integers = self.simd.fma, vector("int32", self.lanes)
-        x = bind(tirx.max(tirx.min(x, self._c(88.7)), self._c(-87.0)))
+        x = keep(tirx.max(tirx.min(x, self._c(88.7)), self._c(-87.0)))
         # Seen through its bits the rounded sum is opaque to TVM, which would cancel (a + ROUND) - ROUND.
         bits = bind(tirx.reinterpret(integers, fma(x, self._c(LOG2_E), self._c(ROUND))))
         n = bind(tirx.reinterpret(vector("float32", self.lanes), bits) - self._c(ROUND))
-        r = bind(fma(n, self._c(-LN2_LOW), fma(n, self._c(-LN2_HIGH), x)))
+        r = keep(fma(n, self._c(-LN2_LOW), fma(n, self._c(-LN2_HIGH), x)))
         p = fma(self._polynomial(r, _exp_coefficients()), r * r, r) + self._c(1.0)
         shift = tirx.const(23, "int32")
         exponent = bits << (shift if self.lanes == 1 else tirx.Broadcast(shift, self.lanes))
-        return bind(tirx.reinterpret(vector("float32", self.lanes), tirx.reinterpret(integers, p) + exponent))
+        return keep(tirx.reinterpret(vector("float32", self.lanes), tirx.reinterpret(integers, p) + exponent))
 
     def sigmoid(self, x: Expr) -> Expr:
         return self._c(1.0) / (self._c(1.0) + self.exp(self._c(0.0) - x))

@@ -7,8 +7,9 @@ expressions go through type inference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import tvm
@@ -29,18 +30,20 @@ def op_name(expr: relax.Expr | None) -> str:
     return ""
 
 
-def operands(expr: relax.Expr) -> Iterator[relax.Var]:
-    """The variables that a bound value reads, in order, those inside tuples too."""
+@lru_cache(maxsize=1 << 15)
+def operands(expr: relax.Expr) -> tuple[relax.Var, ...]:
+    """The variables that a bound value reads, in order, those inside tuples too. Remembered: every pass asks again."""
     if isinstance(expr, relax.Var):
-        yield expr
-    elif isinstance(expr, relax.Call):
-        for arg in expr.args:
-            yield from operands(arg)
+        return (expr,)
+    if isinstance(expr, relax.Call):
+        parts = expr.args
     elif isinstance(expr, relax.Tuple):
-        for f in expr.fields:
-            yield from operands(f)
+        parts = expr.fields
     elif isinstance(expr, relax.TupleGetItem):
-        yield from operands(expr.tuple_value)
+        parts = [expr.tuple_value]
+    else:
+        return ()
+    return tuple(v for part in parts for v in ((part,) if isinstance(part, relax.Var) else operands(part)))
 
 
 def substitute(expr: relax.Expr, subst: Mapping[relax.Var, relax.Expr]) -> relax.Expr:

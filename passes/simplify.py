@@ -82,12 +82,13 @@ def _simplified(work: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr
         kept = _without_neutral(name, value, var)
         if kept is not None:
             return kept
+    if name in _RULES:
+        found = _RULES[name](work, var, value)
+        if found is not None:
+            return found
     if name in ELEMENTWISE or name in BINARY or name in LAST_AXIS:
-        sunk = _sink_permute(work, name, value)
-        if sunk is not None:
-            return sunk
-    found = _RULES.get(name)
-    return found(work, var, value) if found else None
+        return _sink_permute(work, name, value)
+    return None
 
 
 def _same_type(a: relax.Expr, b: relax.Expr) -> bool:

@@ -92,9 +92,11 @@ def load_config(folder: Path) -> tuple[Any, bool]:
     """
     path = folder / CONFIG
     values = read_json(path)
-    quantization = values.get("quantization_config")
-    if isinstance(quantization, dict):
-        method = quantization.get("quant_method", "an unnamed method")
+    text = values.get("text_config")
+    places = (values, text if isinstance(text, dict) else {})
+    quantized = [p[key] for p in places for key in ("quantization_config", "compression_config") if isinstance(p.get(key), dict)]
+    if quantized:
+        method = quantized[0].get("quant_method", "an unnamed method")
         raise UnsupportedError(
             f"{path} says that the weights are quantized by {method}, which llmc cannot read: "
             "use the model's unquantized weights, or a GGUF file of it"

@@ -35,8 +35,9 @@ def resolve(model: str, *, progress: Progress | None = None) -> ModelSource:
     if model in fetch.NAMES:
         return GGUFModel(fetch.fetch(model, progress), name=model)
     close = _close_matches(path)
-    if hub.HUB_ID.fullmatch(model) and path.suffix != ".gguf" and not close:
-        return _folder(hub.download(model, progress), model, progress)
+    hub_id = hub.HUB_ID.fullmatch(model)
+    if hub_id and path.suffix != ".gguf" and not close:
+        return _folder(hub.download(model, progress), hub_id["name"].partition("/")[2], progress)
     names = difflib.get_close_matches(model, list(fetch.NAMES), 1)
     meant = f"; did you mean {', '.join([*close, *names])}?" if close or names else f": give {_KINDS}"
     raise ModelError(f"there is no model {model!r}{meant}")

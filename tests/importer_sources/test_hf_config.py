@@ -39,6 +39,7 @@ def test_broken(tmp_path: Path, config: dict[str, Any] | str, message: str) -> N
         ({"model_type": "brandnew"}, r"model_type 'brandnew', which transformers 5\S+ does not know: install"),
         ({"model_type": "brandnew", "auto_map": {"AutoConfig": "a.B"}}, r"own Python code, which llmc never runs"),
         ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, r"weights are quantized by awq"),
+        ({"model_type": "llava", "text_config": {"quantization_config": {"quant_method": "fp8"}}}, r"weights are quantized by fp8"),
         (
             {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
             r"BertForMaskedLM \(model_type 'bert'\), which does not predict",

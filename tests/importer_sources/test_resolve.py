@@ -193,7 +193,7 @@ def test_hub_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     steps: list[tuple[int, int, str]] = []
     source = resolve("org/name@v2", progress=lambda *step: steps.append(step))
-    assert (source.name, source.path) == ("org/name@v2", folder)
+    assert (source.name, source.path) == ("name", folder)
     assert (asked["name"], asked["revision"]) == ("org/name", "v2")
     assert (100, 100) in {(done, total) for done, total, _ in steps}
 

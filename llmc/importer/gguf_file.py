@@ -240,7 +240,7 @@ def _source(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int
         block = BLOCK_TYPES[source.scheme].elements
         if not shape or shape[-1] % block:
             raise ModelError(
-                f"{path} is damaged: tensor {_quoted(name)} of {source.scheme} is {list(shape)}, with rows that are no multiple of {block}"
+                f"{path} is damaged: tensor {_quoted(name)} of {source.scheme} is {list(shape)}, rows of no multiple of {block}"
             )
         nbytes = prod(shape[:-1]) * source.bytes_per_row
     if start + nbytes > size:

@@ -13,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import WeightConverter
+from transformers.integrations.gguf.gguf_conversion_mapping import PermuteRows, SubtractOne
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from llmc.errors import ModelError, UnsupportedError
-from llmc.importer.binding import to_torch
+from llmc.importer.binding import bind_sources, to_torch
 from llmc.importer.gguf import GGUFModel
-from llmc.importer.gguf_file import GGUFSource
+from llmc.importer.gguf_file import GGUFSource, open_gguf
+from llmc.importer.params import Mapped
 from llmc.importer.row_permutation import RowPermuted
 from llmc.importer.source import Binding
 from tests.importer_sources.gguf_writer import gguf_tensors, write_gguf
@@ -163,6 +166,23 @@ def test_blocks_survive_row_permutation(tmp_path: Path) -> None:
     assert np.array_equal(gguf.dequantize(q.blocks(), gguf.GGMLQuantizationType.Q4_0), q.read())
     kinds = Counter(type(p.source) for p in binding.table.values() if len(p.shape) == 2)
     assert kinds == {GGUFSource: 12, RowPermuted: 4}
+
+
+def test_conversions_that_only_move_rows_keep_blocks(tmp_path: Path) -> None:
+    """The conversions of transformers' new GGUF path, on a block tensor: row order survives in blocks, arithmetic does not."""
+    path = write(CASES["llama"], tmp_path / "x.gguf")
+    _, model, _ = bound(path)
+    stored = open_gguf(path).tensors["output.weight"]
+    order = np.random.default_rng(0).permutation(77)
+    for operation, kind in ((PermuteRows(torch.from_numpy(order)), RowPermuted), (SubtractOne(), Mapped)):
+        converter = WeightConverter(r"output\.weight", "lm_head.weight", [operation])
+        source = bind_sources(model, {"output.weight": stored}, [converter], "x.gguf").table["lm_head.weight"].source
+        assert type(source) is kind
+        assert source.shape == (77, 96)
+        if isinstance(source, RowPermuted):
+            assert np.array_equal(source.read(), stored.read()[order])
+        else:
+            assert np.array_equal(source.read(), stored.read() - 1)
 
 
 def test_shape_mismatch_is_named(tmp_path: Path) -> None:

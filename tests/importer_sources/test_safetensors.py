@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -62,6 +63,21 @@ def test_values_may_be_changed_without_changing_the_file(tmp_path: Path) -> None
     source = read_header(tmp_path / "x.safetensors")["a"]
     source.read()[:] = 7
     assert source.read().tolist() == [1, 1, 1, 1]
+
+
+def test_reading_leaves_nothing_in_memory(tmp_path: Path) -> None:
+    size, count = 64 << 20, 6
+    entries = {f"w{i}": {"dtype": "F32", "shape": [size // 4], "data_offsets": [i * size, (i + 1) * size]} for i in range(count)}
+    header = json.dumps(entries).encode()
+    with (tmp_path / "x.safetensors").open("wb") as stream:
+        stream.write(len(header).to_bytes(8, "little") + header)
+        stream.truncate(8 + len(header) + count * size)
+    before = psutil.Process().memory_info().rss
+    peak = 0
+    for source in read_header(tmp_path / "x.safetensors").values():
+        assert float(source.read()[::1024].sum()) == 0.0  # touches every page
+        peak = max(peak, psutil.Process().memory_info().rss - before)
+    assert peak < 1.5 * size
 
 
 @pytest.fixture

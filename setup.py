@@ -20,6 +20,7 @@ COMPILE = [
     "apache-tvm==0.27.0.post1",
     "torch==2.13.0",
     "transformers==5.23.0",
+    "accelerate>=1.0",
     "safetensors>=0.8",
     "gguf==0.19.0",
     "ml-dtypes>=0.5",

@@ -195,11 +195,12 @@ class _Ropes:
         if found is None:
             return None
         part, tail = _part(work, found.source), _part(work, rest)
-        if part is None or tail is None or part.begin != 0 or not tail.base.same_as(part.base):
+        if part is None or tail is None or not tail.is_(part.base, part.end, tail.size):
             return None
-        if (tail.begin, tail.end, tail.step) != (part.end, dims(part.base)[-1], 1):
-            return None
-        return self._place(work, part.base, found, part.size)
+        x, axis = part.base, len(dims(part.base)) - 1
+        if (part.begin, tail.end) != (0, dims(x)[-1]):
+            x = work.emit(take_slice(x, axis, part.begin, tail.end))
+        return self._place(work, x, found, part.size)
 
     def _emit(
         self, work: Rewriter, x: relax.Expr, cos: relax.Expr, sin: relax.Expr, interleaved: bool, rotary_dim: int

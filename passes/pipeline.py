@@ -35,6 +35,7 @@ from llmc.passes.paged_attention import paged_attention
 from llmc.passes.phases import phases
 from llmc.passes.rewrite import Graph
 from llmc.passes.simplify import simplify
+from llmc.passes.sink_permutes import sink_permutes
 from llmc.passes.verify_dialect import Verifier
 from llmc.targets.base import Target
 
@@ -154,6 +155,7 @@ PASSES: list[tuple[str, Callable[[_State], None]]] = [
     ("simplify", lambda s: simplify(s.graphs[0], s.params)),
     ("fuse_norm", lambda s: fuse_norm(s.graphs[0], s.params)),
     ("fuse_rope", lambda s: fuse_rope(s.graphs[0])),
+    ("sink_permutes", lambda s: sink_permutes(s.graphs[0])),
     ("simplify_layouts", lambda s: simplify(s.graphs[0], s.params)),
     ("fuse_bias", lambda s: fuse_bias(s.graphs[0])),
     ("merge_projections", lambda s: merge_projections(s.graphs[0], s.params)),

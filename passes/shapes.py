@@ -62,3 +62,10 @@ def axis_slice(call: relax.Call) -> tuple[int, int, int, int] | None:
 def take_slice(x: relax.Expr, axis: int, begin: int, end: int, step: int = 1) -> relax.Expr:
     """``x[..., begin:end:step, ...]`` along ``axis``."""
     return relax.op.strided_slice(x, [axis], [begin], [end], [step])
+
+
+def permutation(permute: relax.Call) -> list[int]:
+    """The axes of a ``permute_dims``, counted from 0."""
+    rank = len(dims(permute.args[0]))
+    axes = permute.attrs.axes
+    return list(range(rank))[::-1] if axes is None else [int(a) % rank for a in axes]

@@ -8,8 +8,7 @@ before::                                        after::
     f(c, cos(p), cos(p)), g never used
 
 Canonical forms that later passes rely on: ``expand_dims``, ``squeeze``, ``flatten`` and permutations that move only unit
-dimensions are ``reshape``; parts of a ``split`` are ``strided_slice``; a permutation stands after the elementwise operator or
-norm that reads it, where it can meet its inverse; ``llmc.linear`` reads a matrix.
+dimensions are ``reshape``; parts of a ``split`` are ``strided_slice``; ``llmc.linear`` reads a matrix.
 """
 
 from __future__ import annotations
@@ -24,17 +23,7 @@ from tvm.relax import op
 from llmc.dialect.core import attrs_of, call
 from llmc.importer.params import ParamTable
 from llmc.passes.rewrite import Graph, Rewriter, op_name, rewrite
-from llmc.passes.shapes import axis_slice, dims, dtype_of, plain, same_shape, scalar, take_slice
-
-ELEMENTWISE = {
-    "relax.abs", "relax.astype", "relax.clip", "relax.cos", "relax.erf", "relax.exp", "relax.log", "relax.negative",
-    "relax.nn.gelu", "relax.nn.gelu_tanh", "relax.nn.relu", "relax.nn.silu", "relax.rsqrt", "relax.sigmoid", "relax.sin",
-    "relax.sqrt", "relax.square", "relax.tanh",
-}  # fmt: skip
-"""Operators that act on each element of one tensor operand alone."""
-
-BINARY = {"relax.add", "relax.subtract", "relax.multiply", "relax.divide", "relax.power", "relax.maximum", "relax.minimum"}
-LAST_AXIS = {"llmc.rms_norm", "llmc.layer_norm"}
+from llmc.passes.shapes import axis_slice, dims, dtype_of, permutation, plain, same_shape, scalar, take_slice
 
 NEUTRAL = {
     "relax.add": (0.0, True),  # x + 0 = 0 + x = x
@@ -82,13 +71,7 @@ def _simplified(work: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr
         kept = _without_neutral(name, value, var)
         if kept is not None:
             return kept
-    if name in _RULES:
-        found = _RULES[name](work, var, value)
-        if found is not None:
-            return found
-    if name in ELEMENTWISE or name in BINARY or name in LAST_AXIS:
-        return _sink_permute(work, name, value)
-    return None
+    return _RULES[name](work, var, value) if name in _RULES else None
 
 
 def _same_type(a: relax.Expr, b: relax.Expr) -> bool:
@@ -103,30 +86,6 @@ def _without_neutral(name: str, value: relax.Call, var: relax.Var) -> relax.Expr
     if commutes and isinstance(right, relax.Var) and scalar(left) == neutral and _same_type(right, var):
         return right
     return None
-
-
-def _sink_permute(work: Rewriter, name: str, value: relax.Call) -> relax.Expr | None:
-    """``f(permute(x))`` -> ``permute(f(x))`` for an operator that does not care about the order of (leading) axes."""
-    position = next((i for i, a in enumerate(value.args) if work.value(a, "relax.permute_dims") is not None), None)
-    if position is None or (name in LAST_AXIS and position != 0):
-        return None
-    permute = work.value(value.args[position], "relax.permute_dims")
-    axes = _axes(permute)
-    others = [a for i, a in enumerate(value.args) if i != position]
-    if name in LAST_AXIS:
-        if axes[-1] != len(axes) - 1:
-            return None
-    elif name in BINARY and any(scalar(a) is None for a in others):
-        return None
-    args = list(value.args)
-    args[position] = permute.args[0]
-    return op.permute_dims(work.emit(relax.Call(value.op, args, value.attrs)), axes)
-
-
-def _axes(permute: relax.Call) -> list[int]:
-    rank = len(dims(permute.args[0]))
-    axes = permute.attrs.axes
-    return list(range(rank))[::-1] if axes is None else [int(a) % rank for a in axes]
 
 
 def _reshaped(work: Rewriter, x: relax.Expr, var: relax.Var) -> tuple[relax.Expr, bool]:
@@ -145,11 +104,12 @@ def _reshape(work: Rewriter, var: relax.Var, value: relax.Call) -> relax.Expr | 
     return None if canonical else op.reshape(x, var.ty.shape)
 
 
-def _permute(work: Rewriter, var: relax.Var, value: relax.Call) -> relax.Expr | None:
-    x, axes = value.args[0], _axes(value)
+def compose_permutes(work: Rewriter, var: relax.Var, value: relax.Call) -> relax.Expr | None:
+    """A permutation of permutations as one of the source, as a reshape, or as nothing at all."""
+    x, axes = value.args[0], permutation(value)
     inner = work.value(x, "relax.permute_dims")
     while inner is not None:
-        first = _axes(inner)
+        first = permutation(inner)
         x, axes = inner.args[0], [first[a] for a in axes]
         inner = work.value(x, "relax.permute_dims")
     if axes == list(range(len(axes))):
@@ -234,7 +194,7 @@ _RULES: dict[str, Simplification] = {
     "relax.expand_dims": _reshape,
     "relax.squeeze": _reshape,
     "relax.flatten": _reshape,
-    "relax.permute_dims": _permute,
+    "relax.permute_dims": compose_permutes,
     "relax.astype": _same_as_operand,
     "relax.broadcast_to": _same_as_operand,
     "relax.strided_slice": _slice,

@@ -17,6 +17,7 @@ from llmc.passes.paged_attention import paged_attention
 from llmc.passes.phases import phases
 from llmc.passes.rewrite import Graph, op_name
 from llmc.passes.simplify import simplify
+from llmc.passes.sink_permutes import sink_permutes
 from llmc.passes.verify_dialect import Verifier
 from tests.support import graphs, interpreter
 from tests.support.stepper import Stepper, mixed_schedule, page_shapes
@@ -27,6 +28,7 @@ STEPS: list[tuple[str, Pass]] = [
     ("simplify", lambda g, b: simplify(g, b.table)),
     ("fuse_norm", lambda g, b: fuse_norm(g, b.table)),
     ("fuse_rope", lambda g, b: fuse_rope(g)),
+    ("sink_permutes", lambda g, b: sink_permutes(g)),
     ("simplify_layouts", lambda g, b: simplify(g, b.table)),
     ("fuse_bias", lambda g, b: fuse_bias(g)),
     ("merge_projections", lambda g, b: merge_projections(g, b.table)),

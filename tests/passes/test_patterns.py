@@ -23,6 +23,7 @@ from llmc.passes.fuse_rope import fuse_rope
 from llmc.passes.merge_projections import merge_projections, merged_name
 from llmc.passes.rewrite import Graph, op_name
 from llmc.passes.simplify import simplify
+from llmc.passes.sink_permutes import sink_permutes
 from llmc.passes.verify_dialect import Verifier
 from tests.support.graphs import stored
 from tests.support.interpreter import Interpreter
@@ -286,7 +287,20 @@ def test_simplify_cancels_layouts_and_identities() -> None:
         return op.add(c.e(op.add(both[0], both[1])), both[2])
 
     c = Case(body, 3, 4)
-    assert c.after(c.simplify) == {"relax.multiply": 1, "llmc.rms_norm": 1, "relax.cos": 1, "relax.add": 2}
+    found = c.after(c.simplify, sink_permutes, c.simplify)
+    assert found == {"relax.multiply": 1, "llmc.rms_norm": 1, "relax.cos": 1, "relax.add": 2}
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_permutes_sink_below_slices(axis: int) -> None:
+    def body(c: Case, x: Any) -> Any:
+        y = c.e(op.permute_dims(x, [2, 0, 1]))  # [5, n, 4]
+        y = c.e(op.strided_slice(y, [axis], [0 if axis == 1 else 1], [N if axis == 1 else 3]))
+        return op.permute_dims(y, [1, 2, 0])
+
+    c = Case(body, 4, 5)
+    found = c.after(c.simplify, sink_permutes, c.simplify)
+    assert found["relax.permute_dims"] == (2 if axis == 1 else 0)  # along n nothing is known to be in bounds
 
 
 def test_slices_of_splits_compose() -> None:

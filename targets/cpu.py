@@ -93,6 +93,13 @@ def families(target: Target) -> Sequence[ModuleType]:
     return FAMILIES
 
 
+def schedule(function: Any, target: Target) -> Any:
+    """Schedule a PrimFunc that Relax legalised and fused; see :mod:`llmc.schedules.cpu.elementwise`."""
+    from llmc.schedules.cpu import elementwise
+
+    return elementwise.schedule(function, target)
+
+
 def export(executable: Any, target: Target, path: str) -> None:
     """Link a built module into one shared library. Raises MissingExtraError without a linker for the target."""
     executable.export_library(path, fcompile=linker(target))

@@ -29,7 +29,7 @@ def _fit(f: Callable[[np.ndarray], np.ndarray], low: float, high: float, degree:
 
 
 @cache
-def _exp_coefficients() -> list[float]:
+def exp_coefficients() -> list[float]:
     """exp(r) = 1 + r + r² P(r) for |r| ≤ ln 2 / 2."""
 
     def rest(r: np.ndarray) -> np.ndarray:
@@ -79,7 +79,7 @@ class Math:
         bits = bind(tirx.reinterpret(integers, fma(x, self._c(LOG2_E), self._c(ROUND))))
         n = bind(tirx.reinterpret(vector("float32", self.lanes), bits) - self._c(ROUND))
         r = keep(fma(n, self._c(-LN2_LOW), fma(n, self._c(-LN2_HIGH), x)))
-        p = fma(self._polynomial(r, _exp_coefficients()), r * r, r) + self._c(1.0)
+        p = fma(self._polynomial(r, exp_coefficients()), r * r, r) + self._c(1.0)
         shift = tirx.const(23, "int32")
         exponent = bits << (shift if self.lanes == 1 else tirx.Broadcast(shift, self.lanes))
         return keep(tirx.reinterpret(vector("float32", self.lanes), tirx.reinterpret(integers, p) + exponent))

@@ -25,10 +25,9 @@ _EXAMPLE_LENGTH = 23
 
 @dataclass
 class Exported:
-    """An exported model: ``program`` in inference form, the values of its ``buffers`` by name, and the ``model`` it came from."""
+    """An exported model: ``program`` in inference form, and the values of its ``buffers`` by name."""
 
     program: torch.export.ExportedProgram
-    model: torch.nn.Module
     buffers: dict[str, np.ndarray]
 
 
@@ -139,12 +138,11 @@ def _take_buffers(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return values
 
 
-def export_model(config: Any, *, dtype: torch.dtype = torch.float32, context: int) -> Exported:
-    """Export the decoder of ``config``: one graph over s tokens, s symbolic in [2, context].
+def export_model(config: Any, model: torch.nn.Module, *, context: int) -> Exported:
+    """Export ``model``, as :func:`build_model` made it of ``config``: one graph over s tokens, s symbolic in [2, context].
 
-    ``dtype`` is the compute dtype of the activations. Raises UnsupportedError if the model cannot be traced, with torch's reason.
+    Raises UnsupportedError if the model cannot be traced, with torch's reason.
     """
-    model = build_model(config, dtype)
     _fix_dynamic_rope(model, context)
     buffers = _take_buffers(model)
     wrapped = _TokensToLogits(model)
@@ -160,7 +158,7 @@ def export_model(config: Any, *, dtype: torch.dtype = torch.float32, context: in
     except Exception as error:  # torch.export raises whatever the model's own code raises
         raise UnsupportedError(_explain(config, error)) from error
     _check_lengths(config, program, context)
-    return Exported(_functional(program), model, buffers)
+    return Exported(_functional(program), buffers)
 
 
 def _check_lengths(config: Any, program: torch.export.ExportedProgram, context: int) -> None:

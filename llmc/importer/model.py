@@ -9,7 +9,7 @@ import torch
 import tvm
 
 from llmc.errors import ModelError, UnsupportedError
-from llmc.importer.export import export_model
+from llmc.importer.export import build_model, export_model
 from llmc.importer.params import ParamTable
 from llmc.importer.report import raise_unsupported
 from llmc.importer.source import Binding, ModelSource
@@ -43,10 +43,11 @@ def import_model(
     Raises UnsupportedError listing everything the graph holds that has no conversion, and ModelError listing the parameters
     that the graph needs and the checkpoint lacks; both before any compile work.
     """
-    step("tracing the model")
-    exported = export_model(source.config, dtype=TORCH_DTYPES[compute_dtype], context=context)
     step("reading tensor headers")
-    binding = source.bind(exported.model)
+    model = build_model(source.config, TORCH_DTYPES[compute_dtype])
+    binding = source.bind(model)  # before tracing: a checkpoint that stores both halves of a tied pair may untie them
+    step("tracing the model")
+    exported = export_model(source.config, model, context=context)
     step("building the graph")
     walker = Walker(exported.program, binding.table, binding.tied, exported.buffers, storage_dtype, compute_dtype)
     mod = walker.run()

@@ -123,3 +123,19 @@ def test_spare_tensors_alone_are_reported_and_harmless(tiny_model_dir: Callable[
     model = imported(tmp_path)
     assert model.unused == ["model.extra.weight"]
     assert_same(folder, model)
+
+
+def test_a_checkpoint_that_stores_both_halves_of_a_tie_differently_unties_them(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    """transformers believes the checkpoint over the config; so must the graph."""
+    from safetensors.numpy import load_file, save_file
+
+    folder = tiny_model_dir("qwen2", tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 1.5
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    model = imported(tmp_path)
+    assert "lm_head.weight" in model.params
+    assert_same(tmp_path, model)

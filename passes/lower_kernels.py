@@ -121,7 +121,7 @@ def _lower_graph(graph: Graph, library: KernelLibrary, legalizer: Legalizer) -> 
                 bindings.append((var, relax.call_tir(kernel, list(value.args), var.ty)))
             else:
                 bindings.append((var, relax.call_tir_inplace(kernel, list(value.args), [place], [var.ty])))
-        elif isinstance(value, relax.Call):
+        elif isinstance(value, relax.Call) and op_name(value) != "relax.reshape":  # a reshape is a view: no kernel
             bindings.extend(legalizer.lower(var, value))
         else:
             bindings.append((var, value))

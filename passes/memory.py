@@ -66,8 +66,6 @@ def plan_memory(module: tvm.IRModule, names: Sequence[str], tvm_target: tvm.targ
     """``call_tir`` to calls that write into planned storages. ``names``: the phases."""
     with tvm_target:
         for step in (
-            R.RewriteDataflowReshape(),
-            R.DeadCodeElimination(list(names)),  # kernels whose every call has become a view
             R.ToNonDataflow(),
             R.RemovePurityChecking(),
             R.CallTIRRewrite(),

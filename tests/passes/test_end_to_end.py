@@ -14,7 +14,7 @@ import tvm
 from tvm import relax
 
 from llmc import targets
-from llmc.importer.params import DTYPES
+from llmc.importer.params import DTYPES, Constant, Param, ParamTable
 from llmc.passes.pipeline import PASSES, Lowered, Options, lower
 from tests.support import graphs, interpreter
 from tests.support.stepper import Stepper, mixed_schedule, page_shapes
@@ -66,6 +66,38 @@ def compare(case: str, kv_dtype: str, tolerance: float) -> Lowered:
 @pytest.mark.parametrize("case", ["grouped", "nhd", "offset_norms", "parallel_partial", "pairs_partial", "experts", "single"])
 def test_machine_code_matches_the_reference(case: str) -> None:
     compare(case, "float32", 3e-5)
+
+
+def test_a_result_that_is_a_view_is_copied_to_the_caller() -> None:
+    """A graph without attention whose logits are a reshape of something else."""
+    n = tvm.tirx.Var("n", "int64")
+    ids, positions = (relax.Var(name, relax.TensorType([n], "int32")) for name in ("input_ids", "positions"))
+    values = np.random.default_rng(0).standard_normal((9, 2, 3)).astype(np.float32)
+    table = ParamTable([Param("embed", Constant(values, "embed"), "float32")])
+    embed = relax.Var("embed", relax.TensorType([9, 2, 3], "float32"))
+    bb = relax.BlockBuilder()
+    with bb.function("main", [ids, positions, embed]):
+        with bb.dataflow():
+            out = bb.emit_output(relax.op.reshape(bb.emit(relax.op.take(embed, ids, axis=0)), [n, 6]))
+        bb.emit_func_output(out)
+    module = bb.get()
+    module["main"] = module["main"].with_attr("num_input", 2)
+    built = graphs.Built(module, table, graphs.Config(vocab=6))
+    machine = Machine(built, lower(module, table, TARGET, OPTIONS), "float32")
+    state = {
+        name: np.zeros(1, np.int32) for name in ("input_ids", "positions", "slot_mapping", "q_indptr", "seq_lens", "block_table")
+    }
+    state |= {
+        "input_ids": np.array([4, 1], np.int32),
+        "positions": np.arange(2, dtype=np.int32),
+        "slot_mapping": np.zeros(2, np.int32),
+    }
+    state |= {
+        "q_indptr": np.array([0, 2], np.int32),
+        "block_table": np.zeros((1, 1), np.int32),
+        "logit_rows": np.array([1], np.int32),
+    }
+    np.testing.assert_array_equal(machine("extend", state, 1), values[[1]].reshape(1, 6))
 
 
 def test_narrow_kv_cache() -> None:

@@ -165,6 +165,7 @@ PASSES: list[tuple[str, Callable[[_State], None]]] = [
     ("phases", _phases),
     ("lower_kernels", _lower_kernels),
     ("fuse_operators", _fuse_operators),
+    ("schedule", _schedule),
     ("plan_memory", _plan_memory),
     ("lower_vm", _lower_vm),
 ]

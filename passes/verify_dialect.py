@@ -136,7 +136,7 @@ class Verifier:
     def graph(self, stage: str, graph: Graph) -> None:
         """Raises InternalError naming ``stage`` and the binding if an invariant does not hold."""
         module = graph.module()
-        self._well_formed(stage, graph.name, module)
+        self._well_formed(stage, graph.name, module, check_types=False)  # types are checked below, for what is new
         for var, value in graph.bindings:
             name = op_name(value)
             if not name.startswith(PREFIX) or value in self._seen:
@@ -147,9 +147,9 @@ class Verifier:
             self._seen.add(value)
         self._weights(stage, graph)
 
-    def _well_formed(self, stage: str, name: str, module: tvm.IRModule) -> None:
+    def _well_formed(self, stage: str, name: str, module: tvm.IRModule, check_types: bool) -> None:
         try:
-            relax.analysis.well_formed(module)
+            relax.analysis.well_formed(module, check_types)
         except (ValueError, TypeError, RuntimeError) as error:
             raise InternalError(f"after pass {stage}: {name} is not well formed: {error}") from error
 
@@ -186,7 +186,7 @@ class Verifier:
 
     def module(self, stage: str, module: tvm.IRModule) -> None:
         """Raises InternalError naming ``stage`` if a lowered module is not well formed or a dialect operator is left in it."""
-        self._well_formed(stage, "the module", module)
+        self._well_formed(stage, "the module", module, check_types=True)
         for var, function in module.functions.items():
             if not isinstance(function, relax.Function) or not isinstance(function.body, relax.SeqExpr):
                 continue

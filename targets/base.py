@@ -43,5 +43,8 @@ class TargetModule(Protocol):
     def families(self, target: Target) -> Sequence[Any]:
         """The kernel families in order of preference."""
 
+    def schedule(self, function: Any, target: Target) -> Any:
+        """The PrimFunc, which TVM generated from Relax operators, scheduled for the target."""
+
     def export(self, executable: Any, target: Target, path: str) -> None:
         """Link a built ``relax.VMExecutable`` into one shared library at ``path``."""

@@ -1,0 +1,62 @@
+"""Every family through the whole compiler: the artifact's logits and greedy tokens are those of transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import llmc
+from llmc.compiler import compile as compile_model
+from tests.support.tiny_models import MODELS, VOCAB
+
+
+def check(folder: Path, artifact: Path, *, tolerance: float, greedy: bool = True) -> None:
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    ids = [int(i) for i in np.random.default_rng(3).integers(0, VOCAB, 37)]
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids])).logits[0].numpy()
+        following = reference.generate(torch.tensor([ids[:11]]), max_new_tokens=24, do_sample=False, eos_token_id=None)
+    with llmc.load(artifact) as model:
+        found = model.logits(ids)
+        np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())
+        # Decoding goes through pages, and 24 tokens after 11 cross every window and several pages.
+        generated = model.generate(ids[:11], max_tokens=24, ignore_eos=True).token_ids
+    if greedy:
+        assert generated == following[0, 11:].tolist()
+
+
+@pytest.mark.parametrize("model_type", sorted(MODELS))
+def test_logits_and_greedy_tokens(model_type: str, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_model_dir(model_type)
+    compile_model(str(folder), out=tmp_path / "out", dtype="float32", page_size=4)
+    check(folder, tmp_path / "out", tolerance=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_storage(dtype: str, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """Weights and KV cache in two bytes, sums in float32: the error is that of rounding weights, not of summing."""
+    folder = tiny_model_dir("qwen3")
+    report = compile_model(str(folder), out=tmp_path / "out", dtype=dtype)
+    assert report.manifest.kv.dtype == dtype
+    check(folder, tmp_path / "out", tolerance=3e-2 if dtype == "bfloat16" else 4e-3, greedy=False)
+
+
+def test_a_context_that_is_no_multiple_of_the_page(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_model_dir("llama")
+    compile_model(str(folder), out=tmp_path / "out", dtype="float32", context=41, page_size=7, max_batch=3)
+    check(folder, tmp_path / "out", tolerance=2e-5)
+    with llmc.load(tmp_path / "out") as model:
+        done = model.generate(list(range(1, 30)), max_tokens=100, ignore_eos=True)
+        assert done.finish_reason == "length" and len(done.token_ids) == 41 - 29
+
+
+def test_two_compiles_give_the_same_bytes(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tiny_model_dir("llama")
+    first = compile_model(str(folder), out=tmp_path / "a", dtype="float32").manifest
+    second = compile_model(str(folder), out=tmp_path / "b", dtype="float32").manifest
+    assert first.files == second.files and first.graph_sha256 == second.graph_sha256

@@ -23,7 +23,9 @@ def choose(call: KernelCall, target: Target, families: Sequence[Any]) -> tuple[A
         why = family.matches(call, target)
         if why is not None:
             return family, why
-    tried = f"of its families {', '.join(f.NAME for f in candidates)} none takes it" if candidates else "it has no family for this op"
+    tried = (
+        f"of its families {', '.join(f.NAME for f in candidates)} none takes it" if candidates else "it has no family for this op"
+    )
     raise UnsupportedError(
         f"target {target.name} has no kernel for {describe(call)} in the {call.phase} phase ({tried}): "
         "use another data type or target, or report the shape"

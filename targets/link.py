@@ -23,7 +23,9 @@ def linker(target: Target) -> Callable[..., None]:
 
     def link(output: str, objects: str | Sequence[str], options: Sequence[str] | None = None, **_: Any) -> None:
         files = [objects] if isinstance(objects, str) else list(objects)
-        done = subprocess.run([*command, "-o", output, *files, *(options or []), "-lm"], capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*command, "-o", output, *files, *(options or []), "-lm"], capture_output=True, text=True, check=False
+        )
         if done.returncode:
             raise InternalError(f"linking for {target.name} failed ({' '.join(command[:3])}): {done.stderr.strip()[-800:]}")
 

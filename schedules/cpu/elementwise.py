@@ -16,8 +16,8 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import IRModule, s_tir, tirx
-from tvm.ir import register_op_attr
 from tvm.s_tir.schedule import ScheduleError
+from tvm.tirx import register_intrin_lowering
 
 from llmc.schedules.cpu.emit import PARALLEL_WORK, vector
 from llmc.schedules.cpu.math import LN2_HIGH, LN2_LOW, LOG2_E, ROUND, exp_coefficients
@@ -148,4 +148,4 @@ def _exp(call: tirx.Call) -> Expr:
     return tirx.Let(x, tirx.max(tirx.min(call.args[0], constant(88.7)), constant(-87.0)), result)
 
 
-register_op_attr("tirx.exp", "llvm.FLowerIntrin", _exp, level=99)
+register_intrin_lowering("tirx.exp", target="llvm", f=_exp, level=99)

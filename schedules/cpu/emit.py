@@ -50,11 +50,10 @@ class Symbols:
 def function(name: str) -> Iterator[Callable[[], Any]]:
     """Emit a PrimFunc. Yields a callable that returns it once the block has ended."""
     builder = IRBuilder()
-    with builder:
-        with T.prim_func(s_tir=True):
-            T.func_name(name)
-            T.func_attr({"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True})
-            yield builder.get
+    with builder, T.prim_func(s_tir=True):
+        T.func_name(name)
+        T.func_attr({"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True})
+        yield builder.get
 
 
 def arguments(symbols: Symbols, **specs: TensorSpec) -> list[Expr]:

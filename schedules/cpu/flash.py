@@ -145,7 +145,8 @@ class Flash:
         def transpose(block: Expr, start: Expr) -> None:
             at = [bind(block * lanes + r) for r in range(lanes)]
             rows = [
-                bind(self.simd.load(self.pages, read(self.page, a), head, read(self.slot, a) * h.d + start, lanes=lanes)) for a in at
+                bind(self.simd.load(self.pages, read(self.page, a), head, read(self.slot, a) * h.d + start, lanes=lanes))
+                for a in at
             ]
             for i, column in enumerate(transposed(rows)):
                 store(self.keys, column, (start + i) * self.chunk + block * lanes, lanes=lanes)

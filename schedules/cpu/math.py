@@ -41,7 +41,9 @@ def exp_coefficients() -> list[float]:
 @cache
 def _tanh_coefficients() -> list[float]:
     """tanh(x) = x P(x²) for |x| ≤ 0.625."""
-    return _fit(lambda z: np.where(z < 1e-8, 1 - z / 3, np.tanh(np.sqrt(np.maximum(z, 1e-8))) / np.sqrt(np.maximum(z, 1e-8))), 0, 0.4, 6)
+    return _fit(
+        lambda z: np.where(z < 1e-8, 1 - z / 3, np.tanh(np.sqrt(np.maximum(z, 1e-8))) / np.sqrt(np.maximum(z, 1e-8))), 0, 0.4, 6
+    )
 
 
 @cache

@@ -8,7 +8,16 @@ import numpy as np
 from tvm import tirx
 
 from llmc.schedules.cpu.emit import (
-    Simd, Symbols, arguments, bind, each_vector, function, i64, parallel_if, shuffle, store,
+    Simd,
+    Symbols,
+    arguments,
+    bind,
+    each_vector,
+    function,
+    i64,
+    parallel_if,
+    shuffle,
+    store,
 )  # fmt: skip
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import Target

@@ -6,8 +6,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
+
+# isort: split
 import numpy as np
 import pytest
+import tvm
+from tvm.tirx.script import builder as T
 
 from llmc import targets
 from llmc.schedules.cpu.emit import Simd, Symbols, arguments, function, store
@@ -19,23 +24,20 @@ from tests.kernels.harness import DTYPES, tensor
 N = 4096
 TARGETS = ["cpu", "cpu:x86-64-v3", "cpu:x86-64"]
 
-import tvm  # noqa: E402  (after the harness has prepared its import)
-
 
 def compile_map(target: str, body: Callable[[Simd, Any, int], Any], source: str = "float32", result: str = "float32") -> Any:
     """``out[i] = body(x[i])`` over N values, a vector at a time."""
     machine = targets.parse(target)
     simd, symbols = Simd(machine), Symbols()
+    lanes, shape = simd.lanes, (N // simd.lanes, simd.lanes)
     with function("main") as done:
-        x, out = arguments(symbols, x=TensorSpec((N // simd.lanes, simd.lanes), source), out=TensorSpec((N // simd.lanes, simd.lanes), result))
-        from tvm.tirx.script import builder as T
-
-        with T.serial(0, N // simd.lanes) as i:
-            store(out, simd.narrow(body(simd, simd.load(x, i, 0, lanes=simd.lanes), simd.lanes), result, simd.lanes), i, 0, lanes=simd.lanes)
+        x, out = arguments(symbols, x=TensorSpec(shape, source), out=TensorSpec(shape, result))
+        with T.serial(0, shape[0]) as i:
+            value = body(simd, simd.load(x, i, 0, lanes=lanes), lanes)
+            store(out, simd.narrow(value, result, lanes), i, 0, lanes=lanes)
     module = tvm.tirx.build(tvm.IRModule({"main": done()}), target=cpu.tvm_target(machine))
 
     def apply(values: np.ndarray) -> np.ndarray:
-        shape = (N // simd.lanes, simd.lanes)
         out = tensor(np.zeros(shape, DTYPES[result]))
         module["main"](tensor(values.reshape(shape)), out)
         return out.numpy().reshape(-1)

@@ -8,7 +8,7 @@ STAMP := $(VENV)/.ready
 # mypy knows nothing of setup.py's package_dir: it is shown the packages under the names they are installed by.
 TYPES := build/types
 MODEL ?= smollm2-135m
-PROMPT ?= The capital of France is
+PROMPT ?= Photosynthesis is the process by which
 
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1

@@ -45,11 +45,13 @@ def reference_model(model: str) -> Reference:
     require("compile", f"comparing with {model}")
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
     from llmc.importer.resolve import resolve
 
     source = resolve(model)
     where = (source.path.parent, source.path.name) if source.path.is_file() else (source.path, None)
+    logging.disable_progress_bar()  # ours says what is going on
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             where[0], gguf_file=where[1], dtype=torch.float32, attn_implementation="eager", local_files_only=True

@@ -106,15 +106,23 @@ def compare(folder: Path, model: str, progress: Progress, *, threads: int | None
     from llmc.reference import reference_model
     from llmc.runtime import load
 
-    with progress.phase("reference model"):
+    with progress.phase("load reference"):
         reference = reference_model(model)
     compiled = load(folder, threads=threads)
-    stored = {t.dtype for t in compiled.manifest.tensors.values()} & TOLERANCE.keys()
+    info = compiled.manifest
+    stored = {info.kv.dtype, *(t.dtype for t in info.tensors.values())} & TOLERANCE.keys()
     dtype = max(stored, key=lambda name: TOLERANCE[name], default="float32")
+    prompts = _prompts(compiled)
+    # One after the other: the waiting threads of one engine would slow the other down.
+    expected = []
+    with progress.phase("reference", total=len(prompts)) as phase:
+        for _, ids in prompts:
+            expected.append((reference.logits(ids), reference.greedy(ids, GREEDY_TOKENS)))
+            phase.advance()
     reports = []
-    with progress.phase("prompts", total=len(PROMPTS)) as phase:
-        for prompt, ids in _prompts(compiled):
-            reports.append(_compare_prompt(compiled, reference, prompt, ids))
+    with progress.phase("artifact", total=len(prompts)) as phase:
+        for (prompt, ids), (logits, greedy) in zip(prompts, expected, strict=True):
+            reports.append(_compare_prompt(compiled, prompt, ids, logits, greedy))
             phase.advance()
     return Comparison(dtype, TOLERANCE[dtype], reports)
 
@@ -132,12 +140,10 @@ def _prompts(compiled: Any) -> list[tuple[str, list[int]]]:
     return [(f"{size} pseudo-random tokens", rng.integers(info.model.vocab_size, size=size).tolist()) for size in sizes]
 
 
-def _compare_prompt(compiled: Any, reference: Any, prompt: str, ids: list[int]) -> PromptReport:
+def _compare_prompt(compiled: Any, prompt: str, ids: list[int], logits: np.ndarray, expected: list[int]) -> PromptReport:
     import numpy as np
 
-    ours = np.asarray(compiled.logits(ids), np.float64)
-    theirs = reference.logits(ids).astype(np.float64)
-    expected = reference.greedy(ids, GREEDY_TOKENS)
+    ours, theirs = np.asarray(compiled.logits(ids), np.float64), logits.astype(np.float64)
     found = compiled.generate(ids, max_tokens=GREEDY_TOKENS, ignore_eos=True).token_ids
     worst = float(np.abs(ours - theirs).max())
     return PromptReport(
@@ -151,7 +157,7 @@ def _compare_prompt(compiled: Any, reference: Any, prompt: str, ids: list[int]) 
     )
 
 
-def _agreeing(found: Any, expected: np.ndarray | list[int]) -> int:
+def _agreeing(found: list[int], expected: list[int]) -> int:
     """How many leading tokens are equal."""
     for i, (a, b) in enumerate(zip(found, expected, strict=False)):
         if a != b:

@@ -68,7 +68,7 @@ def _converse(model: Model, args: argparse.Namespace) -> None:
             except KeyboardInterrupt:
                 if not sys.stdin.isatty():
                     raise
-            print()
+            print(flush=True)
             messages.append({"role": "assistant", "content": completion.text})
             if not args.quiet:
                 print(session.statistics(completion), file=sys.stderr)

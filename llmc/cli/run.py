@@ -34,6 +34,7 @@ def main(args: argparse.Namespace) -> int:
         print(json.dumps({"model": model.manifest.model.name, "prompt": prompt, **dataclasses.asdict(completion)}))
     elif not completion.text.endswith("\n"):
         print()
+    sys.stdout.flush()  # the text stands before the statistics where both streams go to one place
     if not args.quiet:
         print(session.statistics(completion), file=sys.stderr)
     return 0

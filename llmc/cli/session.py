@@ -67,8 +67,9 @@ def statistics(completion: Completion) -> str:
     if timing is None:
         return f"{completion.prompt_tokens} tokens in, {len(completion.token_ids)} out"
     prefill = f" ({completion.prompt_tokens / timing.prompt:.0f} tok/s)" if timing.prompt > 0 else ""
+    speed = f", {timing.tokens_per_second:.1f} tok/s" if timing.tokens_per_second else ""
     ended = "end of the answer" if completion.finish_reason == "stop" else "stopped at the token limit"
     return (
         f"{completion.prompt_tokens} tokens in{prefill}, {len(completion.token_ids)} out, first after "
-        f"{format_seconds(timing.first_token)}, {timing.tokens_per_second:.1f} tok/s, {ended}"
+        f"{format_seconds(timing.first_token)}{speed}, {ended}"
     )

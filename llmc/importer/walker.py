@@ -15,7 +15,7 @@ import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import sympy
 import torch
@@ -25,67 +25,13 @@ from tvm.relax import TensorType
 
 from llmc.importer.params import Constant, ParamTable, Source, transposed
 from llmc.importer.report import Problem, Refused
-
-Size: TypeAlias = int | sympy.Expr
-
-_LENGTH = sympy.Symbol("n", integer=True, positive=True)
-"""The number of tokens, in torch shapes."""
-
-DTYPE_NAMES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-    torch.int64: "int32",  # ids and positions: no model counts tokens beyond 2^31
-    torch.int32: "int32",
-    torch.int16: "int16",
-    torch.int8: "int8",
-    torch.uint8: "uint8",
-    torch.bool: "bool",
-}
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """A value of the walk: its Relax expression, in stored shape, and the shape torch knows it by."""
-
-    expr: relax.Expr
-    shape: tuple[Size, ...]
-    dtype: str
-    param: relax.Var | None = None
-    """For a parameter, the variable itself in its full shape."""
-
-    @property
-    def ndim(self) -> int:
-        return len(self.shape)
-
-
-@dataclass(frozen=True)
-class MaskMarker:
-    """The value of a ``llmc::mask`` node: which positions a row may see."""
-
-    window: int
-    chunk: int
-    problem: str
-
+from llmc.importer.values import DTYPE_NAMES, LENGTH, MaskMarker, Size, Tensor, stored_shape
 
 # Ops that take a mask marker as an operand, and ops that only crop, cast or spread it.
 _TAKE_MASKS = frozenset({"llmc.attention", "aten.scaled_dot_product_attention"})
 _KEEP_MASKS = frozenset(
     {"aten.slice", "aten.to", "aten._to_copy", "aten.alias", "aten.clone", "aten.contiguous", "aten.expand", "aten.detach"}
 )
-
-
-def is_one(size: Size) -> bool:
-    return isinstance(size, int) and size == 1
-
-
-def stored_shape(shape: Sequence[Size]) -> tuple[Size, ...]:
-    """``shape`` without its leading unit dimensions (at least one dimension stays)."""
-    lead = 0
-    while lead < len(shape) - 1 and is_one(shape[lead]):
-        lead += 1
-    return tuple(shape[lead:])
 
 
 class Walker:
@@ -129,13 +75,13 @@ class Walker:
         expr = size.node.expr if isinstance(size, torch.SymInt) else sympy.sympify(size)
         if expr.is_number:
             return int(expr)
-        return expr.xreplace(dict.fromkeys(expr.free_symbols & self._lengths, _LENGTH))
+        return expr.xreplace(dict.fromkeys(expr.free_symbols & self._lengths, LENGTH))
 
     def prim(self, size: Size) -> tirx.PrimExpr | int:
         """A size as a Relax shape entry: torch's sequence symbol becomes n."""
         if isinstance(size, int):
             return size
-        if size == _LENGTH:
+        if size == LENGTH:
             return self.n
         if isinstance(size, sympy.Add):
             return self._fold(operator.add, size.args)

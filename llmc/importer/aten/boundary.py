@@ -14,7 +14,8 @@ from llmc.importer.aten.shape import permuted
 from llmc.importer.boundary import UNKNOWN
 from llmc.importer.params import Mapped
 from llmc.importer.report import Refused
-from llmc.importer.walker import MaskMarker, Tensor, Walker, stored_shape
+from llmc.importer.values import MaskMarker, Tensor, stored_shape
+from llmc.importer.walker import Walker
 
 R = relax.op
 

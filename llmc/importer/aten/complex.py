@@ -14,7 +14,8 @@ from tvm import relax
 from llmc.importer.aten.registry import converts
 from llmc.importer.aten.shape import permuted, selected, stack
 from llmc.importer.report import Refused
-from llmc.importer.walker import Size, Tensor, Walker
+from llmc.importer.values import Size, Tensor
+from llmc.importer.walker import Walker
 
 R = relax.op
 

@@ -11,7 +11,8 @@ from tvm import relax
 
 from llmc.importer.aten.registry import converts
 from llmc.importer.report import Refused
-from llmc.importer.walker import Size, Tensor, Walker, stored_shape
+from llmc.importer.values import Size, Tensor, stored_shape
+from llmc.importer.walker import Walker
 
 R = relax.op
 _TORCH = {

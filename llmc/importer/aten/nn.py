@@ -11,7 +11,8 @@ from llmc.dialect import norm
 from llmc.dialect.linear import linear as linear_op
 from llmc.importer.aten.registry import converts
 from llmc.importer.report import Refused
-from llmc.importer.walker import Tensor, Walker, stored_shape
+from llmc.importer.values import Tensor, stored_shape
+from llmc.importer.walker import Walker
 
 R = relax.op
 

@@ -10,7 +10,8 @@ from tvm import relax
 
 from llmc.importer.aten.registry import converts
 from llmc.importer.report import Refused
-from llmc.importer.walker import Tensor, Walker, is_one, stored_shape
+from llmc.importer.values import Tensor, is_one, stored_shape
+from llmc.importer.walker import Walker
 
 R = relax.op
 

@@ -69,7 +69,7 @@ def _compile(model: str, options: dict[str, Any], progress: Progress, *, recompi
     from llmc.compiler import compile as compile_model
     from llmc.importer.resolve import resolve
 
-    with progress.phase("model") as phase:
+    with progress.phase("find model", unit="B") as phase:
         files = resolve(model, progress=phase.callback()).path
     entry = _entry(model, files, options)
     try:

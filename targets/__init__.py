@@ -19,7 +19,7 @@ def known_specs() -> list[str]:
 
 
 def parse(spec: str) -> Target:
-    """The target that ``spec`` names (``"cpu"``, ``"cpu:x86-64-v3"``). Raises UsageError with what there is and the nearest name."""
+    """The target that ``spec`` names (``"cpu:x86-64-v3"``). Raises UsageError with what there is and the nearest name."""
     kind = spec.split(":", 1)[0]
     if kind not in KINDS:
         near = difflib.get_close_matches(spec, known_specs(), n=1, cutoff=0.5)

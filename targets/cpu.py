@@ -17,7 +17,6 @@ import difflib
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
@@ -77,8 +76,7 @@ def parse(spec: str) -> Target:
 
 def tvm_target(target: Target) -> tvm.target.Target:
     """LLVM with the target's triple, processor and extensions."""
-    mcpu, *extras = target.name.partition(":")[2].split("+")
-    del mcpu
+    _, *extras = target.name.partition(":")[2].split("+")
     config: dict[str, Any] = {"kind": "llvm", "mtriple": target.triple, "mcpu": target.mcpu}
     attributes = [f"-{e[2:]}" if e.startswith("no") else f"+{e}" for e in extras if e not in ("", "neon")]
     if attributes:
@@ -86,7 +84,7 @@ def tvm_target(target: Target) -> tvm.target.Target:
     return tvm.target.Target(config)
 
 
-def families(target: Target) -> Sequence[ModuleType]:
+def families(target: Target) -> Sequence[Any]:
     """The CPU kernel families, in order of preference."""
     from llmc.schedules.cpu import FAMILIES
 

@@ -14,9 +14,10 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from llmc.schedules.cpu.emit import Simd, bind, local, read, store
+from llmc.schedules.cpu.emit import Simd, bind, i64, local, read, store
 
 Expr = Any
+Index = tuple[Expr, ...]
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,9 @@ def output_blocks(o: int, width: int) -> list[tuple[int, int]]:
 def dot_tile(
     simd: Simd,
     x: Expr,
-    x_rows: Sequence[tuple[Expr, ...]],
+    x_rows: Sequence[Index],
     weight: Expr,
-    w_rows: Sequence[tuple[Expr, ...]],
+    w_rows: Sequence[Index],
     k: int,
     stream: bool = False,
 ) -> list[Expr]:
@@ -58,31 +59,86 @@ def dot_tile(
     ``x_rows`` and ``w_rows`` are index prefixes; the last dimension of both buffers is k. ``stream`` walks the weight rows
     one after the other, for weights that come from memory; else all of them advance together. The sums are the same bits.
     """
-    lanes = simd.widest(k)
-    zero = simd.splat(0.0, lanes)
-    acc = [[local(lanes) for _ in w_rows] for _ in x_rows]
-    for row in acc:
-        for a in row:
-            store(a, zero, 0, lanes=lanes)
+    tile = _Tile(simd, x, x_rows, weight, w_rows, k)
+    tile.clear()
+    full, rest = divmod(k, tile.lanes)
+    together = list(range(len(w_rows)))
+    for columns in [[j] for j in together] if stream else [together]:
+        tile.advance(i64(0), full, columns)
+        if rest:
+            tile.tail(columns)
+    return tile.sums()
 
-    def step(columns: Sequence[int], start: Expr, counted: int) -> None:
-        xs = []
-        for r in x_rows:
-            value = simd.load(x, *r, start, lanes=lanes)
+
+def dot_block(
+    simd: Simd,
+    x: Expr,
+    x_rows: Sequence[Index],
+    weight: Expr,
+    w_rows: Sequence[Index],
+    k: int,
+    scratch: Expr,
+    slots: Sequence[Expr],
+    first: Expr,
+    count: int,
+    last: bool,
+) -> None:
+    """Advance the accumulators in ``scratch`` over ``count`` elements of k from ``first`` on, and the tail if ``last``.
+
+    ``slots[i]`` is the vector of ``scratch`` where x row i's accumulators start. Between the blocks of a long k whole vectors
+    are put aside, not sums, so that the additions are those of :func:`dot_tile`.
+    """
+    tile = _Tile(simd, x, x_rows, weight, w_rows, k)
+    tile.move(scratch, slots, load=True)
+    columns = list(range(len(w_rows)))
+    tile.advance(first, count // tile.lanes, columns)
+    if last and k % tile.lanes:
+        tile.tail(columns)
+    tile.move(scratch, slots, load=False)
+
+
+class _Tile:
+    """The accumulators of a tile and the steps that advance them."""
+
+    def __init__(self, simd: Simd, x: Expr, x_rows: Sequence[Index], weight: Expr, w_rows: Sequence[Index], k: int) -> None:
+        self.simd, self.x, self.x_rows, self.weight, self.w_rows, self.k = simd, x, x_rows, weight, w_rows, k
+        self.lanes = simd.widest(k)
+        self.acc = [[local(self.lanes) for _ in w_rows] for _ in x_rows]
+
+    def clear(self) -> None:
+        for a in (a for row in self.acc for a in row):
+            store(a, self.simd.splat(0.0, self.lanes), 0, lanes=self.lanes)
+
+    def move(self, scratch: Expr, slots: Sequence[Expr], load: bool) -> None:
+        """Load the accumulators from ``scratch``, or store them there."""
+        for row, slot in zip(self.acc, slots, strict=True):
+            for j, a in enumerate(row):
+                at = (slot + j) * self.lanes
+                if load:
+                    store(a, read(scratch, at, lanes=self.lanes), 0, lanes=self.lanes)
+                else:
+                    store(scratch, read(a, 0, lanes=self.lanes), at, lanes=self.lanes)
+
+    def advance(self, first: Expr, steps: int, columns: Sequence[int]) -> None:
+        with T.serial(0, steps) as kk:
+            self._step(columns, first + i64(kk) * self.lanes, 0)
+
+    def tail(self, columns: Sequence[int]) -> None:
+        self._step(columns, i64(self.k - self.lanes), self.lanes - self.k % self.lanes)
+
+    def sums(self) -> list[Expr]:
+        return [self.simd.sums([read(a, 0, lanes=self.lanes) for a in row]) for row in self.acc]
+
+    def _step(self, columns: Sequence[int], start: Expr, counted: int) -> None:
+        """Multiply one vector of k; the first ``counted`` lanes of x were part of an earlier step."""
+        lanes, xs = self.lanes, []
+        for r in self.x_rows:
+            value = self.simd.load(self.x, *r, start, lanes=lanes)
             if counted:
                 fresh = tirx.Ramp(0, 1, lanes) >= tirx.Broadcast(tirx.const(counted, "int32"), lanes)
-                value = tirx.Select(fresh, value, zero)
+                value = tirx.Select(fresh, value, self.simd.splat(0.0, lanes))
             xs.append(bind(value))
         for j in columns:
-            value = bind(simd.load(weight, *w_rows[j], start, lanes=lanes))
+            value = bind(self.simd.load(self.weight, *self.w_rows[j], start, lanes=lanes))
             for i, xv in enumerate(xs):
-                store(acc[i][j], simd.fma(xv, value, read(acc[i][j], 0, lanes=lanes)), 0, lanes=lanes)
-
-    full, rest = divmod(k, lanes)
-    together = range(len(w_rows))
-    for columns in [[j] for j in together] if stream else [list(together)]:
-        with T.serial(0, full) as kk:
-            step(columns, tirx.Cast("int64", kk) * lanes, 0)
-        if rest:
-            step(columns, tirx.const(k - lanes, "int64"), lanes - rest)
-    return [simd.sums([read(a, 0, lanes=lanes) for a in row]) for row in acc]
+                store(self.acc[i][j], self.simd.fma(xv, value, read(self.acc[i][j], 0, lanes=lanes)), 0, lanes=lanes)

@@ -1,8 +1,8 @@
 """``llmc.linear`` on a CPU: act(x · weightᵀ + bias) + residual, weights in place as stored, float32 accumulation.
 
 The work is cut into (row block × output block) tasks. Inside a task the few weight rows of an output block stay in the
-first-level cache while all rows of the block pass over them, so a step with n ≤ ``row_block`` rows reads every weight once
-(decode: the machine's memory bandwidth), and the x rows of a block stay in the second level (prefill: the FMA units).
+first-level cache (a long k in blocks) while all rows of the block pass over them, so a step with n ≤ ``row_block`` rows reads
+every weight once (decode: the machine's memory bandwidth), and with many rows the multiply-add units are the limit.
 The first row of a block streams the weights in the order they lie in memory (with k of a few hundred, several short rows at
 once defeat the hardware's prefetch); the others find them in the cache and go through the register tile ``rows × outputs`` of
 :func:`llmc.schedules.cpu.dot.tile_shape`, rows left over one at a time.
@@ -10,14 +10,15 @@ once defeat the hardware's prefetch); the others find them in the cache and go t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from llmc.schedules.cpu.dot import dot_tile, output_blocks, tile_shape
-from llmc.schedules.cpu.emit import PARALLEL_WORK, Simd, Symbols, arguments, ceildiv, function, i64, store, when
+from llmc.schedules.cpu.dot import dot_block, dot_tile, output_blocks, tile_shape
+from llmc.schedules.cpu.emit import PARALLEL_WORK, Simd, Symbols, arguments, ceildiv, function, i64, local, read, store, when
 from llmc.schedules.cpu.math import ACTIVATIONS, Math
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import Target
@@ -25,9 +26,9 @@ from llmc.targets.base import Target
 Expr = Any
 NAME = "cpu.linear"
 OP = "llmc.linear"
-STORAGE = ("float32", "float16", "bfloat16")
-L2_SHARE = 512 * 1024
-"""Bytes of x that one row block may hold: half of a common second-level cache."""
+WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
+K_BLOCK = 3072
+"""Bytes of a weight row. A longer one is cut into blocks of this size, of which a tile's rows fit the first-level cache."""
 
 
 def _call(o: int, k: int, dtype: str = "float32", phase: str = "extend", **attrs: Any) -> KernelCall:
@@ -44,6 +45,7 @@ SHAPES: dict[str, KernelCall] = {
     "square_576": _call(576, 576),
     "qkv_960x576": _call(960, 576, phase="decode"),
     "down_576x1536_residual": _call(576, 1536, residual=1),
+    "long_k_11x2077": _call(11, 2077, "bfloat16"),
     "odd_19x57_bias": _call(19, 57, bias=1),
     "odd_37x100_f16_silu": _call(37, 100, "float16", activation="silu", bias=1, residual=1),
     "odd_19x57_bf16_gelu": _call(19, 57, "bfloat16", activation="gelu", bias=1),
@@ -58,26 +60,24 @@ def matches(call: KernelCall, target: Target) -> str | None:
         return None
     others = [a.dtype for i, a in enumerate(call.args) if i != 1]
     o, k = call.args[1].shape
-    if call.args[1].dtype not in STORAGE or not isinstance(o, int) or not isinstance(k, int):
+    if call.args[1].dtype not in WIDTH or not isinstance(o, int) or not isinstance(k, int):
         return None
-    if others[0] != "float32" or any(d not in STORAGE for d in others):
+    if others[0] != "float32" or any(d not in WIDTH for d in others):
         return None
     return f"{call.args[1].dtype} weights in place, {target.vector_bits}-bit vectors along k"
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """``row_block``: rows that share one pass over the weights."""
-    k, tile = call.args[1].shape[1], tile_shape(Simd(target))
-    assert isinstance(k, int)
-    fit = [r for r in (96, 48, 192, 24) if r * k * 4 <= L2_SHARE]
-    return {"row_block": [r // tile.rows * tile.rows + 1 for r in fit or [24]]}
+    rows = tile_shape(Simd(target)).rows
+    return {"row_block": [r // rows * rows + 1 for r in (96, 48, 192, 24)]}
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     simd, symbols = Simd(target), Symbols()
     tile = tile_shape(simd)
     o, k = (int(d) for d in call.args[1].shape)
-    block = int(config["row_block"])
+    block, k_block = int(config["row_block"]), K_BLOCK // WIDTH[call.args[1].dtype]
     specs = dict(zip(_names(call), (*call.args, call.result), strict=True))
     with function(f"linear_{o}x{k}") as done:
         buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
@@ -94,11 +94,40 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
         def columns(low: Expr, high: Expr, first: Expr, outputs: int) -> None:
             rows(low, 1, first, outputs, stream=True)
-            tiles = tirx.floordiv(high - low - 1, tile.rows)
+            if k > k_block:
+                blocked(low + 1, high, first, outputs)
+                return
+            each_tile(low + 1, high, lambda row, count: rows(row, count, first, outputs))
+
+        def each_tile(low: Expr, high: Expr, body: Callable[[Expr, int], None]) -> None:
+            tiles = T.bind(tirx.floordiv(high - low, tile.rows))
             with T.serial(0, tiles) as t:
-                rows(low + 1 + t * tile.rows, tile.rows, first, outputs)
-            with T.serial(low + 1 + tiles * tile.rows, high) as row:
-                rows(row, 1, first, outputs)
+                body(low + i64(t) * tile.rows, tile.rows)
+            with T.serial(low + tiles * tile.rows, high) as row:
+                body(i64(row), 1)
+
+        def blocked(low: Expr, high: Expr, first: Expr, outputs: int) -> None:
+            """All rows over one block of k after the other, so that the weights of a block stay in the first-level cache."""
+            w_rows = [(first + j,) for j in range(outputs)]
+            scratch = local(simd.lanes, (block - 1) * outputs)
+
+            def over(start: Expr, count: int, last: bool) -> None:
+                def tile_rows(row: Expr, size: int) -> None:
+                    x_rows, slots = [(row + i,) for i in range(size)], [(row - low + i) * outputs for i in range(size)]
+                    dot_block(simd, buffers["x"], x_rows, buffers["weight"], w_rows, k, scratch, slots, start, count, last)
+
+                each_tile(low, high, tile_rows)
+
+            with T.serial(0, (high - low) * outputs) as i:
+                store(scratch, simd.splat(0.0, simd.lanes), i64(i) * simd.lanes, lanes=simd.lanes)
+            whole = k // k_block - (0 if k % k_block else 1)
+            with T.serial(0, whole) as b:
+                over(i64(b) * k_block, k_block, False)
+            over(i64(whole * k_block), k - whole * k_block, True)
+            with T.serial(low, high) as r:
+                row = T.bind(i64(r))
+                vectors = [read(scratch, ((row - low) * outputs + j) * simd.lanes, lanes=simd.lanes) for j in range(outputs)]
+                _finish(call, simd, buffers, simd.sums(vectors), row, first, outputs)
 
         def task(t: Expr) -> None:
             low = T.bind(tirx.floordiv(t, tasks) * block)
@@ -150,7 +179,6 @@ def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
 
 
 def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
-    sizes = {"float32": 4, "float16": 2, "bfloat16": 2}
-    moved = sum(int(np.prod(s.bind(symbols))) * sizes[s.dtype] for s in (*call.args, call.result))
+    moved = sum(int(np.prod(s.bind(symbols))) * WIDTH[s.dtype] for s in (*call.args, call.result))
     n, k = call.args[0].bind(symbols)
     return moved, 2 * n * k * int(call.args[1].shape[0])

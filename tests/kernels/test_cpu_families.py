@@ -150,10 +150,11 @@ def test_moe_has_the_same_bits_in_every_batch(module: Any) -> None:
         np.testing.assert_array_equal(run(module, symbol(moe, "odd_57_19"), call, alone, {"n": 1})[0], together[r])
 
 
-@pytest.mark.parametrize("block", [1, 4, 7, 193])
-def test_linear_has_the_same_bits_for_every_row_block(module: Any, block: int) -> None:
-    call = linear.SHAPES["odd_37x100_f16_silu"]
+@pytest.mark.parametrize("label", ["odd_37x100_f16_silu", "long_k_11x2077"])
+@pytest.mark.parametrize("block", [1, 7, 193])
+def test_linear_has_the_same_bits_for_every_row_block(module: Any, label: str, block: int) -> None:
+    call = linear.SHAPES[label]
     other = build({"other": (linear, call)}, targets.parse("cpu"), {"other": {"row_block": block}})
     arrays = random_arrays(call, {"n": 40}, seed=8)
-    expected = run(module, symbol(linear, "odd_37x100_f16_silu"), call, arrays, {"n": 40})
+    expected = run(module, symbol(linear, label), call, arrays, {"n": 40})
     np.testing.assert_array_equal(run(other, "other", call, arrays, {"n": 40}), expected)

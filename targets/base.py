@@ -46,8 +46,5 @@ class TargetModule(Protocol):
     def schedule(self, function: Any, target: Target) -> Any:
         """The PrimFunc, which TVM generated from Relax operators, scheduled for the target."""
 
-    def schedule(self, function: Any, target: Target) -> Any:
-        """Schedule a PrimFunc that Relax legalised and fused; unchanged if no rule fits."""
-
     def export(self, executable: Any, target: Target, path: str) -> None:
         """Link a built ``relax.VMExecutable`` into one shared library at ``path``."""

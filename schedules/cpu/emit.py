@@ -1,8 +1,9 @@
 """The vocabulary kernels are written in: a thin layer over TVM's IRBuilder with SIMD values as Python objects.
 
 Kernels are Python functions that *emit* TIR. Python loops unroll; ``T.serial`` and ``T.parallel`` make loops in the code.
-A vector is a TIR expression of ``lanes`` float32 values. Multiply-adds are explicit: no kernel leaves a product and a sum
-next to each other for LLVM to contract in one copy of the code and not in another, which would break batch invariance.
+A vector is a TIR expression of ``lanes`` float32 values. The multiply-adds of a sum are explicit intrinsics, and the paths
+that a row can take (tile, single row) emit the same expressions: LLVM may contract a product and a sum that stand next to
+each other, and must do so in all of them or in none, or batch invariance is lost. The tests compare bits.
 """
 
 from __future__ import annotations

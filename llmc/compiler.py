@@ -38,7 +38,6 @@ class CompileReport:
     bytes: int
     seconds: dict[str, float] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

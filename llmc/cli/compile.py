@@ -42,9 +42,9 @@ def main(args: argparse.Namespace) -> int:
         progress=progress,
         **options.compile_options(args),
     )
-    for label, names in (("unused by the graph", report.unused), ("missing from the checkpoint", report.missing)):
-        if names:
-            progress.note(f"{len(names)} tensors {label}: {', '.join(names[:8])}{', ...' if len(names) > 8 else ''}")
+    if names := report.unused:
+        rest = ", ..." if len(names) > 8 else ""
+        progress.note(f"{len(names)} tensors unused by the graph: {', '.join(names[:8])}{rest}")
     if args.json:
         import json
 
@@ -55,7 +55,6 @@ def main(args: argparse.Namespace) -> int:
                     "bytes": report.bytes,
                     "seconds": report.seconds,
                     "unused": report.unused,
-                    "missing": report.missing,
                     "target": [variant.target for variant in report.manifest.variants],
                     "parameters": report.manifest.model.parameters,
                 }

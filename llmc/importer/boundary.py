@@ -12,7 +12,7 @@ torch custom ops, so ``torch.export`` keeps each as one node whatever model it i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from llmc.dialect.linear import ACTIVATIONS
+from llmc.dialect.moe import gate
 
 INTERFACE = "llmc"
 """The name our functions are registered under in transformers' attention, mask and experts interfaces."""
@@ -68,14 +69,17 @@ def _moe(
     down_bias: torch.Tensor | None,
     activation: str,
     gated: bool,
-    interleave: bool,
     transposed: bool,
+    interleave: bool,
+    alpha: float,
+    limit: float,
+    offset: float,
 ) -> torch.Tensor:
     return torch.empty_like(x)
 
 
 @_moe.register_fake
-def _(x, ids, weights, gate_up, down, gate_up_bias, down_bias, activation, gated, interleave, transposed):
+def _(x, *_):
     return torch.empty_like(x)
 
 
@@ -177,32 +181,67 @@ class ExpertsRule:
     """How an experts module combines gate and up: see ``llmc.dialect.moe``. ``activation`` is UNKNOWN if no known one fits."""
 
     activation: str
-    interleave: bool
+    interleave: bool = False
+    alpha: float = 1.0
+    limit: float = 0.0
+    offset: float = 0.0
 
 
 _ATTRIBUTE = "_llmc_experts_rule"
 
 
 def _probe_experts(module: Any) -> ExpertsRule:
-    """Find the activation and layout that reproduce the module's own gating on random values."""
-    x = torch.from_numpy(np.random.default_rng(0).standard_normal((7, 12)).astype(np.float32) * 3)
+    """Find the rule that reproduces the module's own gating on random values."""
     with torch.no_grad():
-        found = (module._apply_gate(x) if module.has_gate else module.act_fn(x)).double().numpy()
-    for name, activation in ACTIVATIONS.items():
-        for interleave in (False, True) if module.has_gate else (False,):
-            v = x.double().numpy()
-            gate, up = (v[:, 0::2], v[:, 1::2]) if interleave else np.split(v, 2, axis=1)
-            expected = activation(gate) * up if module.has_gate else activation(v)
-            if expected.shape == found.shape and np.allclose(found, expected, rtol=1e-5, atol=1e-6):
-                return ExpertsRule(name, interleave)
-    return ExpertsRule(UNKNOWN, False)
+        if not module.has_gate:
+            return _probe_activation(lambda x: module.act_fn(torch.from_numpy(x)).double().numpy())
+
+        def gating(rows: np.ndarray) -> np.ndarray:
+            return module._apply_gate(torch.from_numpy(rows.astype(np.float32))).double().numpy()
+
+        x = np.random.default_rng(0).standard_normal((64, 12)) * 6
+        found = gating(x)
+        for interleave in (False, True):
+            g, u = (x[:, 0::2], x[:, 1::2]) if interleave else np.split(x, 2, axis=1)
+            plain = [ExpertsRule(name, interleave) for name in ACTIVATIONS]
+            for rule in (*plain, _clipped_rule(gating, interleave)):
+                expected = gate(g, u, activation=rule.activation, alpha=rule.alpha, limit=rule.limit, offset=rule.offset)
+                if expected.shape == found.shape and np.allclose(found, expected, rtol=1e-4, atol=1e-5):
+                    return rule
+    return ExpertsRule(UNKNOWN)
+
+
+def _probe_activation(function: Callable[[np.ndarray], np.ndarray]) -> ExpertsRule:
+    x = np.random.default_rng(0).standard_normal(64).astype(np.float32) * 3
+    found = function(x)
+    fitting = (n for n, f in ACTIVATIONS.items() if np.allclose(found, f(x.astype(np.float64)), rtol=1e-5, atol=1e-6))
+    return ExpertsRule(next(fitting, UNKNOWN))
+
+
+def _clipped_rule(gating: Callable[[np.ndarray], np.ndarray], interleave: bool) -> ExpertsRule:
+    """The silu gate with slope, limit and offset solved from four values, as if the module were such a gate.
+
+    With A = sigmoid(alpha), the value at gate 1: f(1, 1) - f(1, 0) = A, f(1, 0) = offset · A, and the largest and smallest u give
+    (± limit + offset) · A. The caller checks the rule on values it was not solved from.
+    """
+
+    def at(g: float, u: float) -> float:
+        row = np.tile([g, u], 3) if interleave else np.repeat([g, u], 3)
+        return float(gating(row[None])[0, 0])
+
+    slope = at(1, 1) - at(1, 0)
+    if not 0 < slope < 1:
+        return ExpertsRule("silu", interleave)
+    limit = (at(1, 1e4) - at(1, -1e4)) / (2 * slope)
+    rounded = [round(v, 4) for v in (float(np.log(slope / (1 - slope))), limit if limit < 5e3 else 0.0, at(1, 0) / slope)]
+    return ExpertsRule("silu", interleave, *rounded)
 
 
 def describe_experts(model: torch.nn.Module) -> None:
     """Note on every experts module how it gates. Must run outside tracing, where tensors have values."""
     for module in model.modules():
         if hasattr(module, "_apply_gate") and hasattr(module, "has_gate"):
-            rule = ExpertsRule(UNKNOWN, False) if module.has_post_expert_norm else _probe_experts(module)
+            rule = ExpertsRule(UNKNOWN) if module.has_post_expert_norm else _probe_experts(module)
             object.__setattr__(module, _ATTRIBUTE, rule)
 
 
@@ -222,8 +261,11 @@ def experts_function(
         module.down_proj_bias if module.has_bias else None,
         rule.activation,
         bool(module.has_gate),
-        rule.interleave,
         bool(module.is_transposed),
+        rule.interleave,
+        rule.alpha,
+        rule.limit,
+        rule.offset,
     )
 
 

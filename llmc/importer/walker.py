@@ -4,6 +4,9 @@ torch's graph is ``[1, s, ...]``: a batch of one. The flat graph has no batch ax
 with its leading unit dimensions dropped** (:func:`stored_shape`). Broadcasting aligns dimensions at the right, so the rule never
 changes what an elementwise op means, and converters only have to translate axis numbers (:meth:`Walker.axis`).
 
+The rows of the flat graph are tokens of any mix of sequences, one at a time or many. So nothing but attention may look at two
+tokens at once: a value for pairs of tokens, or an operation along the tokens, is refused (:meth:`Walker.rowwise`).
+
 Nodes are visited on demand, backwards from the logits, so whatever the model computes beside (masks, packed-sequence
 detection, caches) is never looked at. Converters live in :mod:`llmc.importer.aten`, a table from ATen op to function. What
 no converter takes is collected with its module path, and reported all at once.
@@ -83,19 +86,15 @@ class Walker:
             return size
         if size == LENGTH:
             return self.n
-        if isinstance(size, sympy.Add):
-            return self._fold(operator.add, size.args)
-        if isinstance(size, sympy.Mul):
-            return self._fold(operator.mul, size.args)
-        if isinstance(size, sympy.Integer):
-            return int(size)
-        raise Refused(f"the size {size}, which is not a sum or product of the number of tokens")
+        times = size / LENGTH
+        if times.is_Integer:
+            return self.n * int(times)
+        raise Refused(f"the size {size}, which is not a multiple of the number of tokens")
 
-    def _fold(self, combine: Callable[[Any, Any], Any], parts: Sequence[Size]) -> Any:
-        value = self.prim(self.size(parts[0]))
-        for part in parts[1:]:
-            value = combine(value, self.prim(self.size(part)))
-        return value
+    def rowwise(self, size: Size, what: str) -> None:
+        """Raise Refused if ``size``, of a dimension that an operation mixes, is the number of tokens."""
+        if not isinstance(size, int):
+            raise Refused(f"{what} along the tokens, which are of several sequences")
 
     def prims(self, shape: Sequence[Size]) -> list[Any]:
         return [self.prim(s) for s in shape]
@@ -115,6 +114,8 @@ class Walker:
 
     def tensor(self, expr: relax.Expr, shape: Sequence[Size], dtype: str) -> Tensor:
         """Emit ``expr`` as a tensor of torch shape ``shape``. Unit dimensions it has too many or too few are settled here."""
+        if sum(not isinstance(size, int) for size in shape) > 1:
+            raise Refused("a value for every pair of tokens outside attention")
         var = self.emit(expr)
         stored = stored_shape(tuple(shape))
         if len(var.ty.shape) != len(stored):

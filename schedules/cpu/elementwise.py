@@ -30,6 +30,8 @@ def schedule(function: tirx.PrimFunc, target: Target) -> tirx.PrimFunc:
     """The PrimFunc with parallel outer loops and vectorised inner ones; unchanged if its loops are of another kind."""
     if function.attrs.get("tirx.is_scheduled", False):
         return function
+    if not isinstance(function.body, s_tir.SBlockRealize) or function.body.block.name_hint != "root":
+        return function  # an opaque operator (a scatter): its loops are inside one block, which no schedule can see into
     sch = s_tir.Schedule(function)
     if not sch.get_child_blocks(sch.get_sblock("root")):
         return function

@@ -27,7 +27,17 @@ STORAGE = ("float32", "float16", "bfloat16")
 
 
 def _call(h: int, i: int, experts: int, top_k: int, dtype: str = "float32", **attrs: Any) -> KernelCall:
-    full = {"top_k": top_k, "activation": "silu", "gated": 1, "interleave": 0, "bias": 0, **attrs}
+    full = {
+        "top_k": top_k,
+        "activation": "silu",
+        "gated": 1,
+        "interleave": 0,
+        "bias": 0,
+        "alpha": 1.0,
+        "limit": 0.0,
+        "offset": 0.0,
+        **attrs,
+    }
     wide = 2 * i if full["gated"] else i
     x = TensorSpec(("n", h), "float32")
     args = [x, TensorSpec(("n", top_k), "int32"), TensorSpec(("n", top_k), "float32")]
@@ -41,6 +51,7 @@ SHAPES: dict[str, KernelCall] = {
     "mixtral_like": _call(64, 96, 8, 2),
     "odd_57_19": _call(57, 19, 5, 3, "bfloat16", activation="gelu_tanh"),
     "interleaved_bias": _call(36, 20, 4, 2, "float16", interleave=1, bias=1),
+    "clipped_gate": _call(40, 22, 4, 2, interleave=1, bias=1, alpha=1.702, limit=0.5, offset=1.0),
     "plain": _call(24, 13, 3, 1, gated=0, activation="relu2", bias=1),
 }
 
@@ -156,12 +167,32 @@ class _Moe:
                     bias = [self.simd.load(self.buffers["gate_up_bias"], *row) for row in w_rows]
                     value = bind(value + (shuffle(bias, range(len(bias))) if len(bias) > 1 else bias[0]))
                 gate = shuffle([value], range(outputs)) if self.gated else value
-                gate = Math(self.simd, outputs).activate(self.call.attr("activation"), gate)
-                if self.gated:
-                    gate = bind(gate * shuffle([value], range(outputs, 2 * outputs)))
-                store(self.hidden, gate, pair, first, lanes=outputs)
+                up = shuffle([value], range(outputs, 2 * outputs)) if self.gated else None
+                store(self.hidden, self._gated(gate, up, outputs), pair, first, lanes=outputs)
 
         self._each_tile(tile)
+
+    def _gated(self, gate: Expr, up: Expr | None, lanes: int) -> Expr:
+        """act(alpha · gate) / alpha * (up + offset), clipped first if there is a limit."""
+
+        def splat(value: float) -> Expr:
+            return self.simd.splat(f32(value), lanes)
+
+        alpha, limit, offset = (float(self.call.attr(name)) for name in ("alpha", "limit", "offset"))
+        if limit > 0:
+            gate = bind(tirx.min(gate, splat(limit)))
+        if alpha != 1:
+            gate = bind(gate * splat(alpha))
+        value = Math(self.simd, lanes).activate(self.call.attr("activation"), gate)
+        if alpha != 1:
+            value = bind(value * splat(1 / alpha))
+        if up is None:
+            return value
+        if limit > 0:
+            up = bind(tirx.max(tirx.min(up, splat(limit)), splat(-limit)))
+        if offset != 0:
+            up = bind(up + splat(offset))
+        return bind(value * up)
 
     def _output_block(self, first: Expr, outputs: int) -> None:
         """parts[pair, block] = down · hidden, then out[row, block] = the weighted sum over the row's experts."""
@@ -189,7 +220,7 @@ class _Moe:
 def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
     from llmc.dialect.moe import reference as moe_reference
 
-    attrs = {name: call.attr(name) for name in ("activation", "gated", "interleave")}
+    attrs = {name: call.attr(name) for name in ("activation", "gated", "interleave", "alpha", "limit", "offset")}
     return moe_reference(*arrays, **attrs)
 
 

@@ -49,17 +49,22 @@ def test_gating_is_recognised_by_value() -> None:
     def pairs(x: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.silu(x[..., 0::2]) * x[..., 1::2]
 
-    def clamped(x: torch.Tensor) -> torch.Tensor:
+    def clipped(x: torch.Tensor) -> torch.Tensor:
+        gate, up = x[..., 0::2].clamp(max=7.0), x[..., 1::2].clamp(-7.0, 7.0)
+        return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+
+    def one_sided(x: torch.Tensor) -> torch.Tensor:
         gate, up = x.chunk(2, -1)
         return torch.nn.functional.silu(gate.clamp(max=1.0)) * up
 
     found = []
-    for gate in (halves, pairs, clamped):
+    for gate in (halves, pairs, clipped, one_sided):
         module = _Experts(gate)
         boundary.describe_experts(module)
         found.append(getattr(module, boundary._ATTRIBUTE))
     assert found == [
         boundary.ExpertsRule("gelu_tanh", False),
         boundary.ExpertsRule("silu", True),
-        boundary.ExpertsRule(boundary.UNKNOWN, False),
+        boundary.ExpertsRule("silu", True, alpha=1.702, limit=7.0, offset=1.0),
+        boundary.ExpertsRule(boundary.UNKNOWN),
     ]

@@ -64,6 +64,37 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 28,
         "norm_topk_prob": True,
     },
+    # Latent attention (keys wider than values), group-limited routing, a shared expert.
+    "deepseek_v3": {
+        **NO_GROUPS,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "q_lora_rank": 24,
+        "kv_lora_rank": 16,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 12,
+        "v_head_dim": 14,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+    },
+    # Chunked attention, layers without rope, complex rotations, one expert a token.
+    "llama4_text": {
+        **SIZES,
+        "head_dim": 10,
+        "num_local_experts": 3,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 80,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 8,
+        "no_rope_layers": [1, 0],
+        "floor_scale": 8,
+    },
+    # Attention sinks, alternating windows, experts with a clipped gate and biases.
+    "gpt_oss": {**SIZES, "head_dim": 10, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 5},
 }
 
 CHAT_TEMPLATE = (

@@ -117,13 +117,15 @@ def expert_matrix(w: Walker, weight: Tensor, transposed: bool) -> relax.Expr:
 @converts("llmc.moe")
 def moe(
     w: Walker, node: torch.fx.Node, x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor,
-    gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, gated: bool, interleave: bool, transposed: bool,
+    gate_up_bias: Tensor | None, down_bias: Tensor | None, activation: str, gated: bool, transposed: bool, interleave: bool,
+    alpha: float, limit: float, offset: float,
 ) -> Tensor:  # fmt: skip
     if activation == UNKNOWN:
-        raise Refused("experts whose gating is none of silu, gelu, relu and their kin")
+        raise Refused("experts whose gating is none of silu, gelu, relu and their kin, clipped or not")
     expr = moe_op(
         x.expr, ids.expr, w.cast(weights, x.dtype).expr, expert_matrix(w, gate_up, transposed), expert_matrix(w, down, transposed),
         None if gate_up_bias is None else gate_up_bias.expr, None if down_bias is None else down_bias.expr,
         top_k=int(ids.shape[-1]), activation=activation, gated=gated, interleave=interleave,
+        alpha=alpha, limit=limit, offset=offset,
     )  # fmt: skip
     return w.like(node, expr)

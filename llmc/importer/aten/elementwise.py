@@ -11,7 +11,7 @@ from tvm import relax
 
 from llmc.importer.aten.registry import converts
 from llmc.importer.report import Refused
-from llmc.importer.values import Size, Tensor, stored_shape
+from llmc.importer.values import LENGTH, Size, Tensor, stored_shape
 from llmc.importer.walker import Walker
 
 R = relax.op
@@ -295,7 +295,13 @@ def filled(w: Walker, node: torch.fx.Node, value: float | int | bool) -> Tensor:
     shape, dtype = w.meta(node)
     if isinstance(value, float) and not math.isfinite(value) and not dtype.startswith(("float", "bfloat")):
         raise Refused(f"{value} in a tensor of {dtype}")
-    return w.like(node, R.full(w.prims(stored_shape(shape)), w.constant(value, dtype), dtype))
+    return Tensor(spread(w, value, shape, dtype), shape, dtype)
+
+
+def spread(w: Walker, value: float | int | bool, shape: tuple[Size, ...], dtype: str) -> relax.Expr:
+    """A number as a tensor of a torch shape. (Not ``relax.full``: TVM 0.27 cannot legalise it for an infinite value.)"""
+    constant = w.constant(value, dtype)
+    return constant if shape == () else w.emit(R.broadcast_to(constant, w.prims(stored_shape(shape))))
 
 
 @converts("aten.zeros", "aten.zeros_like", "aten.new_zeros", "aten.empty", "aten.empty_like", "aten.new_empty")
@@ -325,5 +331,9 @@ def scalar_tensor(w: Walker, node: torch.fx.Node, value: Any, *_: Any, **__: Any
 def arange(w: Walker, node: torch.fx.Node, *bounds: Any, **_: Any) -> Tensor:
     dtype = w.meta(node)[1]
     start, end, step = {1: (0, *bounds, 1), 2: (*bounds, 1), 3: bounds}[len(bounds)]
-    ends = [v if isinstance(v, float) else w.prim(v) for v in (start, end, step)]
-    return w.like(node, R.arange(*ends, dtype=dtype))
+    if (start, end, step) == (0, LENGTH, 1):
+        # The index of a token in its sequence is its position: in the exported graph there is one sequence, from 0.
+        return w.cast(Tensor(w.positions, w.meta(node)[0], "int32"), dtype)
+    for bound in (start, end, step):
+        w.rowwise(bound if isinstance(bound, float | int) else LENGTH, "a range of indices")
+    return w.like(node, R.arange(start, end, step, dtype=dtype))

@@ -8,6 +8,7 @@ import torch
 from tvm import relax
 
 from llmc.dialect.topk import topk as topk_op
+from llmc.importer.aten.elementwise import spread
 from llmc.importer.aten.registry import converts
 from llmc.importer.report import Refused
 from llmc.importer.values import Tensor, stored_shape
@@ -28,9 +29,15 @@ def taken(w: Walker, table: relax.Expr, ids: Tensor, axis: int) -> relax.Expr:
     return R.take(table, ids.expr, axis=axis, mode="fast")
 
 
+def looked_up(w: Walker, a: Tensor, dim: int, ids: Tensor) -> relax.Expr:
+    """``a`` at ``ids`` along a torch dimension, which must not be the tokens."""
+    w.rowwise(a.shape[dim], "a lookup")
+    return taken(w, a.expr, ids, w.axis(a, dim))
+
+
 @converts("aten.index_select")
 def index_select(w: Walker, node: torch.fx.Node, a: Tensor, dim: int, ids: Tensor) -> Tensor:
-    return w.like(node, taken(w, a.expr, ids, w.axis(a, dim)))
+    return w.like(node, looked_up(w, a, dim, ids))
 
 
 @converts("aten.index")
@@ -41,15 +48,17 @@ def index(w: Walker, node: torch.fx.Node, a: Tensor, indices: list[Any]) -> Tens
         raise Refused("indexing by a mask, whose result has a size that depends on the data")
     if len(used) == 1:
         dim, ids = used[0]
-        axis = w.axis(a, dim)
-        return w.like(node, taken(w, a.expr, ids, axis))
+        return w.like(node, looked_up(w, a, dim, ids))
     if [d for d, _ in used] != list(range(len(used))):
         raise Refused("indexing by several tensors that are not along the first dimensions")
+    for d, _ in used:
+        w.rowwise(a.shape[d], "a lookup")
     return w.like(node, R.index_tensor(w.restored(a), [i.expr for _, i in used]))
 
 
 @converts("aten.gather")
 def gather(w: Walker, node: torch.fx.Node, a: Tensor, dim: int, ids: Tensor, **_: Any) -> Tensor:
+    w.rowwise(a.shape[dim], "a lookup")
     if len(stored_shape(a.shape)) != len(stored_shape(ids.shape)):
         shape, dtype = w.meta(node)
         expr = R.gather_elements(w.restored(a), w.restored(ids), axis=dim % a.ndim)
@@ -60,10 +69,8 @@ def gather(w: Walker, node: torch.fx.Node, a: Tensor, dim: int, ids: Tensor, **_
 @converts("aten.scatter")
 def scatter(w: Walker, node: torch.fx.Node, a: Tensor, dim: int, ids: Tensor, value: Any, **_: Any) -> Tensor:
     """``out[i][ids[i][j]] = value[i][j]`` along ``dim``; a number is spread over the shape of ids."""
-    if isinstance(value, Tensor):
-        updates = w.cast(value, a.dtype).expr
-    else:
-        updates = w.emit(R.full(w.prims(stored_shape(ids.shape)), w.constant(value, a.dtype), a.dtype))
+    w.rowwise(a.shape[dim], "an assignment")
+    updates = w.cast(value, a.dtype).expr if isinstance(value, Tensor) else spread(w, value, ids.shape, a.dtype)
     return w.like(node, R.scatter_elements(a.expr, ids.expr, updates, axis=w.axis(a, dim)))
 
 

@@ -41,6 +41,7 @@ def linear(w: Walker, node: torch.fx.Node, x: Tensor, weight: Tensor, bias: Tens
 
 def product(w: Walker, node: torch.fx.Node, a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """``a · b``: with a matrix parameter on the right it is a linear over its transpose, which is made while streaming."""
+    w.rowwise(a.shape[-1], "a sum of products")
     turned = w.transposed_parameter(b)
     if turned is not None and len(stored_shape(a.shape)) >= 1 and a.ndim >= 2:
         return flat_linear(w, node, a, turned, bias)

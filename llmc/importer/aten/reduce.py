@@ -22,6 +22,8 @@ def reduced(w: Walker, node: torch.fx.Node, op: Callable[..., relax.Expr], a: Te
         dims = list(range(a.ndim))
     dims = [d % a.ndim for d in ([dims] if isinstance(dims, int) else dims)]
     lead = a.ndim - len(stored_shape(a.shape))
+    for d in dims:
+        w.rowwise(a.shape[d], "a reduction")
     axes = [d - lead for d in dims if d >= lead]
     value = w.cast(a, dtype)
     shape, _ = w.meta(node, None) if isinstance(node.meta["val"], torch.Tensor) else w.meta(node, 0)
@@ -65,6 +67,7 @@ def max_min(w: Walker, node: torch.fx.Node, a: Tensor, *rest: Any) -> Any:
 def argmax(w: Walker, node: torch.fx.Node, a: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
     if dim is None:
         raise Refused("an argmax over all tokens")
+    w.rowwise(a.shape[dim], "an argmax")
     op = R.argmax if "argmax" in str(node.target) else R.argmin
     shape, dtype = w.meta(node)
     return w.tensor(R.astype(w.emit(op(a.expr, w.axis(a, dim))), dtype), shape, dtype)
@@ -120,6 +123,8 @@ def vector_norm(
 @converts("aten.logsumexp")
 def logsumexp(w: Walker, node: torch.fx.Node, a: Tensor, dim: Any, keepdim: bool = False) -> Tensor:
     dims = [dim] if isinstance(dim, int) else dim
+    for d in dims:
+        w.rowwise(a.shape[d], "a reduction")
     axes = [w.axis(a, d) for d in dims]
     top = w.emit(R.max(a.expr, axes, keepdims=True))
     total = w.emit(R.sum(w.emit(R.exp(w.emit(R.subtract(a.expr, top)))), axes, keepdims=True))
@@ -132,14 +137,14 @@ def logsumexp(w: Walker, node: torch.fx.Node, a: Tensor, dim: Any, keepdim: bool
 def softmax(w: Walker, node: torch.fx.Node, a: Tensor, dim: int, *_: Any, **__: Any) -> Tensor:
     dtype = w.meta(node)[1]
     op = R.nn.log_softmax if "log_softmax" in str(node.target) else R.nn.softmax
-    if is_one(a.shape[dim % a.ndim]):
+    w.rowwise(a.shape[dim], "a softmax")
+    if is_one(a.shape[dim]):
         raise Refused("a softmax over one element")
     return w.like(node, op(w.cast(a, dtype).expr, axis=w.axis(a, dim)))
 
 
 @converts("aten.cumsum")
 def cumsum(w: Walker, node: torch.fx.Node, a: Tensor, dim: int, **_: Any) -> Tensor:
-    if not isinstance(a.shape[dim % a.ndim], int):
-        raise Refused("a cumulative sum over tokens, which paged decoding does not have")
+    w.rowwise(a.shape[dim], "a cumulative sum")
     dtype = w.meta(node)[1]
     return w.like(node, R.cumsum(w.cast(a, dtype).expr, axis=w.axis(a, dim), dtype=dtype))

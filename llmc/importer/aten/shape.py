@@ -82,6 +82,7 @@ def sliced(w: Walker, a: Tensor, dim: int, start: Any, end: Any, step: int, shap
     """``a[start:end:step]`` along a torch dimension; ``shape`` is the result's."""
     if shape == a.shape:
         return a
+    w.rowwise(a.shape[dim], "a slice")
     axis = w.axis(a, dim)
     extent = w.prim(a.shape[dim % a.ndim])
     first, last = w.prim(start or 0), extent if end is None else w.prim(end)
@@ -170,6 +171,8 @@ def cat(w: Walker, node: torch.fx.Node, parts: list[Tensor], dim: int = 0) -> Te
     shape, dtype = w.meta(node)
     parts = [w.cast(p, dtype) for p in parts if p.shape != (0,)]  # torch lets an empty 1-D tensor join anything
     dim = dim % len(shape)
+    if len(parts) > 1:
+        w.rowwise(shape[dim], "a concatenation")
     dropped = min(p.ndim - len(stored_shape(p.shape)) for p in parts)
     if dim < dropped:
         exprs, axis = [w.restored(p) for p in parts], dim
@@ -224,6 +227,7 @@ def repeat_interleave(w: Walker, node: torch.fx.Node, a: Tensor, repeats: Any, d
 def flip(w: Walker, node: torch.fx.Node, a: Tensor, dims: list[int]) -> Tensor:
     expr = a.expr
     for dim in dims:
+        w.rowwise(a.shape[dim], "a reversal")
         expr = w.emit(R.flip(expr, w.axis(a, dim)))
     return w.like(node, expr)
 

@@ -161,7 +161,7 @@ class Rewriter:
         self.values[var] = value
         return var
 
-    def value(self, expr: relax.Expr, op: str = "") -> relax.Expr | None:
+    def value(self, expr: relax.Expr, op: str = "") -> Any:
         """What ``expr`` is bound to, if that is known and (with ``op``) is a call of that operator; else None."""
         found = self.values.get(expr) if isinstance(expr, relax.Var) else None
         return found if not op or op_name(found) == op else None

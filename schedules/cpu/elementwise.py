@@ -86,6 +86,10 @@ def _schedule_block(sch: s_tir.Schedule, block: Any, target: Target) -> None:
             outer = outer[:-1] if len(outer) > 1 else outer
     else:
         outer = loops[:spatial]
+    # Only the first of the fused loops may have a symbolic extent: TVM's analysis of the quotient by a later one, which it has
+    # to take for possibly zero, fails.
+    later = [i for i, loop in enumerate(outer) if i > 0 and not isinstance(sch.get(loop).extent, tirx.IntImm)]
+    outer = outer[: later[0]] if later else outer
     if outer:
         sch.parallel(sch.fuse(*outer))
 

@@ -56,9 +56,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 with T.serial(0, elements) as e:
                     value = bind(x[i, e])
                     index = tirx.Cast("int32", e)
-                    after = tirx.any(
-                        value < last_value[zero], tirx.all(value.equal(last_value[zero]), index > last_index[zero])
-                    )
+                    after = tirx.any(value < last_value[zero], tirx.all(value.equal(last_value[zero]), index > last_index[zero]))
 
                     def take(value: Expr = value, index: Expr = index) -> None:
                         store(best_value, value, zero)

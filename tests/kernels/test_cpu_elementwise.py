@@ -61,6 +61,19 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum(-1, keepdims=True)
 
 
+def by_experts(x: Any) -> Any:
+    """A symbolic dimension that is not the first: [3, n, 8] times one matrix per expert."""
+    each = relax.op.broadcast_to(relax.op.expand_dims(x, 0), (3, x.ty.shape[0], 8))
+    return relax.op.matmul(each, relax.const(EXPERTS))
+
+
+def scattered(x: Any) -> Any:
+    """An opaque operator: every row's second and last value become the first two of the row."""
+    ids = relax.op.broadcast_to(relax.const(np.array([1, 4], np.int32)), (x.ty.shape[0], 2))
+    return relax.op.scatter_elements(x, ids, relax.op.strided_slice(x, [1], [0], [2]), axis=1)
+
+
+EXPERTS = np.random.default_rng(5).standard_normal((3, 8, 11)).astype(np.float32)
 CASES: dict[str, tuple[tuple[int | str, ...], Any, Any]] = {
     "gated": (("n", 192), gated, lambda x: x[:, :96] * sigmoid(x[:, :96]) * x[:, 96:]),
     "odd": (("n", 57), lambda x: relax.op.tanh(relax.op.multiply(x, x)), lambda x: np.tanh(x * x)),
@@ -69,6 +82,8 @@ CASES: dict[str, tuple[tuple[int | str, ...], Any, Any]] = {
     "transpose": (("n", 5, 16), lambda x: relax.op.permute_dims(x, [1, 0, 2]), lambda x: x.transpose(1, 0, 2)),
     "static": ((700, 64), lambda x: relax.op.add(x, x), lambda x: x + x),
     "scalar_rows": (("n",), lambda x: relax.op.exp(x), np.exp),
+    "experts": (("n", 8), by_experts, lambda x: x[None] @ EXPERTS.astype(np.float64)),
+    "scatter": (("n", 5), scattered, lambda x: np.stack([x[:, 0], x[:, 0], x[:, 2], x[:, 3], x[:, 1]], 1)),
     "everything": (("n", 16), lambda x: relax.op.max(x), lambda x: x.max()),
 }
 

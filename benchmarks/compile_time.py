@@ -63,14 +63,17 @@ def main() -> None:
         )
         for d in DEPTHS
     ]
-    head = ("layers", "import graph s", "passes s", "machine code s", "weights s", "process s", "lowering ratio", "process ratio")
+    head = (
+        *("layers", "import graph s", "passes s", "machine code s", "weights s", "process s"),
+        *("lowering ratio", "process ratio"),
+    )
     lines = ["| " + " | ".join(head) + " |", "|" + "---:|" * len(head), *("| " + " | ".join(r) + " |" for r in rows)]
     sizes = ", ".join(f"{k} {v}" for k, v in SIZES.items())
     text = (
         "# Compile time over depth\n\n"
         f"`python benchmarks/compile_time.py --repeat {repeat}`: median of {repeat} runs; a llama-like decoder ({sizes}), float16, "
-        f"CPU target; {platform.machine()}, Python {platform.python_version()}. Ratios are to 2 layers; lowering is passes + machine "
-        "code.\n\n" + "\n".join(lines) + "\n"
+        f"CPU target; {platform.machine()}, Python {platform.python_version()}. Ratios are to 2 layers; lowering is passes plus "
+        "machine code.\n\n" + "\n".join(lines) + "\n"
     )
     print(text)
     (ROOT / "benchmarks" / "compile_time.md").write_text(text, encoding="utf-8")

@@ -19,14 +19,15 @@ _UNWANTED = ["*/*", "consolidated*.safetensors"]
 
 def _reporting_bar(progress: Progress | None, what: str) -> type[Any]:
     """A tqdm class that draws nothing and tells ``progress`` the bytes done so far, as ``what``."""
-    from huggingface_hub.utils import tqdm
+    from tqdm.std import tqdm  # not the hub's own subclass, which a global switch disables, and a disabled bar does not count
 
     # the hub counts bytes twice, as received and as written, and not always both: the further count is the progress
     counting: list[Any] = []
 
     class Bar(tqdm):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
-            # a disabled bar does not count, and any bar ends a line when it is closed
+            # ``name`` is the hub's own; any bar ends a line when it is closed
+            kwargs.pop("name", None)
             super().__init__(*args, **{**kwargs, "disable": False, "file": io.StringIO()})
             if self.unit == "B":
                 counting.append(self)

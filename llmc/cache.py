@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc import manifest
 from llmc.errors import ModelError, OutputError
+from llmc.paths import cache_root
 from llmc.version import __version__
 
 if TYPE_CHECKING:
@@ -36,13 +37,6 @@ CONTENT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 BUILDERS = ("apache-tvm", "apache-tvm-ffi", "torch", "transformers")
 COMPILER_PARTS = ("llmc.importer", "llmc.dialect", "llmc.passes", "llmc.schedules", "llmc.targets")
 COMPILER_FILES = ("compiler.py", "weights_file.py", "artifact.py", "manifest.py")
-
-
-def root() -> Path:
-    """The cache folder: ``$LLMC_CACHE``, or ``llmc`` in the user's cache folder (``$XDG_CACHE_HOME``, ``~/.cache``)."""
-    if chosen := os.environ.get("LLMC_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmc"
 
 
 def artifact_for(model: str, options: dict[str, Any], progress: Progress, *, recompile: bool = False) -> Path:
@@ -101,7 +95,7 @@ def _ready(entry: Path) -> Path | None:
 
 def _entry(model: str, files: Path, options: dict[str, Any]) -> Path:
     label = re.sub(r"[^\w.-]+", "-", Path(model).name.removesuffix(".gguf")).strip("-.")
-    return root() / "artifacts" / f"{label}-{key(files, options)[:24]}"
+    return cache_root() / "artifacts" / f"{label}-{key(files, options)[:24]}"
 
 
 def key(files: Path, options: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from llmc.errors import MissingExtraError
+from llmc.paths import cache_root
 from llmc.units import format_bytes
 from llmc.version import __version__
 
@@ -56,7 +57,7 @@ class Report:
 
 def examine() -> Report:
     """Look at this machine. Imports the compiler only if it is installed; reads no model."""
-    from llmc import cache, extras
+    from llmc import extras
     from llmc.runtime.host import default_threads, host, memory
 
     machine, ram = host(), memory()
@@ -65,7 +66,7 @@ def examine() -> Report:
     absent = [p for p in packages if p.version is None]
     fixes = [f"pip install {p.name}" for p in absent if p.extra is None]
     fixes += [f'pip install "llmc[{extra}]"' for extra in sorted({p.extra for p in absent if p.extra})]
-    store = cache.root()
+    store = cache_root()
     report = Report(
         llmc=__version__,
         python=platform.python_version(),

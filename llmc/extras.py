@@ -12,6 +12,7 @@ PACKAGES: dict[str, dict[str, str]] = {
         "tvm": "apache-tvm",
         "torch": "torch",
         "transformers": "transformers",
+        "accelerate": "accelerate",
         "safetensors": "safetensors",
         "gguf": "gguf",
         "ml_dtypes": "ml-dtypes",

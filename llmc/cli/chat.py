@@ -90,9 +90,9 @@ def _history() -> Iterator[None]:
         return
     import readline
 
-    from llmc.cache import root
+    from llmc.paths import cache_root
 
-    file = root() / "chat_history"
+    file = cache_root() / "chat_history"
     readline.set_history_length(HISTORY_LINES)
     with contextlib.suppress(OSError):
         readline.read_history_file(file)

@@ -19,8 +19,8 @@ import torch
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, dot_natural_key, rename_source_key
 
 from llmc.errors import ModelError, UnsupportedError
+from llmc.importer.gguf.row_permutation import BlockSource, RowPermuted, row_permutation
 from llmc.importer.params import DTYPES, Mapped, ParamTable, Source
-from llmc.importer.row_permutation import BlockSource, RowPermuted, row_permutation
 from llmc.importer.source import Binding
 from llmc.importer.tied import resolve_ties
 

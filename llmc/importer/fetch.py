@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmc.cache import root
 from llmc.errors import ModelError, OutputError
+from llmc.paths import cache_root
 
 if TYPE_CHECKING:  # the compile cache asks this module for names, and must not load the compiler's packages for it
     from llmc.importer.source import Progress
@@ -51,7 +51,7 @@ NAMES: dict[str, Package] = {
 
 
 def _place(name: str) -> Path:
-    return root() / "models" / name / Path(NAMES[name].member).name
+    return cache_root() / "models" / name / Path(NAMES[name].member).name
 
 
 def _marker(model: Path) -> Path:

@@ -9,6 +9,7 @@ import torch
 import tvm
 
 from llmc.errors import ModelError, UnsupportedError
+from llmc.importer.aten import convert
 from llmc.importer.export import build_model, export_model
 from llmc.importer.params import ParamTable
 from llmc.importer.report import raise_unsupported
@@ -49,7 +50,7 @@ def import_model(
     step("tracing the model")
     exported = export_model(source.config, model, context=context)
     step("building the graph")
-    walker = Walker(exported.program, binding.table, binding.tied, exported.buffers, storage_dtype, compute_dtype)
+    walker = Walker(exported.program, binding.table, binding.tied, exported.buffers, storage_dtype, compute_dtype, convert)
     mod = walker.run()
     raise_unsupported(source.name, walker.problems)
     _check_complete(source, binding, walker.missing)

@@ -7,11 +7,12 @@ from pathlib import Path
 
 from llmc import manifest
 from llmc.errors import LlmcError, ModelError
-from llmc.importer import fetch, hub
-from llmc.importer.checkpoint import weight_files
-from llmc.importer.gguf import GGUFModel
-from llmc.importer.hf_config import CONFIG, first_line
-from llmc.importer.huggingface import HuggingFaceModel
+from llmc.importer import fetch
+from llmc.importer.gguf.model import GGUFModel
+from llmc.importer.huggingface import hub
+from llmc.importer.huggingface.checkpoint import weight_files
+from llmc.importer.huggingface.config import CONFIG, first_line
+from llmc.importer.huggingface.model import HuggingFaceModel
 from llmc.importer.source import ModelSource, Progress
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")

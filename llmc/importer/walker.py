@@ -8,8 +8,8 @@ The rows of the flat graph are tokens of any mix of sequences, one at a time or 
 tokens at once: a value for pairs of tokens, or an operation along the tokens, is refused (:meth:`Walker.rowwise`).
 
 Nodes are visited on demand, backwards from the logits, so whatever the model computes beside (masks, packed-sequence
-detection, caches) is never looked at. Converters live in :mod:`llmc.importer.aten`, a table from ATen op to function. What
-no converter takes is collected with its module path, and reported all at once.
+detection, caches) is never looked at. ``convert`` translates one node (:func:`llmc.importer.aten.convert`, a table from ATen op
+to function). What it refuses is collected with its module path, and reported all at once.
 """
 
 from __future__ import annotations
@@ -28,13 +28,10 @@ from tvm.relax import TensorType
 
 from llmc.importer.params import Constant, ParamTable, Source, transposed
 from llmc.importer.report import Problem, Refused
-from llmc.importer.values import DTYPE_NAMES, LENGTH, MaskMarker, Size, Tensor, stored_shape
+from llmc.importer.values import DTYPE_NAMES, LENGTH, Size, Tensor, stored_shape
 
-# Ops that take a mask marker as an operand, and ops that only crop, cast or spread it.
-_TAKE_MASKS = frozenset({"llmc.attention", "aten.scaled_dot_product_attention"})
-_KEEP_MASKS = frozenset(
-    {"aten.slice", "aten.to", "aten._to_copy", "aten.alias", "aten.clone", "aten.contiguous", "aten.expand", "aten.detach"}
-)
+Convert = Callable[["Walker", torch.fx.Node, str, list[Any], dict[str, Any]], Any]
+"""``convert(walker, node, op name, arguments, keyword arguments)``: the value of a node whose operands have values."""
 
 
 class Walker:
@@ -52,8 +49,10 @@ class Walker:
         buffers: dict[str, Any],
         storage_dtype: str,
         compute_dtype: str,
+        convert: Convert,
     ) -> None:
         self.program = program
+        self.convert = convert
         self.source_table = table
         self.tied = tied
         self.buffers = buffers
@@ -202,9 +201,6 @@ class Walker:
 
     def run(self) -> tvm.IRModule:
         """The flat graph as an IRModule with one function ``main``. Problems are in ``problems`` and ``missing``."""
-        from llmc.importer.aten import CONVERTERS
-
-        self._converters = CONVERTERS
         signature = self.program.graph_signature
         named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
         graph = self.program.graph
@@ -301,14 +297,7 @@ class Walker:
 
     def _convert(self, node: torch.fx.Node) -> Any:
         if self._is_size(node):
-            value = node.meta["val"]
-            return (
-                value
-                if isinstance(value, int | float | bool)
-                else self.size(value)
-                if isinstance(value, torch.SymInt)
-                else self._refuse(node)
-            )
+            return self._number(node.meta["val"])
         if node.op == "get_attr":
             return self._attribute(node)
         if any(self._values.get(n, 0) is None for n in self._needs(node)):
@@ -317,22 +306,15 @@ class Walker:
             return self._inline(node)
         if node.target is operator.getitem:
             return self.value(node.args[0])[node.args[1]]
-        from llmc.importer.aten.complex import Complex
-        from llmc.importer.aten.complex import convert as convert_complex
-
-        converter = self._converters.get(_op_name(node.target))
-        if converter is None:
-            raise Refused("no conversion for this operator")
         args = [self.value(a) for a in node.args]
-        if any(isinstance(a, MaskMarker) for a in args) and _op_name(node.target) not in _TAKE_MASKS:
-            if _op_name(node.target) in _KEEP_MASKS:
-                return args[0]
-            raise Refused("a mask that the model changes itself")
-        if any(isinstance(a, Complex) for a in args):
-            return convert_complex(self, node, _op_name(node.target), args)
-        return converter(self, node, *args, **{k: self.value(v) for k, v in node.kwargs.items()})
+        kwargs = {k: self.value(v) for k, v in node.kwargs.items()}
+        return self.convert(self, node, _op_name(node.target), args, kwargs)
 
-    def _refuse(self, node: torch.fx.Node) -> Any:
+    def _number(self, value: Any) -> Any:
+        if isinstance(value, int | float | bool):
+            return value
+        if isinstance(value, torch.SymInt):
+            return self.size(value)
         raise Refused("a value that depends on the data of the batch")
 
     def _attribute(self, node: torch.fx.Node) -> Any:

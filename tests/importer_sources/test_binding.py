@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmc.errors import ModelError
 from llmc.importer.binding import to_torch
-from llmc.importer.huggingface import HuggingFaceModel
+from llmc.importer.huggingface.model import HuggingFaceModel
 from llmc.importer.params import Mapped
 from llmc.importer.source import Binding
 

@@ -4,7 +4,7 @@ import gguf
 import numpy as np
 import pytest
 
-from llmc.importer import gguf_blocks
+from llmc.importer.gguf import blocks as gguf_blocks
 
 # where each format keeps its float16 values, in bytes from the block's start (ggml-common.h)
 SCALES = {

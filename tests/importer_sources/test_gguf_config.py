@@ -11,7 +11,7 @@ import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from llmc.errors import ModelError, UnsupportedError
-from llmc.importer.gguf import GGUFModel
+from llmc.importer.gguf.model import GGUFModel
 from tests.importer_sources.gguf_writer import write_gguf
 
 THETA, HEAD, CONTEXT = 500000.0, 64, 131072

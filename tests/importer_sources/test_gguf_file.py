@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from llmc.errors import ModelError, UnsupportedError
-from llmc.importer.gguf_file import GGUFSource, open_gguf
-from llmc.importer.row_permutation import BlockSource, RowPermuted, row_permutation
+from llmc.importer.gguf.file import GGUFSource, open_gguf
+from llmc.importer.gguf.row_permutation import BlockSource, RowPermuted, row_permutation
 
 METADATA: dict[str, Any] = {
     "a.int": 7,

@@ -19,10 +19,10 @@ from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
 from llmc.errors import ModelError, UnsupportedError
 from llmc.importer.binding import bind_sources, to_torch
-from llmc.importer.gguf import GGUFModel
-from llmc.importer.gguf_file import GGUFSource, open_gguf
+from llmc.importer.gguf.file import GGUFSource, open_gguf
+from llmc.importer.gguf.model import GGUFModel
+from llmc.importer.gguf.row_permutation import RowPermuted
 from llmc.importer.params import Mapped
-from llmc.importer.row_permutation import RowPermuted
 from llmc.importer.source import Binding
 from tests.importer_sources.gguf_writer import gguf_tensors, write_gguf
 

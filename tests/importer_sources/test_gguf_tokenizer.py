@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from transformers.integrations.gguf import convert_gguf_tokenizer, get_gguf_tokenizer
 
 from llmc.errors import ModelError, UnsupportedError
-from llmc.importer.gguf_file import GGUFFile, open_gguf
-from llmc.importer.gguf_tokenizer import SPLITTERS, build_tokenizer, write_gguf_tokenizer
+from llmc.importer.gguf.file import GGUFFile, open_gguf
+from llmc.importer.gguf.tokenizer import SPLITTERS, build_tokenizer, write_gguf_tokenizer
 from llmc.importer.source import TokenizerInfo
 
 # ids that HuggingFaceTB's own tokenizer.json gives for these texts: with digits one by one, unlike GPT-2's splitter

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmc.errors import ModelError, UnsupportedError
-from llmc.importer.hf_config import load_config
+from llmc.importer.huggingface.config import load_config
 
 
 def folder_with(folder: Path, config: dict[str, Any] | str) -> Path:

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from llmc.errors import ModelError
-from llmc.importer.hf_tokenizer import write_folder_tokenizer
+from llmc.importer.huggingface.tokenizer import write_folder_tokenizer
 
 TEXTS = ["", "Hello, world!", "  two  spaces\n\n\ttab", "naïve café 東京 🙂", "12345 67", "<s>hi</s>", "don't"]
 CORPUS = ["the quick brown fox jumps over the lazy dog", "don't hello world 12345", "naïve café 東京"]

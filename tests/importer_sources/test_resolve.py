@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmc.errors import LlmcError, ModelError
-from llmc.importer import fetch, hub
-from llmc.importer.gguf import GGUFModel
-from llmc.importer.huggingface import HuggingFaceModel
+from llmc.importer import fetch
+from llmc.importer.gguf.model import GGUFModel
+from llmc.importer.huggingface import hub
+from llmc.importer.huggingface.model import HuggingFaceModel
 from llmc.importer.resolve import resolve
 from tests.importer_sources.gguf_writer import write_gguf
 

@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 
 from llmc.errors import ModelError, UnsupportedError
 from llmc.importer.binding import to_torch
-from llmc.importer.checkpoint import INDEX, open_checkpoint
 from llmc.importer.finite import check_finite
+from llmc.importer.huggingface.checkpoint import INDEX, open_checkpoint
+from llmc.importer.huggingface.safetensors_file import read_header
 from llmc.importer.params import DTYPES, Constant
-from llmc.importer.safetensors_file import read_header
 
 TORCH_DTYPES = [
     torch.float64,

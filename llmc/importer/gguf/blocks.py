@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmc.importer import gguf_k_blocks
-from llmc.importer.gguf_k_blocks import half
+from llmc.importer.gguf import k_blocks
+from llmc.importer.gguf.k_blocks import half
 
 _CHUNK = 1 << 20  # elements decoded in one go: temporaries stay a few tens of MB, whatever the tensor's size
 
@@ -75,11 +75,11 @@ BLOCK_TYPES: dict[str, BlockType] = {
         BlockType("Q5_1", 32, 24, _q5_1),
         BlockType("Q8_0", 32, 34, _q8_0),
         BlockType("IQ4_NL", 32, 18, _iq4_nl),
-        BlockType("Q2_K", 256, 84, gguf_k_blocks.q2_k),
-        BlockType("Q3_K", 256, 110, gguf_k_blocks.q3_k),
-        BlockType("Q4_K", 256, 144, gguf_k_blocks.q4_k),
-        BlockType("Q5_K", 256, 176, gguf_k_blocks.q5_k),
-        BlockType("Q6_K", 256, 210, gguf_k_blocks.q6_k),
+        BlockType("Q2_K", 256, 84, k_blocks.q2_k),
+        BlockType("Q3_K", 256, 110, k_blocks.q3_k),
+        BlockType("Q4_K", 256, 144, k_blocks.q4_k),
+        BlockType("Q5_K", 256, 176, k_blocks.q5_k),
+        BlockType("Q6_K", 256, 210, k_blocks.q6_k),
     )
 }
 

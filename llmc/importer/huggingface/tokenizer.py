@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import ModelError
-from llmc.importer.hf_config import CONFIG, first_line, read_json
+from llmc.importer.huggingface.config import CONFIG, first_line, read_json
 from llmc.importer.source import TokenizerInfo
 from llmc.importer.tokenizer_files import CHAT_TEMPLATE, TOKENIZER, load_tokenizer, template_text, token_ids, write_files
 

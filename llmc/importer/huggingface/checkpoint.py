@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmc.errors import ModelError
-from llmc.importer.safetensors_file import SafetensorsSource, read_header
+from llmc.importer.huggingface.safetensors_file import SafetensorsSource, read_header
 from llmc.importer.source import Progress
 
 INDEX = "model.safetensors.index.json"

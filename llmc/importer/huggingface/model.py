@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from llmc.importer.binding import bind_sources
-from llmc.importer.checkpoint import Checkpoint, open_checkpoint
-from llmc.importer.hf_config import CONFIG, load_config
-from llmc.importer.hf_tokenizer import write_folder_tokenizer
+from llmc.importer.huggingface.checkpoint import Checkpoint, open_checkpoint
+from llmc.importer.huggingface.config import CONFIG, load_config
+from llmc.importer.huggingface.tokenizer import write_folder_tokenizer
 from llmc.importer.source import Binding, Progress, TokenizerInfo
 
 
@@ -41,7 +41,7 @@ class HuggingFaceModel:
         return bind_sources(model, self._checkpoint.tensors, transforms, str(self.path))
 
     def write_tokenizer(self, folder: Path) -> TokenizerInfo | None:
-        """See :func:`~llmc.importer.hf_tokenizer.write_folder_tokenizer`."""
+        """See :func:`~llmc.importer.huggingface.tokenizer.write_folder_tokenizer`."""
         return write_folder_tokenizer(self.path, folder)
 
     def fingerprint(self) -> str:

@@ -18,8 +18,8 @@ import torch
 
 from llmc.errors import ModelError, UnsupportedError
 from llmc.importer.binding import bind_sources, reordered, to_numpy
-from llmc.importer.gguf_config import ROPE_TENSORS
-from llmc.importer.gguf_file import GGUFFile
+from llmc.importer.gguf.config import ROPE_TENSORS
+from llmc.importer.gguf.file import GGUFFile
 from llmc.importer.params import Mapped, Source
 from llmc.importer.source import Binding
 

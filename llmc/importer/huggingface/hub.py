@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import ModelError
-from llmc.importer.hf_config import first_line
+from llmc.importer.huggingface.config import first_line
 from llmc.importer.source import Progress
 
 HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")

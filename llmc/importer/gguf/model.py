@@ -6,11 +6,11 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from llmc.importer.gguf_config import config_values
-from llmc.importer.gguf_file import GGUFSource, open_gguf
-from llmc.importer.gguf_names import bind_gguf
-from llmc.importer.gguf_tokenizer import write_gguf_tokenizer
-from llmc.importer.hf_config import causal_config, config_from_dict
+from llmc.importer.gguf.config import config_values
+from llmc.importer.gguf.file import GGUFSource, open_gguf
+from llmc.importer.gguf.names import bind_gguf
+from llmc.importer.gguf.tokenizer import write_gguf_tokenizer
+from llmc.importer.huggingface.config import causal_config, config_from_dict
 from llmc.importer.source import Binding, TokenizerInfo
 
 _HEAD = 1 << 20  # bytes from the start that the fingerprint covers: metadata of any model begins there
@@ -39,11 +39,11 @@ class GGUFModel:
         return next((d for d in ("bfloat16", "float16") if d in plain), "float32")
 
     def bind(self, model: Any) -> Binding:
-        """Map the file's tensors onto ``model``; see :func:`~llmc.importer.gguf_names.bind_gguf`."""
+        """Map the file's tensors onto ``model``; see :func:`~llmc.importer.gguf.names.bind_gguf`."""
         return bind_gguf(self._file, self._values, model)
 
     def write_tokenizer(self, folder: Path) -> TokenizerInfo | None:
-        """See :func:`~llmc.importer.gguf_tokenizer.write_gguf_tokenizer`."""
+        """See :func:`~llmc.importer.gguf.tokenizer.write_gguf_tokenizer`."""
         return write_gguf_tokenizer(self._file, folder)
 
     def fingerprint(self) -> str:

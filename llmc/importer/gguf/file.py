@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import ModelError, UnsupportedError
-from llmc.importer.gguf_blocks import BLOCK_TYPES, dequantize
+from llmc.importer.gguf.blocks import BLOCK_TYPES, dequantize
 from llmc.importer.params import DTYPES
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import ModelError, UnsupportedError
-from llmc.importer.gguf_file import GGUFFile
-from llmc.importer.hf_config import first_line
+from llmc.importer.gguf.file import GGUFFile
+from llmc.importer.huggingface.config import first_line
 
 # tensors that hold divisors of rope's frequencies, [rotary / 2] float32; they become part of the config
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")

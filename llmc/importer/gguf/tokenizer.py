@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import ModelError, UnsupportedError
-from llmc.importer.gguf_file import GGUFFile
-from llmc.importer.hf_config import first_line
+from llmc.importer.gguf.file import GGUFFile
+from llmc.importer.huggingface.config import first_line
 from llmc.importer.source import TokenizerInfo
 from llmc.importer.tokenizer_files import set_ends, template_text, token_ids, write_files
 

@@ -1,0 +1,1 @@
+"""Hugging Face folders and hub ids: configuration, safetensors checkpoints, tokenizers."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmc import manifest
 from llmc.errors import RequestError
-from llmc.manifest import KvLayer, Manifest
+from llmc.manifest import KvLayer, Manifest, TensorInfo
 from llmc.units import format_bytes, format_count, format_parameters
 
 
@@ -51,7 +51,7 @@ def plan_memory(info: Manifest, memory: int | None = None) -> MemoryPlan:
 def describe(folder: Path, memory: int | None = None) -> dict[str, Any]:
     """Everything ``llmc inspect`` shows, as plain data. Raises ArtifactError if ``folder`` holds no readable artifact."""
     info = manifest.read(folder)
-    schemes = Counter(t.scheme for t in info.tensors.values())
+    schemes = Counter(_storage(t) for t in info.tensors.values())
     return {
         "path": str(folder),
         "format": info.format,
@@ -75,7 +75,7 @@ def render(folder: Path, memory: int | None = None) -> str:
     info = manifest.read(folder)
     plan = plan_memory(info, memory)
     model = info.model
-    schemes = Counter(t.scheme for t in info.tensors.values())
+    schemes = Counter(_storage(t) for t in info.tensors.values())
     chat = "none" if info.tokenizer is None else ("with a chat template" if info.tokenizer.chat_template else "no chat template")
     lines = [
         f"{model.name}  ({model.architecture}, {format_parameters(model.parameters)} parameters, vocabulary {model.vocab_size})",
@@ -111,8 +111,13 @@ def render(folder: Path, memory: int | None = None) -> str:
         for function in variant.functions:
             lines.append(_row(function.name, f"{function.kernels} kernels, workspace {format_bytes(function.workspace_bytes)}"))
             chosen = [k for k in variant.kernels if k.function == function.name]
-            lines += [f"    {k.count:>4} × {k.kernel}  {k.op} {k.shape}  [{k.family}: {k.why}]" for k in chosen]
+            lines += [f"    {k.count:>4} × {k.kernel}  {k.op}{k.shape}  [{k.family}: {k.why}]" for k in chosen]
     return "\n".join(lines)
+
+
+def _storage(tensor: TensorInfo) -> str:
+    """How a tensor is stored, and what it was if that is something else: ``float16 from Q4_1``."""
+    return tensor.scheme if tensor.scheme == tensor.source else f"{tensor.scheme} from {tensor.source}"
 
 
 def _row(label: str, value: str) -> str:

@@ -122,12 +122,14 @@ class Variant:
 
 @dataclass
 class TensorInfo:
-    """One stored weight: its file (relative to the artifact), dtype name, shape, and the scheme it was stored by."""
+    """One stored weight: its file (relative to the artifact), dtype name, shape, the scheme it is stored by here, and the one
+    it had in the checkpoint (``"Q4_1"``)."""
 
     file: str
     dtype: str
     shape: list[int]
     scheme: str
+    source: str
 
 
 @dataclass

@@ -26,7 +26,7 @@ from llmc.passes.legalize import Legalizer, PrimFuncs
 from llmc.passes.rewrite import Binding, Graph, op_name
 from llmc.passes.shapes import dims, dtype_of
 from llmc.schedules.protocol import Dim, KernelCall, TensorSpec
-from llmc.schedules.registry import choose, describe
+from llmc.schedules.registry import choose, signature
 from llmc.targets.base import Target
 
 IN_PLACE = {"llmc.append": 3}
@@ -71,7 +71,7 @@ class KernelLibrary:
         for (function, call), count in self.counts.items():
             k = self._kernels[call]
             config = {axis: _plain(value) for axis, value in k.config.items()}
-            chosen.append(KernelChoice(function, call.op, k.var.name_hint, k.family, count, describe(call), config, k.why))
+            chosen.append(KernelChoice(function, call.op, k.var.name_hint, k.family, count, signature(call), config, k.why))
         return chosen
 
 
@@ -98,7 +98,7 @@ def kernel_call(value: relax.Call, result: relax.Var, phase: str) -> KernelCall:
 def generated_choice(function: str, name: str, calls: Sequence[relax.Call]) -> KernelChoice:
     """The record of a PrimFunc that was generated from Relax operators and not taken from a family, and is called by ``calls``."""
     operands = [a for a in calls[0].args if isinstance(a.ty, relax.TensorType)]
-    shape = ", ".join(f"{dtype_of(a)}[{','.join(str(d) for d in dims(a))}]" for a in operands)
+    shape = "(" + ", ".join(f"{dtype_of(a)}[{','.join(str(d) for d in dims(a))}]" for a in operands) + ")"
     return KernelChoice(function, "relax", name, "generated", len(calls), shape, {}, "legalised and fused from Relax operators")
 
 

@@ -10,10 +10,11 @@ from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import Target
 
 
-def describe(call: KernelCall) -> str:
-    """One phrase for reports and errors: ``llmc.linear(float32[n,576], float32[960,576]) activation=none, bias=0``."""
-    attrs = ", ".join(f"{name}={value}" for name, value in call.attrs)
-    return f"{call.op}({', '.join(_tensor(a) for a in call.args)}) {attrs}".rstrip()
+def signature(call: KernelCall) -> str:
+    """Operands and attributes for reports: ``(float32[n,576], float32[960,576]) bias=1``. Attributes that ask for nothing (zero,
+    none, no window) are left out."""
+    attrs = ", ".join(f"{n}={v:.6g}" if isinstance(v, float) else f"{n}={v}" for n, v in call.attrs if v not in (0, -1, "none"))
+    return f"({', '.join(_tensor(a) for a in call.args)}) {attrs}".rstrip()
 
 
 def choose(call: KernelCall, target: Target, families: Sequence[Any]) -> tuple[Any, str]:
@@ -27,7 +28,7 @@ def choose(call: KernelCall, target: Target, families: Sequence[Any]) -> tuple[A
         f"of its families {', '.join(f.NAME for f in candidates)} none takes it" if candidates else "it has no family for this op"
     )
     raise UnsupportedError(
-        f"target {target.name} has no kernel for {describe(call)} in the {call.phase} phase ({tried}): "
+        f"target {target.name} has no kernel for {call.op}{signature(call)} in the {call.phase} phase ({tried}): "
         "use another data type or target, or report the shape"
     )
 

@@ -109,7 +109,7 @@ def make_manifest(files: dict[str, bytes]) -> Manifest:
         variants=[
             Variant("cpu", "cpu:x86-64-v3", "cpu", "x86_64-linux-gnu", "x86-64-v3", ["avx2"], lib, functions, ["w"], kernels)
         ],
-        tensors={"w": TensorInfo("weights/weights-00001.safetensors", "float16", [99, 64], "float16")},
+        tensors={"w": TensorInfo("weights/weights-00001.safetensors", "float16", [99, 64], "float16", "Q4_1")},
         tokenizer=None,
         files={name: FileInfo(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()},
     )

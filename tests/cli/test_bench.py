@@ -74,7 +74,7 @@ def test_a_test_longer_than_the_context(artifact: Path, monkeypatch: pytest.Monk
 
 
 def _with(info: Manifest, tensors: dict[str, list[int]]) -> Manifest:
-    info.tensors = {name: TensorInfo("f", "float32", shape, "float32") for name, shape in tensors.items()}
+    info.tensors = {name: TensorInfo("f", "float32", shape, "float32", "float32") for name, shape in tensors.items()}
     info.variants[0].weights = list(tensors)
     return info
 

@@ -10,7 +10,7 @@ from llmc import targets
 from llmc.errors import UnsupportedError
 from llmc.schedules.cpu import linear
 from llmc.schedules.protocol import KernelCall, TensorSpec
-from llmc.schedules.registry import choose, describe
+from llmc.schedules.registry import choose, signature
 
 HOST = targets.parse("cpu")
 FAMILIES = targets.module_for(HOST).families(HOST)
@@ -36,4 +36,4 @@ def test_the_first_match_takes_the_call_and_says_why() -> None:
 def test_no_match_names_the_op_the_shapes_and_the_target(call: KernelCall) -> None:
     with pytest.raises(UnsupportedError) as caught:
         choose(call, HOST, FAMILIES)
-    assert describe(call) in str(caught.value) and HOST.name in str(caught.value)
+    assert f"{call.op}{signature(call)}" in str(caught.value) and HOST.name in str(caught.value)

@@ -124,7 +124,7 @@ def write_artifact(folder: Path, library: Path, tokenizer: TokenizerFiles | None
         graph_sha256="",
         options={},
         variants=[variant],
-        tensors={k: TensorInfo(stored, a.dtype.name, list(a.shape), a.dtype.name) for k, a in weights().items()},
+        tensors={k: TensorInfo(stored, a.dtype.name, list(a.shape), a.dtype.name, a.dtype.name) for k, a in weights().items()},
         tokenizer=tokenizer,
     )
     for name in sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != "manifest.json"):

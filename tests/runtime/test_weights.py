@@ -29,7 +29,7 @@ NAMES = {"a": "float32", "b": "bfloat16", "c": "uint8", "d": "float16", "e": "fl
 
 
 def infos() -> dict[str, TensorInfo]:
-    return {k: TensorInfo("w.safetensors", NAMES[k], list(v.shape), NAMES[k]) for k, v in ARRAYS.items()}
+    return {k: TensorInfo("w.safetensors", NAMES[k], list(v.shape), NAMES[k], NAMES[k]) for k, v in ARRAYS.items()}
 
 
 def test_every_dtype_is_mapped_where_it_lies(tmp_path: Path) -> None:

@@ -197,6 +197,8 @@ def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedP
 
 def _explain(config: Any, error: Exception) -> str:
     reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if reason.startswith("Constraints violated"):
+        reason = "its code takes the number of tokens for a constant, as recurrent layers and masks of their own making do"
     where = ""
     trace = error.__traceback__
     while trace is not None:

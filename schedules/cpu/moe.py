@@ -48,7 +48,7 @@ def _call(h: int, i: int, experts: int, top_k: int, dtype: str = "float32", **at
 
 
 SHAPES: dict[str, KernelCall] = {
-    "mixtral_like": _call(64, 96, 8, 2),
+    "two_of_eight": _call(64, 96, 8, 2),
     "odd_57_19": _call(57, 19, 5, 3, "bfloat16", activation="gelu_tanh"),
     "interleaved_bias": _call(36, 20, 4, 2, "float16", interleave=1, bias=1),
     "clipped_gate": _call(40, 22, 4, 2, interleave=1, bias=1, alpha=1.702, limit=0.5, offset=1.0),

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import ModelError, UnsupportedError
+from llmc.importer.file_tensor import FileTensor, mapped_bytes, printable
 from llmc.importer.gguf.blocks import BLOCK_TYPES, dequantize
 from llmc.importer.params import DTYPES
 
@@ -57,29 +58,6 @@ _NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True)
-class GGUFPlainSource:
-    """A tensor stored as plain numbers; ``offset`` in bytes from the start of the file."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    offset: int
-
-    @property
-    def scheme(self) -> str:
-        return self.dtype
-
-    def read(self) -> np.ndarray:
-        """The tensor as a view of the mapped file (copy on write)."""
-        raw = _mapped(self, prod(self.shape) * DTYPES[self.dtype].itemsize)
-        return raw.view(DTYPES[self.dtype]).reshape(self.shape)
-
-    def describe(self) -> str:
-        return f"{self.file.name}:{_printable(self.name)}"
-
-
-@dataclass(frozen=True)
 class GGUFSource:
     """A tensor stored in blocks of the type ``scheme``; its values are float32, its stored bytes stay reachable."""
 
@@ -101,23 +79,15 @@ class GGUFSource:
     def blocks(self) -> np.ndarray:
         """The stored bytes, uint8 ``[*shape[:-1], bytes_per_row]``: a view of the mapped file."""
         rows = self.shape[:-1]
-        return _mapped(self, prod(rows) * self.bytes_per_row).reshape(*rows, self.bytes_per_row)
+        raw = mapped_bytes(self.file, self.offset, prod(rows) * self.bytes_per_row, self.describe())
+        return raw.reshape(*rows, self.bytes_per_row)
 
     def read(self) -> np.ndarray:
         """The values, float32."""
         return dequantize(self.blocks(), self.scheme)
 
     def describe(self) -> str:
-        return f"{self.file.name}:{_printable(self.name)}"
-
-
-def _mapped(source: GGUFPlainSource | GGUFSource, nbytes: int) -> np.ndarray:
-    if nbytes == 0:
-        return np.empty(0, np.uint8)
-    try:
-        return np.asarray(np.memmap(source.file, np.uint8, "c", source.offset, nbytes))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source.describe()} cannot be read at byte {source.offset} of the file ({error})") from error
+        return f"{self.file.name}:{printable(self.name)}"
 
 
 @dataclass(frozen=True)
@@ -126,21 +96,15 @@ class GGUFFile:
 
     path: Path
     metadata: dict[str, Any]
-    tensors: dict[str, GGUFPlainSource | GGUFSource]
+    tensors: dict[str, FileTensor | GGUFSource]
 
     @property
     def architecture(self) -> str:
         return str(self.metadata["general.architecture"])
 
 
-def _printable(name: str) -> str:
-    """A name from a file that may be damaged, fit for a message: one short line."""
-    short = name if len(name) <= 80 else name[:77] + "..."
-    return short if short.isprintable() else ascii(short)
-
-
 def _quoted(name: str) -> str:
-    return f"'{_printable(name)}'"
+    return f"'{printable(name)}'"
 
 
 class _Cursor:
@@ -223,17 +187,17 @@ def _refuse_types(path: Path, rows: list[tuple[str, tuple[int, ...], int, int]])
         parts = []
         for kind_name, tensors in names.items():
             more = f" and {len(tensors) - _NAMES_SHOWN} more" if len(tensors) > _NAMES_SHOWN else ""
-            parts.append(f"{kind_name} ({', '.join(map(_printable, tensors[:_NAMES_SHOWN]))}{more})")
+            parts.append(f"{kind_name} ({', '.join(map(printable, tensors[:_NAMES_SHOWN]))}{more})")
         raise UnsupportedError(
             f"{path} stores tensors in block types llmc cannot read: {'; '.join(parts)}. Use a file with "
             f"{', '.join(BLOCK_TYPES)}, F16, BF16 or F32 tensors"
         )
 
 
-def _source(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int, size: int) -> GGUFPlainSource | GGUFSource:
-    source: GGUFPlainSource | GGUFSource
+def _source(path: Path, name: str, shape: tuple[int, ...], kind: int, start: int, size: int) -> FileTensor | GGUFSource:
+    source: FileTensor | GGUFSource
     if kind in _PLAIN:
-        source = GGUFPlainSource(path, name, shape, _PLAIN[kind], start)
+        source = FileTensor(path, name, shape, _PLAIN[kind], start)
         nbytes = prod(shape) * DTYPES[source.dtype].itemsize
     else:
         source = GGUFSource(path, name, shape, _BLOCKS[kind], start)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmc.errors import ModelError
-from llmc.importer.huggingface.safetensors_file import SafetensorsSource, read_header
+from llmc.importer.file_tensor import FileTensor
+from llmc.importer.huggingface.safetensors_file import read_header
 from llmc.importer.source import Progress
 
 INDEX = "model.safetensors.index.json"
@@ -21,7 +22,7 @@ class Checkpoint:
 
     folder: Path
     files: tuple[Path, ...]
-    tensors: dict[str, SafetensorsSource]
+    tensors: dict[str, FileTensor]
 
     def fingerprint(self) -> str:
         """sha256 hex over every tensor's name, dtype, shape and place, and each file's name, size and mtime."""
@@ -79,7 +80,7 @@ def open_checkpoint(folder: Path, progress: Progress | None = None) -> Checkpoin
     damaged files.
     """
     files = weight_files(folder)
-    tensors: dict[str, SafetensorsSource] = {}
+    tensors: dict[str, FileTensor] = {}
     for done, file in enumerate(files):
         if progress:
             progress(done, len(files), f"reading the header of {file.name}")

@@ -8,15 +8,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from llmc.errors import ModelError, UnsupportedError
-from llmc.importer.params import DTYPES
+from llmc.importer.file_tensor import FileTensor
 
 _DTYPE_NAMES = {
     "F64": "float64",
@@ -32,41 +28,6 @@ _DTYPE_NAMES = {
 }
 # the reference implementation refuses larger headers too: a wild length is a damaged file, not a big model
 _MAX_HEADER = 100_000_000
-
-
-@dataclass(frozen=True)
-class SafetensorsSource:
-    """One tensor of a safetensors file; ``offset`` is in bytes from the start of the file."""
-
-    file: Path
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    offset: int
-
-    @property
-    def scheme(self) -> str:
-        return self.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return prod(self.shape) * DTYPES[self.dtype].itemsize
-
-    def read(self) -> np.ndarray:
-        """The tensor as a view of the mapped file (copy on write): pages come in when touched, and leave when the view does."""
-        dtype = DTYPES[self.dtype]
-        if self.nbytes == 0:
-            return np.empty(self.shape, dtype)
-        try:
-            raw = np.memmap(self.file, np.uint8, "c", self.offset, self.nbytes)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{self.describe()} cannot be read at byte {self.offset} of the file ({error})") from error
-        # np.asarray drops the memmap subclass; the base keeps the mapping alive
-        array: np.ndarray = np.asarray(raw).view(dtype).reshape(self.shape)
-        return array if array.flags.aligned else array.copy()
-
-    def describe(self) -> str:
-        return f"{self.file.name}:{self.name}"
 
 
 def _header_bytes(path: Path, size: int) -> tuple[bytes, int]:
@@ -88,7 +49,7 @@ def _header_bytes(path: Path, size: int) -> tuple[bytes, int]:
         raise ModelError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> SafetensorsSource:
+def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> FileTensor:
     """The source for one header entry, or ModelError if the entry contradicts itself or the file's size."""
     try:
         stored, shape = str(entry["dtype"]), tuple(int(d) for d in entry["shape"])
@@ -100,7 +61,7 @@ def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> Safetenso
             f"{path.name}:{name} is stored as {stored}, which llmc cannot read: supported are {', '.join(_DTYPE_NAMES)}; "
             "convert the checkpoint to one of them"
         )
-    source = SafetensorsSource(path, name, shape, _DTYPE_NAMES[stored], data + begin)
+    source = FileTensor(path, name, shape, _DTYPE_NAMES[stored], data + begin)
     if min(shape, default=0) < 0 or begin < 0 or end - begin != source.nbytes:
         raise ModelError(f"{path} is damaged: tensor {name!r} of {stored} {list(shape)} is given bytes {begin} to {end}")
     if data + end > size:
@@ -110,7 +71,7 @@ def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> Safetenso
     return source
 
 
-def read_header(path: Path) -> dict[str, SafetensorsSource]:
+def read_header(path: Path) -> dict[str, FileTensor]:
     """Every tensor of the file at ``path`` by name; reads the header only.
 
     Raises ModelError for a truncated or damaged file (with the offset), UnsupportedError for a dtype llmc has no name for.

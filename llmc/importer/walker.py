@@ -181,6 +181,8 @@ class Walker:
             return Tensor(self.constant(self.buffers[name].item(), dtype), shape, dtype)
         elif name in self.buffers:
             source = Constant(self.buffers[name], f"buffer {name}")
+        elif name in self.program.constants:
+            return self._constant(name, self.program.constants[name])
         else:
             self.missing.append(name)
             return self._stand_in(node.meta["val"])
@@ -324,12 +326,16 @@ class Walker:
             value = node.graph.owning_module
         for part in str(node.target).split("."):
             value = getattr(value, part)
+        return self._constant(str(node.target), value)
+
+    def _constant(self, name: str, value: Any) -> Tensor:
+        """A tensor the model's code made while it was traced. On the meta device such a tensor has no values."""
         if not isinstance(value, torch.Tensor) or value.device.type == "meta":
             raise Refused("a constant whose value is not known")
         array = (value.float() if value.dtype == torch.bfloat16 else value).detach().numpy()
-        name = f"constant.{node.target}"
-        var = self.parameter(name, Constant(array, name), self.dtype_name(value.dtype))
-        return Tensor(var, tuple(array.shape), self.dtype_name(value.dtype))
+        name = f"constant.{name}"
+        dtype = self.dtype_name(value.dtype)
+        return self.tensor(self.parameter(name, Constant(array, name), dtype), tuple(array.shape), dtype)
 
     def _inline(self, node: torch.fx.Node) -> Any:
         """``wrap_with_set_grad_enabled(flag, subgraph, *operands)`` and its kin: the subgraph's ops are the caller's ops."""

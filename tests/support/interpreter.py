@@ -136,6 +136,11 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-x))
 
 
+def _pad(a: Any, x: np.ndarray) -> np.ndarray:
+    widths = [int(w) for w in a.pad_width]
+    return np.pad(x, list(zip(widths[0::2], widths[1::2], strict=True)), constant_values=float(a.pad_value))
+
+
 def _pure(function: Callable[..., Any]) -> Callable[..., Any]:
     return lambda _, *args: function(*args)
 
@@ -180,6 +185,7 @@ OPS: Table = {
     "relax.tile": lambda a, x: np.tile(x, _axes(a.repeats) or ()), "relax.flip": lambda a, x: np.flip(x, int(a.axis)),
     "relax.astype": lambda a, x: _cast(x, str(a.dtype)), "relax.one_hot": _one_hot,
     "relax.topk": _topk, "relax.sort": _sort, "relax.argsort": _argsort,
+    "relax.nn.pad": _pad,
     "relax.tril": _pure(np.tril), "relax.triu": _pure(np.triu),
     "relax.einsum": lambda a, xs: np.einsum(str(a.subscripts), *xs), "relax.outer": _pure(np.outer),
     "relax.zeros_like": _pure(np.zeros_like), "relax.ones_like": _pure(np.ones_like),

@@ -71,6 +71,21 @@ def addmm(w: Walker, node: torch.fx.Node, bias: Tensor, a: Tensor, b: Tensor, be
     return product(w, node, a, b, bias)
 
 
+@converts("aten.einsum")
+def einsum(w: Walker, node: torch.fx.Node, equation: str, operands: list[Tensor], **_: Any) -> Tensor:
+    """An einsum with the tokens as a free label; ellipses are not read."""
+    inputs, arrow, output = equation.replace(" ", "").partition("->")
+    if "." in equation or not arrow:
+        raise Refused(f"the einsum {equation}")
+    for labels, operand in zip(inputs.split(","), operands, strict=True):
+        for label, size in zip(labels, operand.shape, strict=True):
+            if label not in output:
+                w.rowwise(size, "a sum of products")
+    dtype = w.meta(node)[1]
+    full = [Tensor(w.restored(o), o.shape, o.dtype) for o in operands]
+    return w.like(node, R.einsum([w.cast(o, dtype).expr for o in full], equation))
+
+
 @converts("aten.layer_norm")
 def layer_norm(
     w: Walker,

@@ -87,9 +87,9 @@ def var_std(
     a: Tensor,
     dim: Any = None,
     unbiased: Any = None,
+    keepdim: bool = False,
     *,
     correction: Any = None,
-    keepdim: bool = False,
 ) -> Tensor:
     dims = [dim] if isinstance(dim, int) else dim or list(range(a.ndim))
     count = 1

@@ -238,12 +238,22 @@ def triangle(w: Walker, node: torch.fx.Node, a: Tensor, diagonal: int = 0) -> Te
     return w.like(node, op(a.expr, diagonal))
 
 
-@converts("aten.constant_pad_nd", "aten.pad")
-def pad(w: Walker, node: torch.fx.Node, a: Tensor, widths: list[int], value: Any = 0.0, *_: Any) -> Tensor:
+@converts("aten.constant_pad_nd")
+def constant_pad(w: Walker, node: torch.fx.Node, a: Tensor, widths: list[int], value: Any = 0.0) -> Tensor:
     """Constant padding; ``widths`` runs from the last dimension to the first, (before, after) each."""
-    dims = [(widths[2 * i], widths[2 * i + 1]) for i in range(len(widths) // 2)][::-1]
+    dims = [(widths[2 * i], widths[2 * i + 1]) for i in range(len(widths) // 2)]
     stored = stored_shape(a.shape)
     if len(dims) > len(stored) or any(not isinstance(v, int) or v < 0 for v in widths):
         raise Refused("padding that crops, or along the batch")
-    flat = [0] * (2 * (len(stored) - len(dims))) + [v for pair in dims for v in pair]
+    for back, pair in enumerate(dims):
+        if any(pair):
+            w.rowwise(a.shape[-1 - back], "padding")
+    flat = [0] * (2 * (len(stored) - len(dims))) + [v for pair in reversed(dims) for v in pair]
     return w.like(node, R.nn.pad(a.expr, flat, pad_value=float(value or 0.0)))
+
+
+@converts("aten.pad")
+def pad(w: Walker, node: torch.fx.Node, a: Tensor, widths: list[int], mode: str = "constant", value: Any = None) -> Tensor:
+    if mode != "constant":
+        raise Refused(f"padding in the mode {mode!r}")
+    return constant_pad(w, node, a, widths, value)

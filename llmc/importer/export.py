@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -151,7 +152,7 @@ def export_model(config: Any, model: torch.nn.Module, *, context: int) -> Export
     positions = torch.zeros((1, _EXAMPLE_LENGTH), dtype=torch.long, device="meta")
     shapes = {"input_ids": {1: length}, "position_ids": {1: length}}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _quiet():
             program = torch.export.export(
                 wrapped, (ids, positions), dynamic_shapes=shapes, strict=False, prefer_deferred_runtime_asserts_over_guards=True
             )
@@ -179,6 +180,15 @@ def _check_lengths(config: Any, program: torch.export.ExportedProgram, context: 
                 )
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """torch warns of its own deprecations and of attributes set while tracing; neither is the user's to act on."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
 def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
     """The program without in-place ops. Retracing doubles the export's time, so it is done only where a model mutates."""
 
@@ -191,7 +201,8 @@ def _functional(program: torch.export.ExportedProgram) -> torch.export.ExportedP
 
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
     if any(mutates(g) for g in graphs):
-        return program.run_decompositions({})
+        with _quiet():
+            return program.run_decompositions({})
     return program
 
 

@@ -17,6 +17,8 @@ from llmc.errors import ArtifactError, MissingExtraError
 
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 LIBRARY_NAME = ("" if sys.platform == "win32" else "lib") + "tvm_runtime" + _SUFFIX
+CUDA_LIBRARY_NAME = ("" if sys.platform == "win32" else "lib") + "tvm_runtime_cuda" + _SUFFIX
+CUDART_NAME = "libcudart.so.13"
 _loaded: list[ctypes.CDLL] = []
 
 
@@ -45,13 +47,29 @@ def import_ffi() -> ModuleType:
     return tvm_ffi
 
 
-def installed_library() -> Path | None:
-    """The runtime library of the installed apache-tvm package, found without importing it; None if there is none."""
+def find_cudart() -> Path | None:
+    """CUDA's runtime library: of the PyPI package, of a CUDA installation, or the one the system's loader knows; else None."""
+    spec = importlib.util.find_spec("nvidia")
+    packages = spec.submodule_search_locations or [] if spec is not None else []
+    candidates = [Path(folder) / part / "lib" / CUDART_NAME for folder in packages for part in ("cu13", "cuda_runtime")]
+    candidates += [Path("/usr/local/cuda") / part / CUDART_NAME for part in ("lib64", "lib")]
+    for path in candidates:
+        if path.is_file():
+            return path
+    try:
+        ctypes.CDLL(CUDART_NAME)
+    except OSError:
+        return None
+    return Path(CUDART_NAME)
+
+
+def installed_library(name: str = LIBRARY_NAME) -> Path | None:
+    """A runtime library of the installed apache-tvm package, found without importing it; None if there is none."""
     spec = importlib.util.find_spec("tvm")
     if spec is None:
         return None
     for folder in spec.submodule_search_locations or []:
-        for candidate in (Path(folder) / "lib" / LIBRARY_NAME, Path(folder) / LIBRARY_NAME):
+        for candidate in (Path(folder) / "lib" / name, Path(folder) / name):
             if candidate.is_file():
                 return candidate
     return None

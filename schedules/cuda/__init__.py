@@ -1,0 +1,11 @@
+"""Kernel families for NVIDIA GPUs, in order of preference.
+
+The simple ones (norms, rope, append, topk, moe) are portable from sm_80 on; the ones for one architecture come before the fallback
+that takes every shape.
+"""
+
+from llmc.schedules.cuda import append, moe, rope, topk
+from llmc.schedules.cuda.norm import layer_norm, rms_norm
+
+FAMILIES = (append, moe, rms_norm, layer_norm, rope, topk)
+"""In order of preference; the first that matches takes a call."""

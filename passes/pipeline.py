@@ -165,8 +165,8 @@ PASSES: list[tuple[str, Callable[[_State], None]]] = [
     ("phases", _phases),
     ("lower_kernels", _lower_kernels),
     ("fuse_operators", _fuse_operators),
-    ("schedule", _schedule),
     ("plan_memory", _plan_memory),
+    ("schedule", _schedule),  # after plan_memory, which may add a kernel that copies the result
     ("lower_vm", _lower_vm),
 ]
 

@@ -21,8 +21,8 @@ from llmc.schedules.cpu.emit import Symbols, arguments, bind, ceildiv, f32, func
 
 __all__ = [
     "STORAGE", "WARP", "WIDTH", "Symbols", "arguments", "bind", "block_sum", "ceildiv", "common_lanes", "each", "f32", "flat",
-    "function", "i64", "lane_max", "launch", "load", "read", "registers", "shared", "store", "store_all", "vector_lanes", "warp_sum",
-    "when",
+    "function", "i64", "lane_max", "launch", "load", "read", "registers", "shared", "store", "store_all", "vector_lanes",
+    "warp_sum", "when",
 ]  # fmt: skip
 
 Expr = Any

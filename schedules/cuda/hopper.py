@@ -1,0 +1,79 @@
+"""What the sm_90a kernels share: TMA and wgmma spellings, barriers on registers, epilogue arithmetic, optional arguments.
+
+The kernels are TIRx: TVMScript with PTX instructions by name (``T.ptx``), one PrimFunc that holds the host's launch code
+(tensor maps, grid) and the device code. PTX ISA 8.x, sections "Asynchronous Warpgroup Level Matrix Instructions" and
+"Data Movement and Conversion Instructions: Tensor copy".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from math import log2, pi, sqrt
+from math import e as euler
+from typing import Any
+
+import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
+
+# isort: split
+from tvm import tirx
+from tvm.script import tirx as T
+
+from llmc.targets.base import Target
+
+Expr = Any
+TMA_LOAD = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+TMA_STORE = "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group"
+SWIZZLE_128B = 3
+"""``CU_TENSOR_MAP_SWIZZLE_128B``, and the swizzle field of :func:`T.cuda.wgmma.encode_matrix_descriptor`."""
+
+L2_PROMOTION_128B = 2
+ATOM = 64
+"""Columns of a swizzled tile: 128 bytes of a 16-bit type."""
+
+FULL_WARP = 0xFFFFFFFF
+PTX_TYPE = {"bfloat16": "bf16", "float16": "f16"}
+LOG2E = log2(euler)
+
+REGISTER_FENCE = """
+__device__ __forceinline__ void register_fence(float& r) { asm volatile("" : "+f"(r) :: "memory"); }
+"""
+"""Keeps the compiler from moving uses of an accumulator across the wait for the asynchronous instruction that writes it."""
+
+GRID_DEPENDENCY = {"tirx.kernel_launch_params": ["tirx.use_programtic_dependent_launch"]}
+"""Programmatic dependent launch (the tag is spelled so in TVM): the grid may start while the one before it drains."""
+
+
+def is_hopper(target: Target) -> bool:
+    """Whether the target runs wgmma: ``sm_90a`` and nothing else, the instructions are architecture specific."""
+    return target.kind == "cuda" and target.mcpu == "sm_90a"
+
+
+def packed_convert(dtype: str) -> str:
+    """The instruction that rounds two float32 values to a pair of ``dtype``, the second operand in the lower half."""
+    return f"cvt.rn.{PTX_TYPE[dtype]}x2.f32"
+
+
+def finish(function: Any, name: str, unused: Iterable[str] = (), dependent_launch: bool = True) -> Any:
+    """Name a TIRx PrimFunc, mark it scheduled, and drop the parameters that its body does not use."""
+    drop = set(unused)
+    kept = [p for p in function.params if p.name not in drop]
+    function = tirx.PrimFunc(kept, function.body, function.ret_type, function.attrs)
+    attrs = {"global_symbol": name, "tirx.noalias": True, "tirx.is_scheduled": True}
+    for key, value in {**attrs, **(GRID_DEPENDENCY if dependent_launch else {})}.items():
+        function = function.with_attr(key, value)
+    return function
+
+
+@T.inline
+def sigmoid(out: Expr, x: Expr) -> None:
+    """out = 1 / (1 + exp(-x)), absolute error below 1e-6; the limits 0 and 1 are exact."""
+    T.ptx["ex2.approx.ftz.f32"](out, x * T.float32(-LOG2E))
+    T.ptx["rcp.approx.ftz.f32"](out, out + T.float32(1))
+
+
+ACTIVATIONS = ("none", "silu", "relu", "relu2", "gelu", "gelu_tanh")
+
+
+def gelu_tanh_argument(x: Expr) -> Expr:
+    """2u with gelu_tanh(x) = x · sigmoid(2u), u = sqrt(2/π) (x + 0.044715 x³): tanh(u) = 2 sigmoid(2u) - 1."""
+    return x * (tirx.const(2 * sqrt(2 / pi), "float32") + x * x * tirx.const(2 * sqrt(2 / pi) * 0.044715, "float32"))

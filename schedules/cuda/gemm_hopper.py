@@ -18,10 +18,7 @@ from typing import Any
 import numpy as np
 from tvm.script import tirx as T
 
-from llmc.schedules.cuda.hopper import (
-    ACTIVATIONS, ATOM, L2_PROMOTION_128B, PTX_TYPE, REGISTER_FENCE, SWIZZLE_128B, TMA_LOAD, TMA_STORE, finish, gelu_tanh_argument,
-    is_hopper, packed_convert, sigmoid,
-)  # fmt: skip
+from llmc.schedules.cuda import hopper
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import Target
 
@@ -71,13 +68,13 @@ SHAPES: dict[str, KernelCall] = {
 
 
 def matches(call: KernelCall, target: Target) -> str | None:
-    if call.op != OP or not is_hopper(target) or call.phase != "extend" or call.attr("activation") not in ACTIVATIONS:
+    if call.op != OP or not hopper.is_hopper(target) or call.phase != "extend" or call.attr("activation") not in hopper.ACTIVATIONS:
         return None
     x, weight = call.args[:2]
     o, k = weight.shape if len(weight.shape) == 2 else (None, None)
     if len(x.shape) != 2 or not isinstance(o, int) or not isinstance(k, int):
         return None
-    if x.dtype not in PTX_TYPE or weight.dtype != x.dtype or call.result.dtype not in (x.dtype, "float32"):
+    if x.dtype not in hopper.PTX_TYPE or weight.dtype != x.dtype or call.result.dtype not in (x.dtype, "float32"):
         return None
     others = dict(zip(_names(call)[2:-1], call.args[2:], strict=True))
     if others.get("bias", x).dtype not in WIDTH or others.get("residual", x).dtype != x.dtype:
@@ -123,10 +120,10 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     threads, sums = 128 * (groups + 1), columns // 2
     k_steps, column_tiles = -(-k // K_STEP), -(-o // columns)
     x_bytes, w_bytes = rows * K_STEP * 2, columns * K_STEP * 2
-    shared_columns, chunks = columns // cluster, columns // ATOM
-    mma = f"wgmma.mma_async.sync.aligned.m64n{columns}k{WGMMA_K}.f32.{PTX_TYPE[dtype]}.{PTX_TYPE[dtype]}"
+    shared_columns, chunks = columns // cluster, columns // hopper.ATOM
+    mma = f"wgmma.mma_async.sync.aligned.m64n{columns}k{WGMMA_K}.f32.{hopper.PTX_TYPE[dtype]}.{hopper.PTX_TYPE[dtype]}"
     producer_registers, consumer_registers = PRODUCER_REGISTERS[groups], CONSUMER_REGISTERS[groups]
-    to_pair, staged = packed_convert(dtype), out_dtype == dtype
+    to_pair, staged = hopper.packed_convert(dtype), out_dtype == dtype
 
     # Which tile is the i-th: down the row tiles of a group, then to the next column of tiles, then the next group.
     def column_tile(tile: Any, row_tiles: Any) -> Any:
@@ -147,15 +144,12 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         residual = T.match_buffer(residual_ptr, (n, o), dtype, align=16)
         out = T.match_buffer(out_ptr, (n, o), out_dtype, align=16)
         x_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.call_packed("runtime.cuTensorMapEncodeTiled", x_map, dtype, 2, x.data, k, n, k * 2, K_STEP, rows, 1, 1, 0,
-                      SWIZZLE_128B, L2_PROMOTION_128B, 0)  # fmt: skip
+        hopper.encode_tensor_map(x_map, dtype, x.data, columns=k, rows=n, box_rows=rows)
         weight_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        T.call_packed("runtime.cuTensorMapEncodeTiled", weight_map, dtype, 2, weight.data, k, o, k * 2, K_STEP, shared_columns, 1, 1, 0,
-                      SWIZZLE_128B, L2_PROMOTION_128B, 0)  # fmt: skip
+        hopper.encode_tensor_map(weight_map, dtype, weight.data, columns=k, rows=o, box_rows=shared_columns)
         if staged:
             out_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-            T.call_packed("runtime.cuTensorMapEncodeTiled", out_map, dtype, 2, out.data, o, n, o * 2, ATOM, 64, 1, 1, 0,
-                          SWIZZLE_128B, L2_PROMOTION_128B, 0)  # fmt: skip
+            hopper.encode_tensor_map(out_map, dtype, out.data, columns=o, rows=n, box_rows=64)
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
         if cluster > 1:
@@ -165,7 +159,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         pool = T.SMEMPool()
         s_x = pool.alloc((depth, rows, K_STEP), dtype, align=1024)
         s_w = pool.alloc((depth, columns, K_STEP), dtype, align=1024)
-        s_out = pool.alloc((groups, 2, 64, ATOM), dtype, align=1024)
+        s_out = pool.alloc((groups, 2, 64, hopper.ATOM), dtype, align=1024)
         full = pool.alloc((depth,), "uint64", align=8)
         empty = pool.alloc((depth,), "uint64", align=8)
         pool.commit()
@@ -190,38 +184,40 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         stage: T.int32 = 0
         phase: T.int32 = 0
 
-        @T.inline
-        def produce() -> None:
-            while tile < row_tiles * column_tiles:
-                first_row: T.int32 = row_tile(tile, row_tiles) * (rows * cluster)
-                first_column: T.int32 = column_tile(tile, row_tiles) * columns
-                if cluster > 1:
-                    first_row = first_row + rank * rows
-                step: T.int32 = 0
-                while step < k_steps:
-                    T.cuda.mbarrier_wait(empty.ptr_to([stage]), phase ^ 1)
-                    T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(x_bytes + w_bytes))
-                    T.ptx[TMA_LOAD](s_x.ptr_to([stage, 0, 0]), T.address_of(x_map), step * K_STEP, first_row, full.ptr_to([stage]))
-                    if cluster > 1:
-                        T.ptx[TMA_LOAD + ".multicast::cluster"](
-                            s_w.ptr_to([stage, rank * shared_columns, 0]), T.address_of(weight_map), step * K_STEP,
-                            first_column + rank * shared_columns, full.ptr_to([stage]), (1 << cluster) - 1,
-                        )  # fmt: skip
-                    else:
-                        T.ptx[TMA_LOAD](
-                            s_w.ptr_to([stage, 0, 0]), T.address_of(weight_map), step * K_STEP, first_column, full.ptr_to([stage])
-                        )
-                    stage = stage + 1
-                    if stage == depth:
-                        stage = 0
-                        phase = phase ^ 1
-                    step = step + 1
-                tile = tile + blocks // cluster
-
         if warpgroup == 0:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](producer_registers)
             if thread == 0:
-                produce()
+                while tile < row_tiles * column_tiles:
+                    first_row: T.int32 = row_tile(tile, row_tiles) * (rows * cluster)
+                    first_column: T.int32 = column_tile(tile, row_tiles) * columns
+                    if cluster > 1:
+                        first_row = first_row + rank * rows
+                    step: T.int32 = 0
+                    while step < k_steps:
+                        T.cuda.mbarrier_wait(empty.ptr_to([stage]), phase ^ 1)
+                        T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(x_bytes + w_bytes))
+                        T.ptx[hopper.TMA_LOAD](
+                            s_x.ptr_to([stage, 0, 0]), T.address_of(x_map), step * K_STEP, first_row, full.ptr_to([stage])
+                        )
+                        if cluster > 1:
+                            T.ptx[hopper.TMA_LOAD + ".multicast::cluster"](
+                                s_w.ptr_to([stage, rank * shared_columns, 0]), T.address_of(weight_map), step * K_STEP,
+                                first_column + rank * shared_columns, full.ptr_to([stage]), (1 << cluster) - 1,
+                            )  # fmt: skip
+                        else:
+                            T.ptx[hopper.TMA_LOAD](
+                                s_w.ptr_to([stage, 0, 0]),
+                                T.address_of(weight_map),
+                                step * K_STEP,
+                                first_column,
+                                full.ptr_to([stage]),
+                            )
+                        stage = stage + 1
+                        if stage == depth:
+                            stage = 0
+                            phase = phase ^ 1
+                        step = step + 1
+                    tile = tile + blocks // cluster
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
             acc = T.alloc_local((sums,), "float32")
@@ -236,9 +232,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             lane: T.int32 = thread % 32
             warp: T.int32 = local // 32
             T.cuda.wgmma.encode_matrix_descriptor(
-                T.address_of(x_descriptor[0]), s_x.ptr_to([0, group * 64, 0]), 1, 64, SWIZZLE_128B
+                T.address_of(x_descriptor[0]), s_x.ptr_to([0, group * 64, 0]), 1, 64, hopper.SWIZZLE_128B
             )
-            T.cuda.wgmma.encode_matrix_descriptor(T.address_of(w_descriptor[0]), s_w.ptr_to([0, 0, 0]), 1, 64, SWIZZLE_128B)
+            T.cuda.wgmma.encode_matrix_descriptor(T.address_of(w_descriptor[0]), s_w.ptr_to([0, 0, 0]), 1, 64, hopper.SWIZZLE_128B)
 
             @T.inline
             def release(s) -> None:
@@ -258,7 +254,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 """The residual under this thread's 32 sums of a chunk, two columns in a word; zero beyond the edges."""
                 for i in T.unroll(16):
                     row = T.meta_var(first_row + warp * 16 + lane // 4 + 8 * (i % 2))
-                    column = T.meta_var(first_column + chunk * ATOM + i // 2 * 8 + lane % 4 * 2)
+                    column = T.meta_var(first_column + chunk * hopper.ATOM + i // 2 * 8 + lane % 4 * 2)
                     added[i] = T.uint32(0)
                     if row < row_count and column < o:
                         T.ptx["ld.global.b32"](added[i], residual.ptr_to([T.cast(row, "int64"), column]))
@@ -266,10 +262,10 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             @T.inline
             def activate(i) -> None:
                 if activation == "silu":
-                    sigmoid(gate[0], acc[i])
+                    hopper.sigmoid(gate[0], acc[i])
                     acc[i] = acc[i] * gate[0]
                 elif activation == "gelu_tanh":
-                    sigmoid(gate[0], gelu_tanh_argument(acc[i]))
+                    hopper.sigmoid(gate[0], hopper.gelu_tanh_argument(acc[i]))
                     acc[i] = acc[i] * gate[0]
                 elif activation == "gelu":
                     acc[i] = T.float32(0.5) * acc[i] * (T.float32(1) + T.erf(acc[i] * T.float32(0.5**0.5)))
@@ -280,11 +276,11 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
             @T.inline
             def complete(chunk, first_column) -> None:
-                """Bias, activation and residual on the sums of a chunk; sum i is in row 8 * (i // 2 % 2), column i // 4 * 8 + i % 2."""
+                """Bias, activation and residual; sum i of a chunk is in row 8 * (i // 2 % 2), column i // 4 * 8 + i % 2."""
                 for i in T.unroll(32):
                     j = T.meta_var(chunk * 32 + i)
                     if has_bias:
-                        column = T.meta_var(first_column + chunk * ATOM + i // 4 * 8 + lane % 4 * 2 + i % 2)
+                        column = T.meta_var(first_column + chunk * hopper.ATOM + i // 4 * 8 + lane % 4 * 2 + i % 2)
                         acc[j] = acc[j] + T.cast(bias[T.min(column, o - 1)], "float32")
                     activate(j)
                     if has_residual:
@@ -302,14 +298,14 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         T.ptx[to_pair](pair[j], acc[chunk * 32 + q * 8 + j * 2 + 1], acc[chunk * 32 + q * 8 + j * 2])
                     # Lane l gives the address of row l % 8 of the 8x8 matrix l // 8; the swizzle permutes 16-byte pieces by row.
                     T.ptx["stmatrix.sync.aligned.m8n8.x4.shared.b16"](
-                        s_out.ptr_to([group, chunk % 2, warp * 16 + lane // 8 % 2 * 8 + lane % 8, ((2 * q + lane // 16) ^ (lane % 8)) * 8]),
+                        s_out.ptr_to([group, chunk % 2, warp * 16 + lane % 16, ((2 * q + lane // 16) ^ (lane % 8)) * 8]),
                         pair[0], pair[1], pair[2], pair[3],
                     )  # fmt: skip
                 T.ptx.fence.proxy.async_.shared__cta()
                 T.ptx.bar.sync(T.cast(group + 1, "uint32"), T.uint32(128))
                 if local == 0:
-                    T.ptx[TMA_STORE](
-                        T.address_of(out_map), first_column + chunk * ATOM, first_row, s_out.ptr_to([group, chunk % 2, 0, 0])
+                    T.ptx[hopper.TMA_STORE](
+                        T.address_of(out_map), first_column + chunk * hopper.ATOM, first_row, s_out.ptr_to([group, chunk % 2, 0, 0])
                     )
                     T.ptx.cp.async_.bulk.commit_group()
 
@@ -318,7 +314,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 """Two columns a thread: the four threads of a row write a whole 32-byte sector."""
                 for i in T.unroll(16):
                     row = T.meta_var(first_row + warp * 16 + lane // 4 + 8 * (i % 2))
-                    column = T.meta_var(first_column + chunk * ATOM + i // 2 * 8 + lane % 4 * 2)
+                    column = T.meta_var(first_column + chunk * hopper.ATOM + i // 2 * 8 + lane % 4 * 2)
                     if row < row_count and column < o:
                         T.ptx["st.global.v2.f32"](
                             out.ptr_to([T.cast(row, "int64"), column]), acc[chunk * 32 + i * 2], acc[chunk * 32 + i * 2 + 1]
@@ -356,13 +352,12 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     step = step + 1
                 T.ptx.wgmma.wait_group.sync.aligned(0)
                 for i in T.unroll(sums):
-                    T.cuda.func_call("register_fence", acc[i], source_code=REGISTER_FENCE, return_type="void")
+                    T.cuda.func_call("register_fence", acc[i], source_code=hopper.REGISTER_FENCE, return_type="void")
                 release(previous)
                 for chunk in T.unroll(chunks):
                     complete(chunk, first_column)
-                    if has_residual:
-                        if chunk + 1 < chunks:
-                            fetch_residual(chunk + 1, first_row, first_column)
+                    if has_residual and chunk + 1 < chunks:
+                        fetch_residual(chunk + 1, first_row, first_column)
                     if staged:
                         store_chunk(chunk, first_row, first_column)
                     else:
@@ -375,7 +370,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             T.cuda.cluster_sync()
 
     unused = [name for name in ("bias", "residual") if name not in specs]
-    return finish(gemm, f"gemm_{o}x{k}", unused, dependent_launch)
+    return hopper.finish(gemm, f"gemm_{o}x{k}", unused, dependent_launch)
 
 
 def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:

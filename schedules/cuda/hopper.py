@@ -8,8 +8,7 @@ The kernels are TIRx: TVMScript with PTX instructions by name (``T.ptx``), one P
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import log2, pi, sqrt
-from math import e as euler
+from math import e, log2, pi, sqrt
 from typing import Any
 
 import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
@@ -32,7 +31,7 @@ ATOM = 64
 
 FULL_WARP = 0xFFFFFFFF
 PTX_TYPE = {"bfloat16": "bf16", "float16": "f16"}
-LOG2E = log2(euler)
+LOG2E = log2(e)
 
 REGISTER_FENCE = """
 __device__ __forceinline__ void register_fence(float& r) { asm volatile("" : "+f"(r) :: "memory"); }
@@ -51,6 +50,14 @@ def is_hopper(target: Target) -> bool:
 def packed_convert(dtype: str) -> str:
     """The instruction that rounds two float32 values to a pair of ``dtype``, the second operand in the lower half."""
     return f"cvt.rn.{PTX_TYPE[dtype]}x2.f32"
+
+
+def encode_tensor_map(tensor_map: Expr, dtype: str, data: Expr, *, columns: Expr, rows: Expr, box_rows: int) -> Expr:
+    """Host code: describe a row-major 16-bit matrix to TMA, in boxes of ``box_rows`` x :data:`ATOM`, swizzled, zero outside."""
+    return T.call_packed(
+        "runtime.cuTensorMapEncodeTiled", tensor_map, dtype, 2, data, columns, rows, columns * 2, ATOM, box_rows, 1, 1, 0,
+        SWIZZLE_128B, L2_PROMOTION_128B, 0,
+    )  # fmt: skip
 
 
 def finish(function: Any, name: str, unused: Iterable[str] = (), dependent_launch: bool = True) -> Any:

@@ -108,3 +108,27 @@ def load_runtime(artifact: Path | None = None) -> ModuleType:
             f"the TVM runtime {path} cannot be loaded ({error}): run `pip install --force-reinstall apache-tvm==0.27.0.post1`"
         ) from error
     return ffi
+
+
+def load_cuda_runtime(artifact: Path | None = None) -> ModuleType:
+    """As :func:`load_runtime`, with TVM's CUDA runtime as well; ``libcudart`` must be in the process already.
+
+    Raises MissingExtraError if there is none, and ArtifactError if the one found cannot be loaded (no driver).
+    """
+    ffi = load_runtime(artifact)
+    if ffi.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is not None:
+        return ffi
+    own = None if artifact is None else artifact / "runtime" / CUDA_LIBRARY_NAME
+    path = own if own is not None and own.is_file() else installed_library(CUDA_LIBRARY_NAME)
+    if path is None:
+        raise MissingExtraError(
+            f"running on a GPU needs {CUDA_LIBRARY_NAME}: it is neither in the artifact's runtime folder nor in an installed "
+            "apache-tvm: run `pip install apache-tvm==0.27.0.post1`"
+        )
+    try:
+        _loaded.append(ctypes.CDLL(str(path)))
+    except OSError as error:
+        raise ArtifactError(
+            f"TVM's CUDA runtime {path} cannot be loaded ({error}): install the NVIDIA driver for CUDA 13"
+        ) from error
+    return ffi

@@ -16,7 +16,12 @@ TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2}
 
 
 def call(
-    family: Any, case: KernelCall, target: Target, arrays: list[np.ndarray], symbols: dict[str, int], config: dict[str, Any] | None = None
+    family: Any,
+    case: KernelCall,
+    target: Target,
+    arrays: list[np.ndarray],
+    symbols: dict[str, int],
+    config: dict[str, Any] | None = None,
 ) -> np.ndarray:
     """The result of ``case`` with the default configuration, changed by ``config``; its buffer starts as NaN."""
     full = {axis: values[0] for axis, values in family.space(case, target).items()} | (config or {})

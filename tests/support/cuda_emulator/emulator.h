@@ -88,6 +88,7 @@ typedef vec<double, 2> double2;
 #define __restrict__
 #define __launch_bounds__(...)
 #define __grid_constant__
+#define CUDART_INF_F INFINITY
 // 128 bytes, as the driver's, laid out like TensorMap in dlpack.py.
 struct __attribute__((packed, aligned(64))) CUtensorMap {
   char* base;

@@ -114,6 +114,7 @@ def _launchers(devices: Sequence[tuple[str, dict[str, list[str]]]]) -> Iterator[
     functions: dict[str, Callable[..., Any]] = {
         "__tvm_set_device": lambda *_: None,
         "runtime.cuTensorMapEncodeTiled": TensorMap.encode,
+        "device_api.cuda": tvm_ffi.get_global_func("device_api.cpu"),  # workspaces come from main memory
     }
     for text, launches in devices:
         library, kernels = _compile(text)

@@ -164,7 +164,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         empty = pool.alloc((depth,), "uint64", align=8)
         pool.commit()
         # The same in all lanes of a warp, and the compiler has to know it: register counts are set per warpgroup.
-        warpgroup: T.int32 = T.tvm_warp_shuffle(T.uint32(0xFFFFFFFF), thread // 128, 0, 32, 32)
+        warpgroup: T.int32 = hopper.shuffle(thread // 128, 0)
         row_count: T.int32 = T.cast(n, "int32")
         row_tiles: T.int32 = (row_count + rows * cluster - 1) // (rows * cluster)
         if thread == 0:
@@ -351,8 +351,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         phase = phase ^ 1
                     step = step + 1
                 T.ptx.wgmma.wait_group.sync.aligned(0)
-                for i in T.unroll(sums):
-                    T.cuda.func_call("register_fence", acc[i], source_code=hopper.REGISTER_FENCE, return_type="void")
+                hopper.fence(acc, sums)
                 release(previous)
                 for chunk in T.unroll(chunks):
                     complete(chunk, first_column)

@@ -71,6 +71,23 @@ def finish(function: Any, name: str, unused: Iterable[str] = (), dependent_launc
     return function
 
 
+def shuffle(value: Expr, source: Expr) -> Expr:
+    """The value that thread ``source`` of the warp holds."""
+    return T.tvm_warp_shuffle(T.uint32(FULL_WARP), value, source, 32, 32)
+
+
+def exchange(value: Expr, distance: int) -> Expr:
+    """The value of the thread whose index in the warp differs in bit ``distance``."""
+    return T.tvm_warp_shuffle_xor(T.uint32(FULL_WARP), value, distance, 32, 32)
+
+
+@T.inline
+def fence(accumulators: Any, count: Any) -> None:
+    """See :data:`REGISTER_FENCE`."""
+    for i in T.unroll(count):
+        T.cuda.func_call("register_fence", accumulators[i], source_code=REGISTER_FENCE, return_type="void")
+
+
 @T.inline
 def sigmoid(out: Expr, x: Expr) -> None:
     """out = 1 / (1 + exp(-x)), absolute error below 1e-6; the limits 0 and 1 are exact."""

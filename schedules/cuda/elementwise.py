@@ -22,7 +22,7 @@ from llmc.targets.base import GpuTarget
 
 Expr = Any
 THREADS = 256
-REDUCTION_THREADS = 128
+REDUCTION_THREADS = 32
 MAX_LANES = 4
 
 

@@ -81,6 +81,17 @@ typedef vec<half, 4> half4;
 typedef vec<nv_bfloat16, 4> nv_bfloat164;
 typedef vec<uint16_t, 1> ushort1;
 typedef vec<double, 2> double2;
+static inline float2 make_float2(float x, float y) { return {x, y}; }
+static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+static inline int2 make_int2(int x, int y) { return {x, y}; }
+static inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
+static inline longlong2 make_longlong2(int64_t x, int64_t y) { return {x, y}; }
+static inline half2 make_half2(half x, half y) { return {x, y}; }
+static inline half4 make_half4(half x, half y, half z, half w) { return {x, y, z, w}; }
+static inline nv_bfloat162 make_nv_bfloat162(nv_bfloat16 x, nv_bfloat16 y) { return {x, y}; }
+static inline nv_bfloat164 make_nv_bfloat164(nv_bfloat16 x, nv_bfloat16 y, nv_bfloat16 z, nv_bfloat16 w) {
+  return {x, y, z, w};
+}
 #define __global__
 #define __device__
 #define __host__
@@ -224,6 +235,7 @@ static T __shfl_down_sync(uint, T v, int d, int = 32) {
   int l = LT % 32;
   return shfl_any(v, l + d < 32 ? l + d : l);
 }
+static inline unsigned __activemask() { return ~0u; }
 static inline void __syncthreads() { barw(ctab[0], NTH); }
 static inline void __syncwarp(uint = ~0u) { warp_sync(); }
 template <class T>

@@ -6,8 +6,9 @@ before::                                    after::
     z = nn.silu(add(y, b))
     out = add(h, z)
 
-A cast of a narrow result to float32 becomes the result's own dtype. Only where nothing else reads the intermediate value. ``fuse_bias`` runs before projections are merged, so that those with a
-bias merge too; activation and residual come after, on what was not merged.
+A cast of a narrow result to float32 becomes the result's own dtype. Only where nothing else reads the intermediate value.
+``fuse_bias`` runs before projections are merged, so that those with a bias merge too; activation and residual come after, on
+what was not merged.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ residual    [n, o] compute dtype        added last; present iff ``residual = 1``
 result      [n, o] compute dtype        or float32, if ``out_dtype`` says so
 ==========  ==========================  =========================================================
 
-``activation``: one of :data:`ACTIVATIONS`, applied after the bias and before the residual. ``out_dtype``: ``"float32"`` where the sums
-are wanted as they are (the logits of a narrow model); absent otherwise.
+``activation``: one of :data:`ACTIVATIONS`, applied after the bias and before the residual. ``out_dtype``: ``"float32"``
+where the sums are wanted as they are (the logits of a narrow model); absent otherwise.
 """
 
 from __future__ import annotations

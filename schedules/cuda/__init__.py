@@ -4,8 +4,21 @@ The simple ones (norms, rope, append, topk, moe) are portable from sm_80 on; the
 that takes every shape.
 """
 
-from llmc.schedules.cuda import append, gemm_hopper, gemv, linear_simple, moe, rope, topk
+from llmc.schedules.cuda import (
+    append,
+    attend_simple,
+    decode_attention,
+    gemm_hopper,
+    gemv,
+    linear_simple,
+    moe,
+    prefill_attention,
+    rope,
+    topk,
+)
 from llmc.schedules.cuda.norm import layer_norm, rms_norm
 
-FAMILIES = (gemv, gemm_hopper, linear_simple, append, moe, rms_norm, layer_norm, rope, topk)
+FAMILIES = (
+    gemv, gemm_hopper, linear_simple, decode_attention, prefill_attention, attend_simple, append, moe, rms_norm, layer_norm, rope, topk,
+)  # fmt: skip
 """In order of preference; the first that matches takes a call."""

@@ -223,7 +223,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             acc = T.alloc_local((sums,), "float32")
             added = T.alloc_local((16,), "uint32")
             pair = T.alloc_local((4,), "uint32")
-            gate = T.alloc_local((1,), "float32")
+            gate = T.alloc_local((2,), "float32")
             x_descriptor = T.alloc_local((1,), "uint64")
             w_descriptor = T.alloc_local((1,), "uint64")
             remote = T.alloc_local((1,), "uint32")
@@ -268,7 +268,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     hopper.sigmoid(gate[0], hopper.gelu_tanh_argument(acc[i]))
                     acc[i] = acc[i] * gate[0]
                 elif activation == "gelu":
-                    acc[i] = T.float32(0.5) * acc[i] * (T.float32(1) + T.erf(acc[i] * T.float32(0.5**0.5)))
+                    hopper.normal_cdf(gate, acc[i])
+                    acc[i] = acc[i] * gate[0]
                 elif activation == "relu":
                     acc[i] = T.max(acc[i], T.float32(0))
                 elif activation == "relu2":
@@ -286,6 +287,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     if has_residual:
                         half = T.meta_var(T.cast(T.shift_right(added[i // 2], T.uint32(16 * (i % 2))), "uint16"))
                         acc[j] = acc[j] + T.cast(T.reinterpret(dtype, half), "float32")
+                    if i % 4 == 3:
+                        # Work on a few sums at a time: all of a chunk in flight would not fit the registers.
+                        T.cuda.func_call("register_fence", acc[j], source_code=hopper.REGISTER_FENCE, return_type="void")
 
             @T.inline
             def store_chunk(chunk, first_row, first_column) -> None:

@@ -95,6 +95,23 @@ def sigmoid(out: Expr, x: Expr) -> None:
     T.ptx["rcp.approx.ftz.f32"](out, out + T.float32(1))
 
 
+def erf_polynomial(t: Expr) -> Expr:
+    """(a1 t + a2 t² + ... + a5 t⁵) / 2 of formula 7.1.26."""
+    value = tirx.const(0.0, "float32")
+    for a in (1.061405429, -1.453152027, 1.421413741, -0.284496736, 0.254829592):
+        value = (value + tirx.const(a / 2, "float32")) * t
+    return value
+
+
+@T.inline
+def normal_cdf(out: Any, x: Expr) -> None:
+    """out[0] = (1 + erf(x / sqrt 2)) / 2, absolute error below 1e-6 (Abramowitz & Stegun, 7.1.26); out[1] is scratch."""
+    T.ptx["rcp.approx.ftz.f32"](out[0], T.float32(1) + T.abs(x) * T.float32(0.3275911 * sqrt(0.5)))
+    T.ptx["ex2.approx.ftz.f32"](out[1], x * x * T.float32(-0.5 * LOG2E))
+    out[1] = out[1] * erf_polynomial(out[0])
+    out[0] = T.if_then_else(x < T.float32(0), out[1], T.float32(1) - out[1])
+
+
 ACTIVATIONS = ("none", "silu", "relu", "relu2", "gelu", "gelu_tanh")
 
 

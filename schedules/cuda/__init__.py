@@ -19,6 +19,7 @@ from llmc.schedules.cuda import (
 from llmc.schedules.cuda.norm import layer_norm, rms_norm
 
 FAMILIES = (
-    gemv, gemm_hopper, linear_simple, decode_attention, prefill_attention, attend_simple, append, moe, rms_norm, layer_norm, rope, topk,
+    gemv, gemm_hopper, linear_simple, decode_attention, prefill_attention, attend_simple,
+    append, moe, rms_norm, layer_norm, rope, topk,
 )  # fmt: skip
 """In order of preference; the first that matches takes a call."""

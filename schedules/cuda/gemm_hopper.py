@@ -188,35 +188,35 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             T.ptx["setmaxnreg.dec.sync.aligned.u32"](producer_registers)
             if thread == 0:
                 while tile < row_tiles * column_tiles:
-                    first_row: T.int32 = row_tile(tile, row_tiles) * (rows * cluster)
-                    first_column: T.int32 = column_tile(tile, row_tiles) * columns
+                    load_row: T.int32 = row_tile(tile, row_tiles) * (rows * cluster)
+                    load_column: T.int32 = column_tile(tile, row_tiles) * columns
                     if cluster > 1:
-                        first_row = first_row + rank * rows
-                    step: T.int32 = 0
-                    while step < k_steps:
+                        load_row = load_row + rank * rows
+                    load_step: T.int32 = 0
+                    while load_step < k_steps:
                         T.cuda.mbarrier_wait(empty.ptr_to([stage]), phase ^ 1)
                         T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(x_bytes + w_bytes))
                         T.ptx[hopper.TMA_LOAD](
-                            s_x.ptr_to([stage, 0, 0]), T.address_of(x_map), step * K_STEP, first_row, full.ptr_to([stage])
+                            s_x.ptr_to([stage, 0, 0]), T.address_of(x_map), load_step * K_STEP, load_row, full.ptr_to([stage])
                         )
                         if cluster > 1:
                             T.ptx[hopper.TMA_LOAD + ".multicast::cluster"](
-                                s_w.ptr_to([stage, rank * shared_columns, 0]), T.address_of(weight_map), step * K_STEP,
-                                first_column + rank * shared_columns, full.ptr_to([stage]), (1 << cluster) - 1,
+                                s_w.ptr_to([stage, rank * shared_columns, 0]), T.address_of(weight_map), load_step * K_STEP,
+                                load_column + rank * shared_columns, full.ptr_to([stage]), (1 << cluster) - 1,
                             )  # fmt: skip
                         else:
                             T.ptx[hopper.TMA_LOAD](
                                 s_w.ptr_to([stage, 0, 0]),
                                 T.address_of(weight_map),
-                                step * K_STEP,
-                                first_column,
+                                load_step * K_STEP,
+                                load_column,
                                 full.ptr_to([stage]),
                             )
                         stage = stage + 1
                         if stage == depth:
                             stage = 0
                             phase = phase ^ 1
-                        step = step + 1
+                        load_step = load_step + 1
                     tile = tile + blocks // cluster
         else:
             T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
@@ -379,7 +379,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
     from llmc.dialect.linear import reference as linear_reference
 
-    named = dict(zip(_names(call), arrays, strict=False))
+    named: dict[str, Any] = dict(zip(_names(call), arrays, strict=False))
     return linear_reference(**named, activation=call.attr("activation"))
 
 

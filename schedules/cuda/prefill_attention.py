@@ -230,13 +230,13 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                                 s_q.ptr_to([a, 0, 0]), T.address_of(q_map), head * d + a * hopper.ATOM, first_row + tile * ROWS,
                                 q_full.ptr_to([0]),
                             )  # fmt: skip
-                    j: T.int32 = first_tile
-                    while j < end_tile:
+                    key_tile: T.int32 = first_tile
+                    while key_tile < end_tile:
                         # Pages before the first visible position or behind the last one may be anybody's: the nearest own one
                         # stands in, its scores are masked.
                         page: T.int32 = 0
                         if lane < tile_pages:
-                            own: T.int32 = T.max(T.min(j * tile_pages + lane, (length - 1) // page_size), low // page_size)
+                            own: T.int32 = T.max(T.min(key_tile * tile_pages + lane, (length - 1) // page_size), low // page_size)
                             page = block_table[sequence, own]
                         row: T.int32 = (page * hk + head // group_size) * (2 * page_size)
                         copy_pages(s_k, k_full, k_empty, row)
@@ -245,7 +245,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         if stage == depth:
                             stage = 0
                             phase = phase ^ 1
-                        j = j + 1
+                        key_tile = key_tile + 1
             else:
                 T.ptx["setmaxnreg.inc.sync.aligned.u32"](CONSUMER_REGISTERS)
                 s = T.alloc_local((scores,), "float32")

@@ -44,20 +44,31 @@ _new_capsule.restype = ctypes.py_object
 _new_capsule.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
 
 
+_libc = ctypes.CDLL(None)
+_libc.malloc.restype = ctypes.c_void_p
+_libc.malloc.argtypes = (ctypes.c_size_t,)
+
+
 class DeviceTensors:
     """Tensors over device memory for compiled modules. The memory is the caller's and must outlive them."""
 
     def __init__(self, ffi: Any, device: int) -> None:
         self._ffi, self._device = ffi, device
-        self._headers: list[tuple[_ManagedTensor, Any]] = []
 
     def tensor(self, address: int, shape: Sequence[int], dtype: str) -> Any:
         """A ``tvm_ffi.Tensor`` over the memory at ``address``, C-contiguous."""
         code, bits = dtype_code(dtype)
-        sizes = (ctypes.c_int64 * max(len(shape), 1))(*shape)
-        header = _ManagedTensor(address, DL_CUDA, self._device, len(shape), code, bits, 1, sizes, None, 0, None, None)
-        self._headers.append((header, sizes))  # without a deleter the header lives as long as this object
-        return self._ffi.from_dlpack(_new_capsule(ctypes.addressof(header), b"dltensor", None))
+        # Header and shape are one block of the C library, whose own ``free`` is the deleter: a tensor may then die in any thread
+        # and after the interpreter.
+        block = _libc.malloc(ctypes.sizeof(_ManagedTensor) + 8 * len(shape))
+        sizes = (ctypes.c_int64 * len(shape)).from_address(block + ctypes.sizeof(_ManagedTensor))
+        sizes[:] = shape
+        header = _ManagedTensor.from_address(block)
+        header.data, header.device_type, header.device_id = address, DL_CUDA, self._device
+        header.ndim, header.code, header.bits, header.lanes = len(shape), code, bits, 1
+        header.shape, header.strides, header.byte_offset = ctypes.cast(sizes, ctypes.POINTER(ctypes.c_int64)), None, 0
+        header.manager, header.deleter = None, ctypes.cast(_libc.free, ctypes.c_void_p)
+        return self._ffi.from_dlpack(_new_capsule(block, b"dltensor", None))
 
 
 class Cuda:

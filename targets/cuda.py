@@ -96,7 +96,7 @@ def families(target: Target) -> Sequence[Any]:
     return FAMILIES
 
 
-def schedule(function: Any, target: Target) -> Any:
+def schedule(function: Any, target: GpuTarget) -> Any:
     """Schedule a PrimFunc that Relax legalised and fused; see :mod:`llmc.schedules.cuda.elementwise`."""
     from llmc.schedules.cuda import elementwise
 

@@ -69,7 +69,6 @@ def reference(
     residual: np.ndarray | None = None,
     *,
     activation: str = "none",
-    out_dtype: str = "float32",
 ) -> np.ndarray:
     """The op in float64 NumPy: x [n, k], weight [o, k], bias [o], residual [n, o] -> [n, o] float64."""
     y = x.astype(np.float64) @ weight.astype(np.float64).T

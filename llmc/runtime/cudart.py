@@ -62,7 +62,7 @@ class DeviceTensors:
         # and after the interpreter.
         block = _libc.malloc(ctypes.sizeof(_ManagedTensor) + 8 * len(shape))
         sizes = (ctypes.c_int64 * len(shape)).from_address(block + ctypes.sizeof(_ManagedTensor))
-        sizes[:] = shape
+        sizes[:] = list(shape)
         header = _ManagedTensor.from_address(block)
         header.data, header.device_type, header.device_id = address, DL_CUDA, self._device
         header.ndim, header.code, header.bits, header.lanes = len(shape), code, bits, 1

@@ -6,8 +6,9 @@ before::                                    after::
     z = nn.silu(add(y, b))
     out = add(h, z)
 
-Only where nothing else reads the intermediate value. ``fuse_bias`` runs before projections are merged, so that those with a
-bias merge too; activation and residual come after, on what was not merged.
+A cast of a narrow result to float32 becomes the result's own dtype. Only where nothing else reads the intermediate value.
+``fuse_bias`` runs before projections are merged, so that those with a bias merge too; activation and residual come after, on
+what was not merged.
 """
 
 from __future__ import annotations
@@ -67,6 +68,14 @@ def _residual(work: Rewriter, value: relax.Call) -> relax.Expr | None:
     return None
 
 
+def _unrounded(work: Rewriter, value: relax.Call, dtype: str) -> relax.Expr | None:
+    """``astype(linear(x, w), float32)`` -> the float32 sums themselves: rounding them in between would tie logits."""
+    found = _open_linear(work, value.args[0])
+    if found is None or dtype != "float32" or dtype_of(value.args[0]) == "float32":
+        return None
+    return call("llmc.linear", *found[0].args, **{**found[1], "out_dtype": dtype})
+
+
 def _second_residual(work: Rewriter, value: relax.Call) -> relax.Expr | None:
     """``(linear(x, w) + linear(y, v)) + h`` -> ``linear(x, w, residual=linear(y, v, residual=h))``: parallel branches."""
     for z, h in (value.args, reversed(list(value.args))):
@@ -80,7 +89,7 @@ def _second_residual(work: Rewriter, value: relax.Call) -> relax.Expr | None:
     return None
 
 
-def _epilogue(work: Rewriter, _: relax.Var, value: relax.Expr) -> relax.Expr | None:
+def _epilogue(work: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
     name = op_name(value)
     if name in ACTIVATION_OF:
         return _activation(work, value.args[0], ACTIVATION_OF[name])
@@ -88,6 +97,8 @@ def _epilogue(work: Rewriter, _: relax.Var, value: relax.Expr) -> relax.Expr | N
         return _squared_relu(work, value.args[0], uses=1)
     if name == "relax.multiply" and value.args[0].same_as(value.args[1]):
         return _squared_relu(work, value.args[0], uses=2)
+    if name == "relax.astype":
+        return _unrounded(work, value, dtype_of(var))
     if name == "relax.add":
         found = _residual(work, value)
         return _second_residual(work, value) if found is None else found

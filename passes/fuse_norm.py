@@ -9,6 +9,7 @@ before::                                                 after::
 Found in any order of the operands, with ``x * x`` or ``square(x)`` for the power, ``1 / sqrt`` or a division for the inverse
 square root, and with the weight multiplied on either side of it. A norm without weight reads a parameter of ones, which is the
 only thing this pass adds to the table. A norm of ``x - mean(x)`` is a layer norm without bias (a parameter of zeros).
+A norm that is computed in float32 between two casts reads and writes the narrow type itself: the kernels' statistics are float32.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class _Norms:
             return _whole_rms_norm(value)
         if name == "relax.divide":
             return self._divided(work, value)
+        if name == "relax.astype":
+            return _between_casts(work, var, value)
         if name == "relax.multiply":
             for left, right in (value.args, reversed(list(value.args))):
                 found = self._scaled(work, left, right)
@@ -128,6 +131,27 @@ class _Norms:
         if value is None or not work.single_use(normal) or not self.is_constant(value.args[2], 0.0) or not _is_weight(b, normal):
             return None
         return layer_norm(value.args[0], value.args[1], b, float(value.attrs["eps"]))
+
+
+def _between_casts(work: Rewriter, var: relax.Var, value: relax.Call) -> relax.Expr | None:
+    """``astype(norm(astype(x, float32), ...), dtype of x)`` -> ``norm(x, ...)``, if nothing else reads the wide norm.
+
+    Before::  y = astype(llmc.rms_norm(astype(x, float32), w), bfloat16)        After::  y = llmc.rms_norm(x, w)
+    """
+    norm = work.value(value.args[0])
+    if op_name(norm) not in ("llmc.rms_norm", "llmc.layer_norm") or not work.single_use(value.args[0]):
+        return None
+    x, *weights = (_before_cast(work, a) for a in norm.args)
+    if dtype_of(norm.args[0]) != "float32" or dtype_of(x) != dtype_of(var):
+        return None
+    return relax.Call(norm.op, [x, *weights], norm.attrs)
+
+
+def _before_cast(work: Rewriter, expr: relax.Expr) -> relax.Expr:
+    """What ``expr`` was before it was widened to float32; itself if it was not."""
+    cast = work.value(expr, "relax.astype")
+    narrow = cast is not None and dtype_of(cast.args[0]) in ("bfloat16", "float16") and dtype_of(expr) == "float32"
+    return cast.args[0] if narrow else expr
 
 
 def _whole_rms_norm(value: relax.Call) -> relax.Expr | None:

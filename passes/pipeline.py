@@ -37,6 +37,7 @@ from llmc.passes.rewrite import Graph
 from llmc.passes.simplify import simplify
 from llmc.passes.sink_permutes import sink_permutes
 from llmc.passes.verify_dialect import Verifier
+from llmc.passes.widen import widen
 from llmc.targets.base import Target
 
 PHASES = ("decode", "extend")
@@ -161,12 +162,13 @@ PASSES: list[tuple[str, Callable[[_State], None]]] = [
     ("merge_projections", lambda s: merge_projections(s.graphs[0], s.params)),
     ("fuse_epilogue", lambda s: fuse_epilogue(s.graphs[0])),
     ("simplify_slices", lambda s: simplify(s.graphs[0], s.params)),
+    ("widen", lambda s: widen(s.graphs[0])),
     ("paged_attention", _paged_attention),
     ("phases", _phases),
     ("lower_kernels", _lower_kernels),
     ("fuse_operators", _fuse_operators),
-    ("schedule", _schedule),
     ("plan_memory", _plan_memory),
+    ("schedule", _schedule),  # after plan_memory, which may add a kernel that copies the result
     ("lower_vm", _lower_vm),
 ]
 

@@ -189,6 +189,15 @@ def _take(_: Rewriter, __: relax.Var, value: relax.Call) -> relax.Expr | None:
     return op.take(value.args[0], value.args[1], axis=value.attrs.axis, mode="clip")
 
 
+def _rope(work: Rewriter, _: relax.Var, value: relax.Call) -> relax.Expr | None:
+    """Angles that were narrowed for a narrow ``x`` are read as they were computed: the kernel turns in float32."""
+    x, *tables = value.args
+    casts = [work.value(t, "relax.astype") for t in tables]
+    if any(c is None or dtype_of(c.args[0]) != "float32" for c in casts):
+        return None
+    return relax.Call(value.op, [x, *(c.args[0] for c in casts)], value.attrs)
+
+
 _RULES: dict[str, Simplification] = {
     "relax.reshape": _reshape,
     "relax.expand_dims": _reshape,
@@ -201,4 +210,5 @@ _RULES: dict[str, Simplification] = {
     "relax.concat": _concat,
     "relax.take": _take,
     "llmc.linear": _linear,
+    "llmc.rope": _rope,
 }

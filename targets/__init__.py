@@ -8,14 +8,12 @@ from types import ModuleType
 from llmc.errors import UsageError
 from llmc.targets.base import Target
 
-KINDS = ("cpu",)
+KINDS = ("cpu", "cuda")
 
 
 def known_specs() -> list[str]:
     """Target names a user may start from; ``cpu:<name>`` takes any processor that LLVM knows besides."""
-    from llmc.targets import cpu
-
-    return cpu.known_specs()
+    return [spec for kind in KINDS for spec in _module(kind).known_specs()]
 
 
 def parse(spec: str) -> Target:
@@ -38,4 +36,8 @@ def _module(kind: str) -> ModuleType:
         from llmc.targets import cpu
 
         return cpu
+    if kind == "cuda":
+        from llmc.targets import cuda
+
+        return cuda
     raise UsageError(f"unknown target kind {kind!r}: there is {', '.join(KINDS)}")

@@ -29,6 +29,20 @@ class Target:
         return self.vector_bits // dtype_bits
 
 
+@dataclass(frozen=True)
+class GpuTarget(Target):
+    """A GPU and the host that drives it: ``triple`` is the host's, ``mcpu`` the GPU architecture (``"sm_90a"``).
+
+    ``vector_bits`` is the widest load of one thread, ``vector_registers`` the 32-bit registers a thread may have.
+    ``shared_memory``: bytes of it that one thread block may ask for. ``registers``: 32-bit registers of one multiprocessor.
+    """
+
+    warp_size: int = 32
+    max_threads: int = 1024
+    shared_memory: int = 48 << 10
+    registers: int = 65536
+
+
 class TargetModule(Protocol):
     """What each file in ``targets/`` offers for its kind."""
 
@@ -36,6 +50,9 @@ class TargetModule(Protocol):
 
     def parse(self, spec: str) -> Target:
         """The target that ``spec`` (``"cpu:x86-64-v3"``) names. Raises UsageError listing what there is."""
+
+    def known_specs(self) -> list[str]:
+        """Target names a user may start from."""
 
     def tvm_target(self, target: Target) -> Any:
         """The ``tvm.target.Target`` to generate code for."""
@@ -45,6 +62,15 @@ class TargetModule(Protocol):
 
     def schedule(self, function: Any, target: Target) -> Any:
         """The PrimFunc, which TVM generated from Relax operators, scheduled for the target."""
+
+    def compute_dtype(self, storage: str) -> str:
+        """The dtype of activations for matrices stored as ``storage``; sums are float32 whatever it is."""
+
+    def build(self, module: Any, target: Target) -> Any:
+        """A lowered IRModule as a ``relax.VMExecutable``. Raises MissingExtraError without the tools that takes."""
+
+    def runtime_libraries(self, target: Target) -> Sequence[str]:
+        """The libraries of TVM's own package that a machine needs to run what is built for the target."""
 
     def export(self, executable: Any, target: Target, path: str) -> None:
         """Link a built ``relax.VMExecutable`` into one shared library at ``path``."""

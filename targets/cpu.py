@@ -23,6 +23,7 @@ import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 
 # isort: split
 import tvm
+from tvm import relax
 from tvm.target import codegen
 
 from llmc.errors import UsageError
@@ -96,6 +97,21 @@ def schedule(function: Any, target: Target) -> Any:
     from llmc.schedules.cpu import elementwise
 
     return elementwise.schedule(function, target)
+
+
+def compute_dtype(storage: str) -> str:
+    """Activations are float32 whatever matrices are stored as: a CPU widens narrow weights as it loads them."""
+    return "float32"
+
+
+def build(module: tvm.IRModule, target: Target) -> Any:
+    """The executable, machine code included."""
+    with tvm_target(target) as tvm_t:
+        return relax.build(module, tvm_t, relax_pipeline=None)
+
+
+def runtime_libraries(target: Target) -> Sequence[str]:
+    return ("libtvm_runtime.so",)
 
 
 def export(executable: Any, target: Target, path: str) -> None:

@@ -40,8 +40,22 @@ def is_host(target: Target) -> bool:
     return target.triple.split("-")[0] == arch and platform.system() == "Linux"
 
 
+def host_c_compiler() -> list[str]:
+    """A command that compiles and links C for this machine. Raises MissingExtraError if there is none."""
+    native = _native()
+    if native is not None:
+        return [native]
+    if importlib.util.find_spec("ziglang") is None:
+        raise MissingExtraError("this machine has no C compiler to link with: run `pip install ziglang==0.17.1`")
+    return [sys.executable, "-m", "ziglang", "cc"]
+
+
+def _native() -> str | None:
+    return next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+
+
 def _command(target: Target) -> list[str]:
-    native = next((found for name in ("cc", "gcc", "clang") if (found := shutil.which(name))), None)
+    native = _native()
     if native is not None and is_host(target):
         return [native, "-shared", "-fPIC", "-Wl,--as-needed"]
     if importlib.util.find_spec("ziglang") is None:

@@ -7,10 +7,11 @@ x           [n, k] compute dtype        activations
 weight      [o, k] storage dtype        may be a narrower dtype; products accumulate in float32
 bias        [o]                         present iff ``bias = 1``
 residual    [n, o] compute dtype        added last; present iff ``residual = 1``
-result      [n, o] compute dtype
+result      [n, o] compute dtype        or float32, if ``out_dtype`` says so
 ==========  ==========================  =========================================================
 
-``activation``: one of :data:`ACTIVATIONS`, applied after the bias and before the residual.
+``activation``: one of :data:`ACTIVATIONS`, applied after the bias and before the residual. ``out_dtype``: ``"float32"``
+where the sums are wanted as they are (the logits of a narrow model); absent otherwise.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from tvm import relax
 from tvm.relax import TensorType
 
-from llmc.dialect.core import call, register
+from llmc.dialect.core import attrs_of, call, register
 
 OP = "llmc.linear"
 
@@ -55,7 +56,7 @@ def linear(
 
 def _infer(c: relax.Call, _: relax.BlockBuilder) -> TensorType:
     x, weight = c.args[0].ty, c.args[1].ty
-    return TensorType([*list(x.shape)[:-1], weight.shape[0]], x.dtype)
+    return TensorType([*list(x.shape)[:-1], weight.shape[0]], attrs_of(c).get("out_dtype", x.dtype))
 
 
 register(OP, _infer)

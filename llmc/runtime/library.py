@@ -17,6 +17,8 @@ from llmc.errors import ArtifactError, MissingExtraError
 
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 LIBRARY_NAME = ("" if sys.platform == "win32" else "lib") + "tvm_runtime" + _SUFFIX
+CUDA_LIBRARY_NAME = ("" if sys.platform == "win32" else "lib") + "tvm_runtime_cuda" + _SUFFIX
+CUDART_NAME = "libcudart.so.13"
 _loaded: list[ctypes.CDLL] = []
 
 
@@ -45,13 +47,29 @@ def import_ffi() -> ModuleType:
     return tvm_ffi
 
 
-def installed_library() -> Path | None:
-    """The runtime library of the installed apache-tvm package, found without importing it; None if there is none."""
+def find_cudart() -> Path | None:
+    """CUDA's runtime library: of the PyPI package, of a CUDA installation, or the one the system's loader knows; else None."""
+    spec = importlib.util.find_spec("nvidia")
+    packages = spec.submodule_search_locations or [] if spec is not None else []
+    candidates = [Path(folder) / part / "lib" / CUDART_NAME for folder in packages for part in ("cu13", "cuda_runtime")]
+    candidates += [Path("/usr/local/cuda") / part / CUDART_NAME for part in ("lib64", "lib")]
+    for path in candidates:
+        if path.is_file():
+            return path
+    try:
+        ctypes.CDLL(CUDART_NAME)
+    except OSError:
+        return None
+    return Path(CUDART_NAME)
+
+
+def installed_library(name: str = LIBRARY_NAME) -> Path | None:
+    """A runtime library of the installed apache-tvm package, found without importing it; None if there is none."""
     spec = importlib.util.find_spec("tvm")
     if spec is None:
         return None
     for folder in spec.submodule_search_locations or []:
-        for candidate in (Path(folder) / "lib" / LIBRARY_NAME, Path(folder) / LIBRARY_NAME):
+        for candidate in (Path(folder) / "lib" / name, Path(folder) / name):
             if candidate.is_file():
                 return candidate
     return None
@@ -88,5 +106,29 @@ def load_runtime(artifact: Path | None = None) -> ModuleType:
     except OSError as error:
         raise ArtifactError(
             f"the TVM runtime {path} cannot be loaded ({error}): run `pip install --force-reinstall apache-tvm==0.27.0.post1`"
+        ) from error
+    return ffi
+
+
+def load_cuda_runtime(artifact: Path | None = None) -> ModuleType:
+    """As :func:`load_runtime`, with TVM's CUDA runtime as well; ``libcudart`` must be in the process already.
+
+    Raises MissingExtraError if there is none, and ArtifactError if the one found cannot be loaded (no driver).
+    """
+    ffi = load_runtime(artifact)
+    if ffi.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is not None:
+        return ffi
+    own = None if artifact is None else artifact / "runtime" / CUDA_LIBRARY_NAME
+    path = own if own is not None and own.is_file() else installed_library(CUDA_LIBRARY_NAME)
+    if path is None:
+        raise MissingExtraError(
+            f"running on a GPU needs {CUDA_LIBRARY_NAME}: it is neither in the artifact's runtime folder nor in an installed "
+            "apache-tvm: run `pip install apache-tvm==0.27.0.post1`"
+        )
+    try:
+        _loaded.append(ctypes.CDLL(str(path)))
+    except OSError as error:
+        raise ArtifactError(
+            f"TVM's CUDA runtime {path} cannot be loaded ({error}): install the NVIDIA driver for CUDA 13"
         ) from error
     return ffi

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from llmc.errors import RequestError
 from llmc.manifest import Manifest
-from llmc.runtime.artifact import open_artifact
-from llmc.runtime.executor import TvmExecutor
+from llmc.runtime.artifact import Artifact, open_artifact
+from llmc.runtime.executor import Executor, TvmExecutor
 from llmc.runtime.host import memory
 from llmc.runtime.model import Model, bounded
 
@@ -57,6 +58,17 @@ def load(
     m = artifact.manifest
     length = bounded("context", context, m.model.context)
     batch = bounded("max_batch", max_batch, m.limits.max_batch)
-    pages = kv_page_count(m, length, batch, kv_memory, memory().available)
-    executor = TvmExecutor(artifact, pages, threads)
-    return Model(m, executor, artifact.folder, context=length, max_batch=batch)
+    available, make = _device(artifact, threads)
+    pages = kv_page_count(m, length, batch, kv_memory, available)
+    return Model(m, make(pages), artifact.folder, context=length, max_batch=batch)
+
+
+def _device(artifact: Artifact, threads: int | None) -> tuple[int, Callable[[int], Executor]]:
+    """The memory that KV pages may come from, and what makes the executor over so many pages."""
+    if artifact.variant.kind != "cuda":
+        return memory().available, lambda pages: TvmExecutor(artifact, pages, threads)
+    from llmc.runtime.cuda import CudaExecutor, available_memory
+
+    if threads is not None:
+        raise RequestError(f"threads={threads} cannot be: {artifact.variant.target} computes on the GPU: leave threads out")
+    return available_memory(artifact), lambda pages: CudaExecutor(artifact, pages)

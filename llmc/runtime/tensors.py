@@ -64,6 +64,11 @@ def storage_dtype(dtype: str) -> np.dtype:
     return _DTYPES[dtype][0]
 
 
+def dtype_code(dtype: str) -> tuple[int, int]:
+    """DLPack's type code and the bits of an element of ``dtype``. Raises KeyError for an unknown name."""
+    return _DTYPES[dtype][1:]
+
+
 def tensor(array: np.ndarray, dtype: str) -> Any:
     """A ``tvm_ffi.Tensor`` of ``dtype`` over the memory of ``array``, which stays alive as long as the tensor does.
 

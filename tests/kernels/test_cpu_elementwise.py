@@ -20,10 +20,10 @@ from tests.kernels.harness import tensor
 HOST = targets.parse("cpu")
 
 
-def lowered(shape: tuple[int | str, ...], body: Any) -> tvm.IRModule:
+def lowered(shape: tuple[int | str, ...], body: Any, dtype: str = "float32") -> tvm.IRModule:
     """``main(x)`` with Relax operators, legalised and fused."""
     builder, symbol = relax.BlockBuilder(), tirx.Var("n", "int64")
-    x = relax.Var("x", relax.TensorType([symbol if d == "n" else d for d in shape], "float32"))
+    x = relax.Var("x", relax.TensorType([symbol if d == "n" else d for d in shape], dtype))
     with builder.function("main", [x]):
         with builder.dataflow():
             out = builder.emit_output(body(x))

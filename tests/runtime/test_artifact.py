@@ -17,6 +17,7 @@ from llmc.manifest import Limits, Variant
 from llmc.runtime import host as host_module
 from llmc.runtime import library, load
 from llmc.runtime.artifact import check_versions, choose_variant, open_artifact, refusal
+from llmc.runtime.device import CudaDevice
 from llmc.runtime.host import Host, describe, parse_cpuinfo
 from llmc.runtime.loading import kv_page_count
 
@@ -62,7 +63,8 @@ def test_the_variant_that_uses_most_of_the_machine(machine: Host, variants: list
         ),
         (ARM, ZEN, "cpu:neon is for aarch64-linux-gnu, and this machine is x86_64 linux"),
         (APPLE, PI, "is for arm64-apple-macos13.0, and this machine is aarch64 linux"),
-        (CUDA, ZEN, "cuda:sm_90 needs a cuda device"),
+        (CUDA, ZEN, "cuda:sm_90 needs an NVIDIA GPU, and no NVIDIA driver answers"),
+        (replace(CUDA, kind="rocm"), ZEN, "needs a rocm device, and this runtime drives CPUs and NVIDIA GPUs"),
     ],
 )
 def test_what_cannot_run_says_why_and_what_to_do(v: Variant, machine: Host, message: str) -> None:
@@ -72,6 +74,39 @@ def test_what_cannot_run_says_why_and_what_to_do(v: Variant, machine: Host, mess
         choose_variant(m, Path("a"), machine)
     assert message in str(caught.value)
     assert "`llmc compile toy --target cpu`" in str(caught.value)
+
+
+def gpu(major: int, minor: int) -> CudaDevice:
+    return CudaDevice(0, "NVIDIA Test", (major, minor), 132, 80 << 30)
+
+
+@pytest.mark.parametrize(
+    ("arch", "capability", "runs"),
+    [
+        ("sm_90a", (9, 0), True),
+        ("sm_90a", (10, 0), False),
+        ("sm_90a", (8, 9), False),
+        ("sm_80", (8, 0), True),
+        ("sm_80", (8, 9), True),
+        ("sm_86", (8, 0), False),
+        ("sm_80", (9, 0), False),
+        ("sm_120", (12, 1), True),
+    ],
+)
+def test_machine_code_runs_on_its_own_major_version(arch: str, capability: tuple[int, int], runs: bool) -> None:
+    v = variant(arch, "x86_64-linux-gnu", kind="cuda")
+    why = refusal(v, ZEN, [gpu(*capability)])
+    assert (why is None) == runs
+    if not runs:
+        m = replace(manifest(5, 8, Limits(1, 1, 1)), variants=[v])
+        with pytest.raises(ArtifactError, match=rf"NVIDIA Test is sm_.*--target cuda:{gpu(*capability).arch}`"):
+            choose_variant(m, Path("a"), ZEN, [gpu(*capability)])
+
+
+def test_a_gpu_is_preferred_to_the_processor() -> None:
+    m = replace(manifest(5, 8, Limits(1, 1, 1)), variants=[V4, CUDA, variant("sm_90a", CUDA.triple, kind="cuda")])
+    assert choose_variant(m, Path("a"), ZEN, [gpu(9, 0)]).mcpu == "sm_90a"
+    assert choose_variant(m, Path("a"), ZEN, []) is V4
 
 
 def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:

@@ -1,0 +1,295 @@
+"""Does a compiled model run on a GPU, is it right, and how fast does it decode?
+
+On a machine with the compiler (no GPU needed), then on the one with the GPU (no compiler needed: numpy, torch, tvm_ffi)::
+
+    python benchmarks/cuda_smoke.py prepare FOLDER [--target cuda:sm_90a]
+    PYTHONPATH=. python benchmarks/cuda_smoke.py run FOLDER
+
+``prepare`` compiles three decoders of random weights: two tiny ones, and one of 1.2 billion parameters, of whose weights it keeps
+the file's header only, so that the folder stays small. ``run`` fills that file with random numbers, compares the logits of
+prefill, decode and a ragged mix with torch in float32, times decode and prefill, and prints one table last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SMALL = {
+    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512, "tie_word_embeddings": True,
+}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "small": SMALL,
+    "odd": {**SMALL, "vocab_size": 277, "hidden_size": 60, "intermediate_size": 92, "num_attention_heads": 6,
+            "num_key_value_heads": 3, "head_dim": 10, "tie_word_embeddings": False},
+    "1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+           "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 4096, "tie_word_embeddings": True},
+}  # fmt: skip
+KEPT_HEADER = ("1b",)
+EPS, THETA = 1e-5, 10000.0
+TOLERANCE = {"bfloat16": 3e-2, "float16": 6e-3, "float32": 1e-4}
+"""Largest difference of a logit, in units of the largest logit."""
+
+
+def prepare(folder: Path, target: str, dtype: str, names: list[str]) -> None:
+    """Compile the models into ``folder``."""
+    from llmc.compiler import compile as compile_model
+
+    for name in names:
+        source, out = folder / f"{name}.model", folder / name
+        _write_model(source, MODELS[name], zeros=name in KEPT_HEADER)
+        start = time.perf_counter()
+        compile_model(str(source), out=out, target=target, dtype=dtype, max_batch=16, page_size=16, force=True)
+        shutil.rmtree(source)
+        for path in (out / "weights").iterdir() if name in KEPT_HEADER else []:
+            with path.open("rb") as file:
+                length = 8 + int.from_bytes(file.read(8), "little")
+                file.seek(0)
+                path.with_suffix(".header").write_bytes(file.read(length))
+            path.unlink()
+        print(f"{name}: compiled for {target} in {time.perf_counter() - start:.1f} s")
+
+
+def _write_model(folder: Path, config: dict[str, Any], zeros: bool) -> None:
+    """A checkpoint: config.json and float16 weights, random or all zero (then a hole in the file: it takes no space)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fixed = {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "rms_norm_eps": EPS,
+        "rope_theta": THETA,
+        "hidden_act": "silu",
+    }
+    (folder / "config.json").write_text(json.dumps({**config, **fixed, "dtype": "float16"}))
+    h, i, d = config["hidden_size"], config["intermediate_size"], config["head_dim"]
+    q, kv = config["num_attention_heads"] * d, config["num_key_value_heads"] * d
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], h), "model.norm.weight": (h,)}
+    if not config["tie_word_embeddings"]:
+        shapes["lm_head.weight"] = (config["vocab_size"], h)
+    for layer in range(config["num_hidden_layers"]):
+        parts = {"self_attn.q_proj": (q, h), "self_attn.k_proj": (kv, h), "self_attn.v_proj": (kv, h), "self_attn.o_proj": (h, q),
+                 "mlp.gate_proj": (i, h), "mlp.up_proj": (i, h), "mlp.down_proj": (h, i), "input_layernorm": (h,),
+                 "post_attention_layernorm": (h,)}  # fmt: skip
+        shapes |= {f"model.layers.{layer}.{part}.weight": shape for part, shape in parts.items()}
+    header, offset = {}, 0
+    for name, shape in shapes.items():
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, offset + 2 * int(np.prod(shape))]}
+        offset = header[name]["data_offsets"][1]
+    text = json.dumps(header).encode()
+    rng = np.random.default_rng(0)
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        if zeros:
+            file.truncate(file.tell() + offset)
+            return
+        for shape in shapes.values():
+            values = rng.standard_normal(shape) * 0.1 + (len(shape) == 1)
+            file.write(values.astype(np.float16).tobytes())
+
+
+def _fill_weights(folder: Path) -> None:
+    """Random weights behind every kept header: norms about one, matrices small."""
+    import torch
+
+    for path in (folder / "weights").glob("*.header"):
+        head = path.read_bytes()
+        entries = json.loads(head[8:])
+        weights = path.with_suffix(".safetensors")
+        if weights.exists():
+            continue
+        torch.manual_seed(0)
+        with weights.open("wb") as file:
+            file.write(head)
+            for entry in entries.values():
+                size = (entry["data_offsets"][1] - entry["data_offsets"][0]) // {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}[
+                    entry["dtype"]
+                ]
+                if entry["dtype"] == "U8":
+                    file.write(bytes(size))
+                    continue
+                dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[entry["dtype"]]
+                if entry["dtype"] == "F32":  # rope's frequencies, the one tensor that is not free to choose
+                    values = THETA ** (-torch.arange(size, dtype=torch.float64) / size)
+                elif len(entry["shape"]) == 1:
+                    values = 1 + 0.1 * torch.randn(size, device="cuda")
+                else:
+                    values = 0.02 * torch.randn(size, device="cuda")
+                file.write(values.to(dtype).cpu().view(torch.uint8).numpy().tobytes())
+
+
+class TorchDecoder:
+    """The same model in torch, in float32 on the GPU, from the weights of the artifact."""
+
+    def __init__(self, folder: Path, manifest: Any, config: dict[str, Any]) -> None:
+        import torch
+
+        from llmc.runtime.weights import map_weights
+
+        self.torch, self.config = torch, config
+        names = manifest.variants[0].weights
+        self.weights: dict[str, Any] = {}
+        for name, (array, dtype) in zip(names, map_weights(folder, manifest.tensors, names), strict=True):
+            values = torch.from_numpy(array.view(np.int16) if dtype == "bfloat16" else array)
+            self.weights[name] = (values.view(torch.bfloat16) if dtype == "bfloat16" else values).cuda().float()
+
+    def _weight(self, *words: str) -> Any:
+        (name,) = [n for n in self.weights if all(word in n for word in words)]
+        return self.weights[name]
+
+    def _norm(self, x: Any, weight: Any) -> Any:
+        return x * self.torch.rsqrt((x * x).mean(-1, keepdim=True) + EPS) * weight
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        """float32 [len(ids), vocab]."""
+        torch, c = self.torch, self.config
+        f, d, n = torch.nn.functional, c["head_dim"], len(ids)
+        heads, groups = c["num_attention_heads"], c["num_key_value_heads"]
+        embed = self._weight("embed_tokens")
+        x = embed[torch.tensor(ids, device="cuda")]
+        angle = torch.arange(n, device="cuda")[:, None] * THETA ** (-torch.arange(0, d, 2, device="cuda").double() / d)[None]
+        cos, sin = (torch.cat([t, t], -1).float()[:, None] for t in (angle.cos(), angle.sin()))
+
+        def turn(t: Any) -> Any:
+            return t * cos + torch.cat([-t[..., d // 2 :], t[..., : d // 2]], -1) * sin
+
+        for layer in range(c["num_hidden_layers"]):
+            of = f"layers.{layer}."
+            y = self._norm(x, self._weight(of, "input_layernorm")) @ self._weight(of, "q_proj+k_proj+v_proj").T
+            q, k, v = (t.view(n, -1, d) for t in y.split([heads * d, groups * d, groups * d], -1))
+            q, k, v = (t.transpose(0, 1)[None] for t in (turn(q), turn(k), v))
+            k, v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
+            a = f.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1).reshape(n, heads * d)
+            x = x + a @ self._weight(of, "o_proj").T
+            gate, up = (self._norm(x, self._weight(of, "post_attention")) @ self._weight(of, "gate_proj+up_proj").T).chunk(2, -1)
+            x = x + (f.silu(gate) * up) @ self._weight(of, "down_proj").T
+        head = embed if c["tie_word_embeddings"] else self._weight("lm_head")
+        found: np.ndarray = (self._norm(x, self._weight("model.norm")) @ head.T).float().cpu().numpy()
+        return found
+
+
+class Runner:
+    """An artifact on the GPU: sequences of tokens through its executor."""
+
+    def __init__(self, folder: Path, graphs: bool, num_pages: int) -> None:
+        from llmc.runtime.artifact import open_artifact
+        from llmc.runtime.cuda import CudaExecutor
+        from llmc.runtime.pages import PageAllocator
+
+        artifact = open_artifact(folder)
+        self.manifest = artifact.manifest
+        start = time.perf_counter()
+        self.executor = CudaExecutor(artifact, num_pages, graphs=graphs)
+        self.load_seconds = time.perf_counter() - start
+        self.allocator = PageAllocator(num_pages, self.manifest.kv.page_size)
+
+    def sequence(self, tokens: list[int]) -> Any:
+        from llmc.runtime.sequence import Sequence
+
+        return Sequence(tokens, self.allocator)
+
+    def step(self, *plan: tuple[Any, int, int]) -> np.ndarray:
+        """Run (sequence, rows, logits) together; the logits, in order."""
+        from llmc.runtime.batch import Chunk, build_step
+
+        chunks = [Chunk(*item) for item in plan]
+        for chunk in chunks:
+            chunk.sequence.table.reserve(chunk.rows, self.executor.copy_page)
+        found = self.executor.run(build_step(chunks)).copy()
+        for chunk in chunks:
+            chunk.sequence.table.advance(chunk.rows)
+        return found
+
+
+def _check(name: str, folder: Path, graphs: bool) -> tuple[float, float]:
+    """Largest errors of prefill and of decode (a ragged batch of three, four steps), relative to the largest logit."""
+    runner = Runner(folder, graphs, 64)
+    torch_model = TorchDecoder(folder, runner.manifest, MODELS[name])
+    rng = np.random.default_rng(1)
+    texts = [[int(t) for t in rng.integers(0, MODELS[name]["vocab_size"], n)] for n in (70, 9, 33)]
+    want = [torch_model.logits(t) for t in texts]
+    scale = max(float(np.abs(w).max()) for w in want)
+    sequences = [runner.sequence(t) for t in texts]
+
+    def off(found: np.ndarray, expected: list[np.ndarray]) -> float:
+        difference = np.abs(found - np.stack(expected)).max() / scale
+        return float(difference) if np.isfinite(found).all() else float("nan")
+
+    first = off(runner.step((sequences[0], 40, 40)), list(want[0][:40]))
+    mixed = runner.step((sequences[0], 26, 1), (sequences[1], 5, 5), (sequences[2], 29, 2))
+    first = max(first, off(mixed, [want[0][65], *want[1][:5], *want[2][27:29]]))
+    decode = 0.0
+    for i in range(4):
+        found = runner.step(*((s, 1, 1) for s in sequences))
+        decode = max(decode, off(found, [want[0][66 + i], want[1][5 + i], want[2][29 + i]]))
+    runner.executor.close()
+    return first, decode
+
+
+def _decode_speed(folder: Path, graphs: bool, batch: int, context: int = 128, tokens: int = 64) -> tuple[float, float, float]:
+    """Seconds of loading, prefill tokens per second, and decode steps per second, sampling left out."""
+    runner = Runner(folder, graphs, batch * 32)
+    limits = runner.manifest.limits
+    sequences = [runner.sequence([1] * (context + tokens + 8)) for _ in range(batch)]
+
+    def timed(work: Callable[[], Any]) -> float:
+        start = time.perf_counter()
+        work()
+        return time.perf_counter() - start
+
+    rows = min(context, limits.max_rows)
+    prefill = [timed(lambda s=s: runner.step((s, rows, 1))) for s in sequences]  # type: ignore[misc]
+    for _ in range(4):
+        runner.step(*((s, 1, 1) for s in sequences))
+    steps = timed(lambda: [runner.step(*((s, 1, 1) for s in sequences)) for _ in range(tokens)])
+    runner.executor.close()
+    return runner.load_seconds, rows / min(prefill), tokens / steps
+
+
+def run(folder: Path, graphs: bool) -> int:
+    """Check and time every artifact of ``folder``; 1 if one is wrong."""
+    lines, wrong = [], 0
+    for artifact in sorted(p for p in folder.iterdir() if (p / "manifest.json").is_file()):
+        _fill_weights(artifact)
+        prefill, decode = _check(artifact.name, artifact, graphs)
+        dtype = json.loads((artifact / "manifest.json").read_text())["options"]["dtype"]
+        right = prefill < TOLERANCE[dtype] and decode < TOLERANCE[dtype]  # NaN is not
+        wrong += not right
+        verdict = "right" if right else "WRONG"
+        for batch in (1, 8):
+            load, read, steps = _decode_speed(artifact, graphs, batch)
+            lines.append(
+                f"| {artifact.name} | {dtype} | {verdict} | {prefill:.1e} | {decode:.1e} | {batch} | {load:.2f} "
+                f"| {read:.0f} | {steps:.1f} | {steps * batch:.0f} | {1e3 / steps:.3f} |"
+            )
+    print("| model | dtype | logits | prefill error | decode error | batch | load s | prefill tok/s | steps/s | tok/s | ms/step |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print("\n".join(lines))
+    return int(wrong > 0)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("prepare", "run"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--target", default="cuda:sm_90a")
+    parser.add_argument("--dtype", default="bfloat16", choices=sorted(TOLERANCE))
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--no-graphs", action="store_true", help="run decode steps without CUDA graphs")
+    args = parser.parse_args()
+    if args.what == "run":
+        return run(args.folder, not args.no_graphs)
+    prepare(args.folder, args.target, args.dtype, args.models.split(","))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

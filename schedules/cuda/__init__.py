@@ -1,0 +1,25 @@
+"""Kernel families for NVIDIA GPUs, in order of preference.
+
+The simple ones (norms, rope, append, topk, moe) are portable from sm_80 on; the ones for one architecture come before the fallback
+that takes every shape.
+"""
+
+from llmc.schedules.cuda import (
+    append,
+    attend_simple,
+    decode_attention,
+    gemm_hopper,
+    gemv,
+    linear_simple,
+    moe,
+    prefill_attention,
+    rope,
+    topk,
+)
+from llmc.schedules.cuda.norm import layer_norm, rms_norm
+
+FAMILIES = (
+    gemv, gemm_hopper, linear_simple, decode_attention, prefill_attention, attend_simple,
+    append, moe, rms_norm, layer_norm, rope, topk,
+)  # fmt: skip
+"""In order of preference; the first that matches takes a call."""

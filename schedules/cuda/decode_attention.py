@@ -1,0 +1,400 @@
+"""``llmc.attend`` of the decode phase on sm_90a: tensor cores, the positions of a sequence split over a cluster of thread blocks.
+
+A cluster takes one sequence and one KV head with its group of up to 16 query heads; each block of it takes a run of chunks of 16
+positions, and each warp every ``warps``-th chunk of those. Keys and values go from the pages straight to registers, as fragments:
+
+- scores = q · kᵀ: A = the group's queries (16 rows), B = keys (8 positions each); the head's elements are permuted alike
+  on both sides so that a fragment is 16 consecutive bytes of a key.
+- resultᵀ += vᵀ · weightsᵀ: A = vᵀ, put together by ``prmt`` from the rows of two positions, B = the weights, whose fragment
+  is the accumulator's layout of the scores: nothing is transposed and nothing passes through shared memory.
+
+The keys of the next chunk are requested when those of this one are consumed, then the values. Warps merge through shared memory,
+the blocks of a cluster through each other's (distributed shared memory): one launch, no workspace, no state between launches.
+Split softmax as in "Flash-Decoding" (Dao et al., 2023); fragment layouts: PTX ISA, "mma.m16n8k16".
+
+How a sequence is split depends on its length alone, so its row has the same bits in every batch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from llmc.schedules.cuda import attend_simple, hopper
+from llmc.schedules.protocol import KernelCall
+from llmc.targets.base import Target
+
+NAME = "cuda.decode_attention"
+OP = "llmc.attend"
+CHUNK = 16
+"""Positions that a warp handles at once: the k of one mma."""
+
+HEADS = 16
+MASKED = -1e30
+"""The score of a position out of sight: finite, so that a difference of two of them is no NaN."""
+
+LOAD = "ld.global.nc.L1::no_allocate.L2::256B"
+
+
+def _call(hq: int, hk: int, d: int, dv: int = 0, page_size: int = 16, dtype: str = "bfloat16", **attrs: Any) -> KernelCall:
+    return attend_simple._call(hq, hk, d, dv, page_size, dtype, "decode", **attrs)
+
+
+SHAPES: dict[str, KernelCall] = {
+    "llama_8b": _call(32, 8, 128),
+    "group_8_128": _call(8, 1, 128, page_size=32),
+    "group_3_64": _call(6, 2, 64, page_size=64),
+    "group_1_80_f16": _call(2, 2, 80, dtype="float16"),
+    "group_16_96_window": _call(16, 1, 96, window=37),
+    "group_12_64_softcap": _call(12, 1, 64, page_size=32, softcap=5.0, dtype="float16"),
+    "group_4_256_sinks": _call(4, 1, 256, sinks=1),
+    "chunked_128_64": _call(4, 2, 128, 64, chunk=100, sinks=1),
+}
+
+
+def matches(call: KernelCall, target: Target) -> str | None:
+    if call.op != OP or not hopper.is_hopper(target) or call.phase != "decode" or not attend_simple.matches(call, target):
+        return None
+    q, pages = call.args[:2]
+    (hq, d), hk = (int(v) for v in q.shape[1:]), int(pages.shape[1])
+    dv = int(call.attr("v_dim"))
+    if q.dtype not in hopper.PTX_TYPE or pages.dtype != q.dtype or hq // hk > HEADS or int(call.attr("page_size")) % CHUNK:
+        return None
+    if d % 16 or dv % 16 or max(d, dv) > 256:
+        return None
+    return f"{q.dtype} tensor cores, {hq // hk} heads share their keys, positions split over a cluster"
+
+
+def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
+    """``split``: blocks of a cluster; ``warps`` of a block; ``least``: chunks of 16 positions that are worth a block.
+
+    ``min_blocks`` per multiprocessor limits registers (0: the compiler's choice); ``dependent_launch``: start early.
+    """
+    return {
+        "split": [8, 4, 2, 1], "warps": [4, 8, 2], "least": [8, 16, 4], "min_blocks": [0, 2, 3], "dependent_launch": [True, False],
+    }  # fmt: skip
+
+
+def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
+    hq, d = (int(v) for v in call.args[0].shape[1:])
+    hk, dv, page_size = int(call.args[1].shape[1]), int(call.attr("v_dim")), int(call.attr("page_size"))
+    group, dtype, out_dtype = hq // hk, call.args[0].dtype, call.result.dtype
+    has_sinks = bool(call.attr("sinks"))
+    sink_dtype = call.args[5].dtype if has_sinks else dtype
+    window, span, softcap = int(call.attr("window")), int(call.attr("chunk")), float(call.attr("softcap"))
+    scale = float(call.attr("scale"))
+
+    split, warps, least, min_blocks = (int(config[axis]) for axis in ("split", "warps", "least", "min_blocks"))
+    dependent_launch = bool(config["dependent_launch"])
+    threads, halves, page_chunks = 32 * warps, -(-group // 8), page_size // CHUNK
+    # Registers of one row: a lane holds d / 4 elements of a key (two in a register), dv / 8 of a value.
+    k_regs, v_regs = d // 8, dv // 16
+    wide_k, wide_v = d // 32, dv // 64
+    tail_k, has_middle, has_narrow = d % 32 > 0, dv % 64 >= 32, dv % 32 > 0
+    mma_type = hopper.PTX_TYPE[dtype]
+    mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
+    to_pair = hopper.packed_convert(dtype)
+
+    def element(tile: Any, lane_row: Any) -> Any:
+        """The value's element in row ``lane_row`` of result tile ``tile``; row + 8 is the next one."""
+        wide = tile // 4 * 64 + lane_row * 8 + tile % 4 * 2
+        middle = wide_v * 64 + lane_row * 4 + (tile - wide_v * 4) * 2
+        narrow = dv - 16 + lane_row * 2
+        rest = T.Select(tile < wide_v * 4 + 2 * has_middle, middle, narrow)
+        return T.Select(tile < wide_v * 4, wide, rest)
+
+    @T.prim_func
+    def attend(
+        q_ptr: T.handle, pages_ptr: T.handle, table_ptr: T.handle, lens_ptr: T.handle, starts_ptr: T.handle, sinks_ptr: T.handle,
+        out_ptr: T.handle,
+    ) -> None:  # fmt: skip
+        b = T.int64()
+        rows = T.int64()
+        num_pages = T.int64()
+        max_pages = T.int64()
+        q = T.match_buffer(q_ptr, (rows, hq, d), dtype, align=16)
+        pages = T.match_buffer(pages_ptr, (num_pages, hk, page_size * (d + dv)), dtype, align=16)
+        table = T.match_buffer(table_ptr, (b, max_pages), "int32", align=4)
+        lens = T.match_buffer(lens_ptr, (b,), "int32", align=4)
+        starts = T.match_buffer(starts_ptr, (b + 1,), "int32", align=4)  # noqa: F841  (0, 1, ... b in this phase)
+        sinks = T.match_buffer(sinks_ptr, (hq,), sink_dtype, align=4)
+        out = T.match_buffer(out_ptr, (rows, hq, dv), out_dtype, align=16)
+        T.device_entry()
+        if min_blocks > 0:
+            T.attr({"tirx.launch_bounds_min_blocks_per_sm": min_blocks})
+        if split > 1:  # a launch without clusters is one of clusters of one block
+            rank = T.cta_id_in_cluster([split])  # noqa: F841
+        part, head, sequence = T.cta_id([split, hk, T.cast(b, "int32")])
+        thread = T.thread_id([threads])
+        pool = T.SMEMPool()
+        # Of each warp; padded rows spread the 8 lanes that write a column over the banks.
+        s_sums = pool.alloc((warps, group, dv + 4), "float32", align=16)
+        s_top = pool.alloc((warps, group), "float32", align=16)
+        s_total = pool.alloc((warps, group), "float32", align=16)
+        # Of the block, read by the whole cluster.
+        b_sums = pool.alloc((group, dv), "float32", align=16)
+        b_top = pool.alloc((group,), "float32", align=16)
+        b_total = pool.alloc((group,), "float32", align=16)
+        pool.commit()
+        q_regs = T.alloc_local((halves * k_regs,), "uint32")
+        keys = T.alloc_local((2 * k_regs,), "uint32")
+        values = T.alloc_local((4 * v_regs,), "uint32")
+        sums = T.alloc_local((halves * v_regs * 4,), "float32")
+        score = T.alloc_local((8,), "float32")
+        top = T.alloc_local((halves,), "float32")
+        total = T.alloc_local((halves,), "float32")
+        v_fragment = T.alloc_local((4,), "uint32")
+        p_fragment = T.alloc_local((halves * 2,), "uint32")
+        factor = T.alloc_local((1,), "float32")
+        remote = T.alloc_local((1,), "uint32")
+        fetched = T.alloc_local((3,), "float32")
+        warp: T.int32 = thread // 32
+        lane: T.int32 = thread % 32
+        lane_row: T.int32 = lane // 4
+        member: T.int32 = lane % 4
+
+        @T.inline
+        def load_keys(chunk, page) -> None:
+            """B fragments of two tiles of 8 positions: column g of tile j is position g / 2 * 4 + 2 j + g % 2 of the chunk."""
+            for j in T.unroll(2):
+                slot = T.meta_var(
+                    T.min(lane_row // 2 * 4 + 2 * j + lane_row % 2, length - 1 - chunk * CHUNK) + chunk % page_chunks * CHUNK
+                )
+                for s in T.unroll(wide_k):
+                    base = T.meta_var(j * k_regs + s * 4)
+                    T.ptx[LOAD + ".v4.b32"](
+                        keys[base], keys[base + 1], keys[base + 2], keys[base + 3],
+                        pages.ptr_to([T.cast(page, "int64"), head, slot * d + s * 32 + member * 8]),
+                    )  # fmt: skip
+                if tail_k:
+                    base = T.meta_var(j * k_regs + wide_k * 4)
+                    T.ptx[LOAD + ".v2.b32"](
+                        keys[base], keys[base + 1], pages.ptr_to([T.cast(page, "int64"), head, slot * d + wide_k * 32 + member * 4])
+                    )
+
+        @T.inline
+        def load_values(chunk, page) -> None:
+            """Position 4 t + i of the chunk: a lane's elements of it make rows g and g + 8 of the result tiles (``element``)."""
+            for i in T.unroll(4):
+                slot = T.meta_var(T.min(member * 4 + i, length - 1 - chunk * CHUNK) + chunk % page_chunks * CHUNK)
+                start = T.meta_var(page_size * d + slot * dv)
+                for w in T.unroll(wide_v):
+                    base = T.meta_var(i * v_regs + w * 4)
+                    T.ptx[LOAD + ".v4.b32"](
+                        values[base], values[base + 1], values[base + 2], values[base + 3],
+                        pages.ptr_to([T.cast(page, "int64"), head, start + w * 64 + lane_row * 8]),
+                    )  # fmt: skip
+                if has_middle:
+                    base = T.meta_var(i * v_regs + wide_v * 4)
+                    T.ptx[LOAD + ".v2.b32"](
+                        values[base], values[base + 1],
+                        pages.ptr_to([T.cast(page, "int64"), head, start + wide_v * 64 + lane_row * 4]),
+                    )  # fmt: skip
+                if has_narrow:
+                    T.ptx[LOAD + ".b32"](
+                        values[i * v_regs + v_regs - 1],
+                        pages.ptr_to([T.cast(page, "int64"), head, start + dv - 16 + lane_row * 2]),
+                    )
+
+        @T.inline
+        def load_queries() -> None:
+            for i in T.unroll(halves * k_regs):
+                q_regs[i] = T.uint32(0)
+            for h in T.unroll(halves):
+                if lane_row + h * 8 < group:
+                    query = T.meta_var(head * group + h * 8 + lane_row)
+                    for s in T.unroll(wide_k):
+                        base = T.meta_var(h * k_regs + s * 4)
+                        T.ptx["ld.global.v4.b32"](
+                            q_regs[base], q_regs[base + 1], q_regs[base + 2], q_regs[base + 3],
+                            q.ptr_to([sequence, query, s * 32 + member * 8]),
+                        )  # fmt: skip
+                    if tail_k:
+                        base = T.meta_var(h * k_regs + wide_k * 4)
+                        T.ptx["ld.global.v2.b32"](
+                            q_regs[base], q_regs[base + 1], q.ptr_to([sequence, query, wide_k * 32 + member * 4])
+                        )
+
+        @T.inline
+        def multiply_keys() -> None:
+            for i in T.unroll(8):
+                score[i] = T.float32(0)
+            for j in T.unroll(2):
+                for s in T.unroll(d // 16):
+                    k = T.meta_var(j * k_regs + s * 2)
+                    upper = T.meta_var((k_regs if halves > 1 else 0) + s * 2)
+                    T.ptx[mma](
+                        score[j * 4], score[j * 4 + 1], score[j * 4 + 2], score[j * 4 + 3],
+                        q_regs[s * 2], q_regs[upper] if halves > 1 else T.uint32(0),
+                        q_regs[s * 2 + 1], q_regs[upper + 1] if halves > 1 else T.uint32(0),
+                        keys[k], keys[k + 1], score[j * 4], score[j * 4 + 1], score[j * 4 + 2], score[j * 4 + 3],
+                    )  # fmt: skip
+
+        @T.inline
+        def softmax(chunk) -> None:
+            """Scores to weights, in units of log2; a lane has heads g and g + 8, positions 4 t + 2 j + e."""
+            for h in T.unroll(halves):
+                highest: T.float32 = top[h]
+                for j in T.unroll(2):
+                    for e in T.unroll(2):
+                        at = T.meta_var(chunk * CHUNK + member * 4 + j * 2 + e)
+                        i = T.meta_var(j * 4 + h * 2 + e)
+                        if softcap > 0:
+                            # tanh(x) = 2 sigmoid(2 x) - 1
+                            hopper.sigmoid(factor[0], score[i] * T.float32(2 * scale / softcap))
+                            score[i] = factor[0] * T.float32(2 * softcap * hopper.LOG2E) - T.float32(softcap * hopper.LOG2E)
+                        else:
+                            score[i] = score[i] * T.float32(scale * hopper.LOG2E)
+                        score[i] = T.if_then_else(at >= low and at < length, score[i], T.float32(MASKED))
+                        highest = T.max(highest, score[i])
+                highest = T.max(highest, T.tvm_warp_shuffle_xor(T.uint32(hopper.FULL_WARP), highest, 1, 32, 32))
+                highest = T.max(highest, T.tvm_warp_shuffle_xor(T.uint32(hopper.FULL_WARP), highest, 2, 32, 32))
+                T.ptx["ex2.approx.ftz.f32"](factor[0], top[h] - highest)
+                top[h] = highest
+                total[h] = total[h] * factor[0]
+                for j in T.unroll(2):
+                    for e in T.unroll(2):
+                        T.ptx["ex2.approx.ftz.f32"](score[j * 4 + h * 2 + e], score[j * 4 + h * 2 + e] - highest)
+                        total[h] = total[h] + score[j * 4 + h * 2 + e]
+                    T.ptx[to_pair](p_fragment[h * 2 + j], score[j * 4 + h * 2 + 1], score[j * 4 + h * 2])
+                # The columns of a result tile are heads 2 t and 2 t + 1, whose factors the lanes of those rows have.
+                left: T.float32 = T.tvm_warp_shuffle(T.uint32(hopper.FULL_WARP), factor[0], member * 8, 32, 32)
+                right: T.float32 = T.tvm_warp_shuffle(T.uint32(hopper.FULL_WARP), factor[0], member * 8 + 4, 32, 32)
+                for m in T.unroll(v_regs):
+                    base = T.meta_var((h * v_regs + m) * 4)
+                    sums[base] = sums[base] * left
+                    sums[base + 1] = sums[base + 1] * right
+                    sums[base + 2] = sums[base + 2] * left
+                    sums[base + 3] = sums[base + 3] * right
+
+        @T.inline
+        def multiply_values() -> None:
+            for m in T.unroll(v_regs):
+                for pair in T.unroll(2):
+                    one = T.meta_var(values[2 * pair * v_regs + m])
+                    two = T.meta_var(values[(2 * pair + 1) * v_regs + m])
+                    T.ptx["prmt.b32"](v_fragment[pair * 2], one, two, T.uint32(0x5410))
+                    T.ptx["prmt.b32"](v_fragment[pair * 2 + 1], one, two, T.uint32(0x7632))
+                for h in T.unroll(halves):
+                    s = T.meta_var((h * v_regs + m) * 4)
+                    T.ptx[mma](
+                        sums[s], sums[s + 1], sums[s + 2], sums[s + 3],
+                        v_fragment[0], v_fragment[1], v_fragment[2], v_fragment[3], p_fragment[h * 2], p_fragment[h * 2 + 1],
+                        sums[s], sums[s + 1], sums[s + 2], sums[s + 3],
+                    )  # fmt: skip
+
+        @T.inline
+        def fetch(i, block, address) -> None:
+            """A value at the same place in the shared memory of another block of the cluster."""
+            T.ptx.mapa.shared__cluster.u32(remote[0], T.cuda.cvta_generic_to_shared(address), T.uint32(block))
+            T.ptx["ld.shared::cluster.f32"](fetched[i], remote[0])
+
+        if dependent_launch:
+            T.ptx.griddepcontrol.launch_dependents()
+            T.ptx.griddepcontrol.wait()
+        length: T.int32 = lens[sequence]
+        low: T.int32 = 0
+        if window > 0:
+            low = T.max(low, length - window)
+        if span > 0:
+            low = T.max(low, (length - 1) // span * span)
+        chunks: T.int32 = (length + CHUNK - 1) // CHUNK
+        first_chunk: T.int32 = low // CHUNK
+        per_block: T.int32 = T.max((chunks - first_chunk + split - 1) // split, least)
+        end: T.int32 = T.min(first_chunk + (part + 1) * per_block, chunks)
+        chunk: T.int32 = first_chunk + part * per_block + warp
+        page: T.int32 = 0
+        for h in T.unroll(halves):
+            top[h] = T.float32(MASKED)
+            total[h] = T.float32(0)
+        for i in T.unroll(halves * v_regs * 4):
+            sums[i] = T.float32(0)
+        load_queries()
+        if chunk < end:
+            page = table[sequence, chunk // page_chunks]
+            load_keys(chunk, page)
+            load_values(chunk, page)
+            # The page of the next chunk is known before its keys are asked for.
+            page = table[sequence, T.min(chunk + warps, chunks - 1) // page_chunks]
+        while chunk < end:
+            following: T.int32 = chunk + warps
+            next_page: T.int32 = page
+            page = table[sequence, T.min(following + warps, chunks - 1) // page_chunks]
+            multiply_keys()
+            if following < end:
+                load_keys(following, next_page)
+            softmax(chunk)
+            multiply_values()
+            if following < end:
+                load_values(following, next_page)
+            chunk = following
+
+        for h in T.unroll(halves):
+            total[h] = total[h] + T.tvm_warp_shuffle_xor(T.uint32(hopper.FULL_WARP), total[h], 1, 32, 32)
+            total[h] = total[h] + T.tvm_warp_shuffle_xor(T.uint32(hopper.FULL_WARP), total[h], 2, 32, 32)
+            if member == 0 and h * 8 + lane_row < group:
+                s_top[warp, h * 8 + lane_row] = top[h]
+                s_total[warp, h * 8 + lane_row] = total[h]
+            for m in T.unroll(v_regs):
+                for i in T.unroll(4):
+                    if h * 8 + member * 2 + i % 2 < group:
+                        s_sums[warp, h * 8 + member * 2 + i % 2, element(m, lane_row) + i // 2] = sums[(h * v_regs + m) * 4 + i]
+        T.cuda.cta_sync()
+        item: T.int32 = thread
+        while item < group * dv:
+            h_own: T.int32 = item // dv
+            highest: T.float32 = s_top[0, h_own]
+            for w in T.unroll(warps - 1):
+                highest = T.max(highest, s_top[w + 1, h_own])
+            weight: T.float32 = T.float32(0)
+            result: T.float32 = T.float32(0)
+            for w in T.unroll(warps):
+                T.ptx["ex2.approx.ftz.f32"](factor[0], s_top[w, h_own] - highest)
+                weight = weight + s_total[w, h_own] * factor[0]
+                result = result + s_sums[w, h_own, item % dv] * factor[0]
+            b_sums[h_own, item % dv] = result
+            if item % dv == 0:
+                b_top[h_own] = highest
+                b_total[h_own] = weight
+            item = item + threads
+        T.cuda.cluster_sync()
+
+        # Each block of the cluster completes a share of the results from the sums of all.
+        item = part * threads + thread
+        while item < group * dv:
+            h_out: T.int32 = item // dv
+            best: T.float32 = T.float32(MASKED)
+            if has_sinks:
+                best = T.cast(sinks[head * group + h_out], "float32") * T.float32(hopper.LOG2E)
+            sink: T.float32 = best
+            all_weight: T.float32 = T.float32(0)
+            all_result: T.float32 = T.float32(0)
+            for p in T.unroll(split):
+                fetch(0, p, b_top.ptr_to([h_out]))
+                fetch(1, p, b_total.ptr_to([h_out]))
+                fetch(2, p, b_sums.ptr_to([h_out, item % dv]))
+                newest: T.float32 = T.max(best, fetched[0])
+                T.ptx["ex2.approx.ftz.f32"](factor[0], best - newest)
+                all_weight = all_weight * factor[0]
+                all_result = all_result * factor[0]
+                T.ptx["ex2.approx.ftz.f32"](factor[0], fetched[0] - newest)
+                all_weight = all_weight + fetched[1] * factor[0]
+                all_result = all_result + fetched[2] * factor[0]
+                best = newest
+            if has_sinks:
+                T.ptx["ex2.approx.ftz.f32"](factor[0], sink - best)
+                all_weight = all_weight + factor[0]
+            # A sequence without positions (padding of a batch) has a result of 0.
+            if all_weight > T.float32(0):
+                all_result = all_result / all_weight
+            out[sequence, head * group + h_out, item % dv] = T.cast(all_result, out_dtype)
+            item = item + split * threads
+        # No block may leave while another one still reads its shared memory.
+        T.cuda.cluster_sync()
+
+    return hopper.finish(attend, f"decode_attention_{hq}x{hk}x{d}", () if has_sinks else ("sinks",), dependent_launch)
+
+
+reference = attend_simple.reference
+roofline = attend_simple.roofline

@@ -1,0 +1,389 @@
+"""``llmc.linear`` over many rows on sm_90a: TMA, wgmma, one persistent warp-specialised kernel for every n.
+
+Every thread block stays on its multiprocessor and works through output tiles ``rows x columns`` in an order that keeps
+``TILE_GROUP`` row tiles and their weights in the L2 cache. One warpgroup of it only copies: 128-byte-swizzled tiles of x and
+of the weight, ``stages`` deep, over mbarriers. The others multiply, 64 rows each, accumulate in float32 and finish:
+act(. + bias) + residual, rounded once, through shared memory to a TMA store that clips at the edges and overlaps the next
+tile. In a cluster of two blocks each loads half of the weight tile for both. The design is that of CUTLASS's persistent
+cooperative kernel (Thakkar et al., 2023).
+
+Tiles that reach over an edge read zeros, so n is free, k and o only have to make rows of 16 bytes. The order of additions
+behind an output element does not depend on n.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tvm.script import tirx as T
+
+from llmc.schedules.cuda import hopper
+from llmc.schedules.protocol import KernelCall, TensorSpec
+from llmc.targets.base import Target
+
+NAME = "cuda.gemm_hopper"
+OP = "llmc.linear"
+WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
+MULTIPROCESSORS = 132
+"""Of an H100 SXM or H200. A GPU with fewer runs the rest of the persistent blocks in a second wave."""
+
+TILE_GROUP = 16
+K_STEP = 64
+"""Columns of x and of the weight in one pipeline stage: one 128-byte swizzle atom."""
+
+WGMMA_K = 16
+PRODUCER_REGISTERS = {1: 56, 2: 40}
+CONSUMER_REGISTERS = {1: 240, 2: 232}
+"""By the number of consumer warpgroups. Together they stay below the 64 K registers of a multiprocessor."""
+
+ROW_BYTES = 16
+"""Rows of x, weight and result are multiples of this: a tensor map's strides must be."""
+
+
+def _call(o: int, k: int, dtype: str = "bfloat16", out: str = "", bias_dtype: str = "", **attrs: Any) -> KernelCall:
+    args = [TensorSpec(("n", k), dtype), TensorSpec((o, k), dtype)]
+    if attrs.get("bias"):
+        args.append(TensorSpec((o,), bias_dtype or dtype))
+    if attrs.get("residual"):
+        args.append(TensorSpec(("n", o), dtype))
+    full = {"activation": "none", "bias": 0, "residual": 0, **attrs}
+    return KernelCall(OP, tuple(args), TensorSpec(("n", o), out or dtype), tuple(sorted(full.items())), "extend")
+
+
+SHAPES: dict[str, KernelCall] = {
+    "square_4096": _call(4096, 4096),
+    "qkv_6144x4096": _call(6144, 4096),
+    "up_14336x4096": _call(14336, 4096),
+    "down_4096x14336_residual": _call(4096, 14336, residual=1),
+    "small_256x192": _call(256, 192),
+    "edges_328x200_bias": _call(328, 200, bias=1),
+    "f16_192x72_silu": _call(192, 72, "float16", activation="silu", bias=1, bias_dtype="float32"),
+    "residual_328x136_gelu": _call(328, 136, activation="gelu", bias=1, residual=1),
+    "relu_64x64": _call(64, 64, activation="relu", residual=1),
+    "relu2_72x320": _call(72, 320, activation="relu2"),
+    "gelu_tanh_136x128": _call(136, 128, "float16", activation="gelu_tanh", residual=1),
+    "logits_264x128": _call(264, 128, out="float32"),
+}
+
+
+def matches(call: KernelCall, target: Target) -> str | None:
+    if call.op != OP or not hopper.is_hopper(target) or call.phase != "extend" or call.attr("activation") not in hopper.ACTIVATIONS:
+        return None
+    x, weight = call.args[:2]
+    o, k = weight.shape if len(weight.shape) == 2 else (None, None)
+    if len(x.shape) != 2 or not isinstance(o, int) or not isinstance(k, int):
+        return None
+    if x.dtype not in hopper.PTX_TYPE or weight.dtype != x.dtype or call.result.dtype not in (x.dtype, "float32"):
+        return None
+    others = dict(zip(_names(call)[2:-1], call.args[2:], strict=True))
+    if others.get("bias", x).dtype not in WIDTH or others.get("residual", x).dtype != x.dtype:
+        return None
+    lanes = ROW_BYTES // WIDTH[x.dtype]
+    if o % lanes or k % lanes:
+        return None
+    return f"{x.dtype} tensor cores (wgmma), float32 sums, persistent over tiles of the result"
+
+
+def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
+    """``tile``: rows and columns of a result tile; ``cluster``: blocks that share a weight tile; ``blocks``: the grid.
+
+    ``dependent_launch``: start while the kernel before this one drains.
+    """
+    o = int(call.args[1].shape[0])
+    wide = [(128, 256), (128, 128), (64, 256), (64, 128)]
+    tiles = wide if o >= 256 else [(128, 128), (64, 128)]
+    return {"tile": tiles, "cluster": [1, 2], "blocks": [MULTIPROCESSORS], "dependent_launch": [True, False]}
+
+
+def stages(rows: int, columns: int) -> int:
+    """Depth of the pipeline: what fits 227 KB beside the staging buffers of the result (16 KB per consumer warpgroup)."""
+    free = (226 << 10) - rows // 64 * (16 << 10)
+    return min(7, free // ((rows + columns) * K_STEP * 2))
+
+
+def _names(call: KernelCall) -> list[str]:
+    optional = [name for name in ("bias", "residual") if call.attr(name)]
+    return ["x", "weight", *optional, "out"]
+
+
+def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
+    o, k = (int(d) for d in call.args[1].shape)
+    rows, columns = config["tile"]
+    cluster, blocks, dependent_launch = int(config["cluster"]), int(config["blocks"]), bool(config["dependent_launch"])
+    specs = dict(zip(_names(call), (*call.args, call.result), strict=True))
+    dtype, out_dtype = specs["x"].dtype, specs["out"].dtype
+    bias_dtype = specs["bias"].dtype if "bias" in specs else dtype
+    has_bias, has_residual, activation = "bias" in specs, "residual" in specs, call.attr("activation")
+
+    groups, depth = rows // 64, stages(rows, columns)
+    threads, sums = 128 * (groups + 1), columns // 2
+    k_steps, column_tiles = -(-k // K_STEP), -(-o // columns)
+    x_bytes, w_bytes = rows * K_STEP * 2, columns * K_STEP * 2
+    shared_columns, chunks = columns // cluster, columns // hopper.ATOM
+    mma = f"wgmma.mma_async.sync.aligned.m64n{columns}k{WGMMA_K}.f32.{hopper.PTX_TYPE[dtype]}.{hopper.PTX_TYPE[dtype]}"
+    producer_registers, consumer_registers = PRODUCER_REGISTERS[groups], CONSUMER_REGISTERS[groups]
+    to_pair, staged = hopper.packed_convert(dtype), out_dtype == dtype
+
+    # Which tile is the i-th: down the row tiles of a group, then to the next column of tiles, then the next group.
+    def column_tile(tile: Any, row_tiles: Any) -> Any:
+        inside = tile % (TILE_GROUP * column_tiles)
+        return inside // T.min(row_tiles - tile // (TILE_GROUP * column_tiles) * TILE_GROUP, TILE_GROUP)
+
+    def row_tile(tile: Any, row_tiles: Any) -> Any:
+        group = tile // (TILE_GROUP * column_tiles)
+        inside = tile % (TILE_GROUP * column_tiles)
+        return group * TILE_GROUP + inside % T.min(row_tiles - group * TILE_GROUP, TILE_GROUP)
+
+    @T.prim_func
+    def gemm(x_ptr: T.handle, weight_ptr: T.handle, bias_ptr: T.handle, residual_ptr: T.handle, out_ptr: T.handle) -> None:
+        n = T.int64()
+        x = T.match_buffer(x_ptr, (n, k), dtype, align=16)
+        weight = T.match_buffer(weight_ptr, (o, k), dtype, align=16)
+        bias = T.match_buffer(bias_ptr, (o,), bias_dtype, align=4)
+        residual = T.match_buffer(residual_ptr, (n, o), dtype, align=16)
+        out = T.match_buffer(out_ptr, (n, o), out_dtype, align=16)
+        x_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        hopper.encode_tensor_map(x_map, dtype, x.data, columns=k, rows=n, box_rows=rows)
+        weight_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        hopper.encode_tensor_map(weight_map, dtype, weight.data, columns=k, rows=o, box_rows=shared_columns)
+        if staged:
+            out_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+            hopper.encode_tensor_map(out_map, dtype, out.data, columns=o, rows=n, box_rows=64)
+        T.device_entry()
+        T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
+        if cluster > 1:
+            rank = T.cta_id_in_cluster([cluster])
+        block = T.cta_id([blocks])
+        thread = T.thread_id([threads])
+        pool = T.SMEMPool()
+        s_x = pool.alloc((depth, rows, K_STEP), dtype, align=1024)
+        s_w = pool.alloc((depth, columns, K_STEP), dtype, align=1024)
+        s_out = pool.alloc((groups, 2, 64, hopper.ATOM), dtype, align=1024)
+        full = pool.alloc((depth,), "uint64", align=8)
+        empty = pool.alloc((depth,), "uint64", align=8)
+        pool.commit()
+        # The same in all lanes of a warp, and the compiler has to know it: register counts are set per warpgroup.
+        warpgroup: T.int32 = hopper.shuffle(thread // 128, 0)
+        row_count: T.int32 = T.cast(n, "int32")
+        row_tiles: T.int32 = (row_count + rows * cluster - 1) // (rows * cluster)
+        if thread == 0:
+            for i in T.unroll(depth):
+                T.ptx.mbarrier.init.shared.b64(full.ptr_to([i]), T.uint32(1))
+                T.ptx.mbarrier.init.shared.b64(empty.ptr_to([i]), T.uint32(groups * cluster))
+            T.ptx.fence.mbarrier_init.release.cluster()
+        T.ptx.fence.proxy.async_.shared__cta()
+        if cluster > 1:
+            T.cuda.cluster_sync()
+        else:
+            T.cuda.cta_sync()
+        if dependent_launch:
+            T.ptx.griddepcontrol.launch_dependents()
+            T.ptx.griddepcontrol.wait()
+        tile: T.int32 = block // cluster
+        stage: T.int32 = 0
+        phase: T.int32 = 0
+
+        if warpgroup == 0:
+            T.ptx["setmaxnreg.dec.sync.aligned.u32"](producer_registers)
+            if thread == 0:
+                while tile < row_tiles * column_tiles:
+                    load_row: T.int32 = row_tile(tile, row_tiles) * (rows * cluster)
+                    load_column: T.int32 = column_tile(tile, row_tiles) * columns
+                    if cluster > 1:
+                        load_row = load_row + rank * rows
+                    load_step: T.int32 = 0
+                    while load_step < k_steps:
+                        T.cuda.mbarrier_wait(empty.ptr_to([stage]), phase ^ 1)
+                        T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([stage]), T.uint32(x_bytes + w_bytes))
+                        T.ptx[hopper.TMA_LOAD](
+                            s_x.ptr_to([stage, 0, 0]), T.address_of(x_map), load_step * K_STEP, load_row, full.ptr_to([stage])
+                        )
+                        if cluster > 1:
+                            T.ptx[hopper.TMA_LOAD + ".multicast::cluster"](
+                                s_w.ptr_to([stage, rank * shared_columns, 0]), T.address_of(weight_map), load_step * K_STEP,
+                                load_column + rank * shared_columns, full.ptr_to([stage]), (1 << cluster) - 1,
+                            )  # fmt: skip
+                        else:
+                            T.ptx[hopper.TMA_LOAD](
+                                s_w.ptr_to([stage, 0, 0]),
+                                T.address_of(weight_map),
+                                load_step * K_STEP,
+                                load_column,
+                                full.ptr_to([stage]),
+                            )
+                        stage = stage + 1
+                        if stage == depth:
+                            stage = 0
+                            phase = phase ^ 1
+                        load_step = load_step + 1
+                    tile = tile + blocks // cluster
+        else:
+            T.ptx["setmaxnreg.inc.sync.aligned.u32"](consumer_registers)
+            acc = T.alloc_local((sums,), "float32")
+            added = T.alloc_local((16,), "uint32")
+            pair = T.alloc_local((4,), "uint32")
+            gate = T.alloc_local((2,), "float32")
+            x_descriptor = T.alloc_local((1,), "uint64")
+            w_descriptor = T.alloc_local((1,), "uint64")
+            remote = T.alloc_local((1,), "uint32")
+            group: T.int32 = warpgroup - 1
+            local: T.int32 = thread % 128
+            lane: T.int32 = thread % 32
+            warp: T.int32 = local // 32
+            T.cuda.wgmma.encode_matrix_descriptor(
+                T.address_of(x_descriptor[0]), s_x.ptr_to([0, group * 64, 0]), 1, 64, hopper.SWIZZLE_128B
+            )
+            T.cuda.wgmma.encode_matrix_descriptor(T.address_of(w_descriptor[0]), s_w.ptr_to([0, 0, 0]), 1, 64, hopper.SWIZZLE_128B)
+
+            @T.inline
+            def release(s) -> None:
+                """Hand a stage back: one arrival per consumer warpgroup in every block of the cluster."""
+                if cluster > 1:
+                    if local < cluster:
+                        T.ptx.mapa.shared__cluster.u32(
+                            remote[0], T.cuda.cvta_generic_to_shared(empty.ptr_to([s])), T.cast(local, "uint32")
+                        )
+                        T.ptx.mbarrier.arrive.shared__cluster.b64(remote[0])
+                else:
+                    if local == 0:
+                        T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([s]), T.uint32(1))
+
+            @T.inline
+            def fetch_residual(chunk, first_row, first_column) -> None:
+                """The residual under this thread's 32 sums of a chunk, two columns in a word; zero beyond the edges."""
+                for i in T.unroll(16):
+                    row = T.meta_var(first_row + warp * 16 + lane // 4 + 8 * (i % 2))
+                    column = T.meta_var(first_column + chunk * hopper.ATOM + i // 2 * 8 + lane % 4 * 2)
+                    added[i] = T.uint32(0)
+                    if row < row_count and column < o:
+                        T.ptx["ld.global.b32"](added[i], residual.ptr_to([T.cast(row, "int64"), column]))
+
+            @T.inline
+            def activate(i) -> None:
+                if activation == "silu":
+                    hopper.sigmoid(gate[0], acc[i])
+                    acc[i] = acc[i] * gate[0]
+                elif activation == "gelu_tanh":
+                    hopper.sigmoid(gate[0], hopper.gelu_tanh_argument(acc[i]))
+                    acc[i] = acc[i] * gate[0]
+                elif activation == "gelu":
+                    hopper.normal_cdf(gate, acc[i])
+                    acc[i] = acc[i] * gate[0]
+                elif activation == "relu":
+                    acc[i] = T.max(acc[i], T.float32(0))
+                elif activation == "relu2":
+                    acc[i] = T.max(acc[i], T.float32(0)) * T.max(acc[i], T.float32(0))
+
+            @T.inline
+            def complete(chunk, first_column) -> None:
+                """Bias, activation and residual; sum i of a chunk is in row 8 * (i // 2 % 2), column i // 4 * 8 + i % 2."""
+                for i in T.unroll(32):
+                    j = T.meta_var(chunk * 32 + i)
+                    if has_bias:
+                        column = T.meta_var(first_column + chunk * hopper.ATOM + i // 4 * 8 + lane % 4 * 2 + i % 2)
+                        acc[j] = acc[j] + T.cast(bias[T.min(column, o - 1)], "float32")
+                    activate(j)
+                    if has_residual:
+                        half = T.meta_var(T.cast(T.shift_right(added[i // 2], T.uint32(16 * (i % 2))), "uint16"))
+                        acc[j] = acc[j] + T.cast(T.reinterpret(dtype, half), "float32")
+                    if i % 4 == 3:
+                        # Work on a few sums at a time: all of a chunk in flight would not fit the registers.
+                        T.cuda.func_call("register_fence", acc[j], source_code=hopper.REGISTER_FENCE, return_type="void")
+
+            @T.inline
+            def store_chunk(chunk, first_row, first_column) -> None:
+                """Registers -> swizzled shared memory -> TMA. Two buffers: a chunk is written while the one before it leaves."""
+                if local == 0:
+                    T.ptx.cp.async_.bulk.wait_group.read(1)
+                T.ptx.bar.sync(T.cast(group + 1, "uint32"), T.uint32(128))
+                for q in T.unroll(4):
+                    for j in T.unroll(4):
+                        T.ptx[to_pair](pair[j], acc[chunk * 32 + q * 8 + j * 2 + 1], acc[chunk * 32 + q * 8 + j * 2])
+                    # Lane l gives the address of row l % 8 of the 8x8 matrix l // 8; the swizzle permutes 16-byte pieces by row.
+                    T.ptx["stmatrix.sync.aligned.m8n8.x4.shared.b16"](
+                        s_out.ptr_to([group, chunk % 2, warp * 16 + lane % 16, ((2 * q + lane // 16) ^ (lane % 8)) * 8]),
+                        pair[0], pair[1], pair[2], pair[3],
+                    )  # fmt: skip
+                T.ptx.fence.proxy.async_.shared__cta()
+                T.ptx.bar.sync(T.cast(group + 1, "uint32"), T.uint32(128))
+                if local == 0:
+                    T.ptx[hopper.TMA_STORE](
+                        T.address_of(out_map), first_column + chunk * hopper.ATOM, first_row, s_out.ptr_to([group, chunk % 2, 0, 0])
+                    )
+                    T.ptx.cp.async_.bulk.commit_group()
+
+            @T.inline
+            def store_float32(chunk, first_row, first_column) -> None:
+                """Two columns a thread: the four threads of a row write a whole 32-byte sector."""
+                for i in T.unroll(16):
+                    row = T.meta_var(first_row + warp * 16 + lane // 4 + 8 * (i % 2))
+                    column = T.meta_var(first_column + chunk * hopper.ATOM + i // 2 * 8 + lane % 4 * 2)
+                    if row < row_count and column < o:
+                        T.ptx["st.global.v2.f32"](
+                            out.ptr_to([T.cast(row, "int64"), column]), acc[chunk * 32 + i * 2], acc[chunk * 32 + i * 2 + 1]
+                        )
+
+            while tile < row_tiles * column_tiles:
+                first_row: T.int32 = row_tile(tile, row_tiles) * (rows * cluster) + group * 64
+                first_column: T.int32 = column_tile(tile, row_tiles) * columns
+                if cluster > 1:
+                    first_row = first_row + rank * rows
+                if has_residual:
+                    fetch_residual(0, first_row, first_column)
+                step: T.int32 = 0
+                previous: T.int32 = 0
+                while step < k_steps:
+                    T.cuda.mbarrier_wait(full.ptr_to([stage]), phase)
+                    T.ptx.wgmma.fence.sync.aligned()
+                    for kk in T.unroll(K_STEP // WGMMA_K):
+                        T.ptx[mma](
+                            *[acc[i] for i in range(sums)],
+                            x_descriptor[0] + T.cast(stage * (x_bytes // 16) + kk * 2, "uint64"),
+                            w_descriptor[0] + T.cast(stage * (w_bytes // 16) + kk * 2, "uint64"),
+                            (step > 0) if kk == 0 else T.bool(True), 1, 1, 0, 0,
+                        )  # fmt: skip
+                    T.ptx.wgmma.commit_group.sync.aligned()
+                    # The multiplication before this one is done once only one is outstanding.
+                    T.ptx.wgmma.wait_group.sync.aligned(1)
+                    if step > 0:
+                        release(previous)
+                    previous = stage
+                    stage = stage + 1
+                    if stage == depth:
+                        stage = 0
+                        phase = phase ^ 1
+                    step = step + 1
+                T.ptx.wgmma.wait_group.sync.aligned(0)
+                hopper.fence(acc, sums)
+                release(previous)
+                for chunk in T.unroll(chunks):
+                    complete(chunk, first_column)
+                    if has_residual and chunk + 1 < chunks:
+                        fetch_residual(chunk + 1, first_row, first_column)
+                    if staged:
+                        store_chunk(chunk, first_row, first_column)
+                    else:
+                        store_float32(chunk, first_row, first_column)
+                tile = tile + blocks // cluster
+            if local == 0:
+                T.ptx.cp.async_.bulk.wait_group(0)
+        if cluster > 1:
+            # No block may leave while its neighbour still multicasts into its shared memory or arrives at its barriers.
+            T.cuda.cluster_sync()
+
+    unused = [name for name in ("bias", "residual") if name not in specs]
+    return hopper.finish(gemm, f"gemm_{o}x{k}", unused, dependent_launch)
+
+
+def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
+    from llmc.dialect.linear import reference as linear_reference
+
+    named: dict[str, Any] = dict(zip(_names(call), arrays, strict=False))
+    return linear_reference(**named, activation=call.attr("activation"))
+
+
+def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
+    moved = sum(int(np.prod(s.bind(symbols))) * WIDTH[s.dtype] for s in (*call.args, call.result))
+    n, k = call.args[0].bind(symbols)
+    return moved, 2 * n * k * int(call.args[1].shape[0])

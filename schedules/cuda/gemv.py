@@ -1,0 +1,242 @@
+"""``llmc.linear`` for a few rows on sm_90a: the decode phase, where reading the weights is all the time there is.
+
+Tensor cores multiply with the weights as the A operand (16 outputs x k) and x as the B operand (k x 8 rows), so 1 to 8 rows
+of x cost the same. The k order inside each block of 32 is permuted on both sides alike, so that the A fragment of a lane
+is 16 consecutive bytes of a weight row as it is stored. The warps of a thread block split k; every warp has the loads of its
+whole next step in flight, and refills a register as soon as it is consumed. Sums are float32 and meet in shared memory.
+
+Weights do not depend on the kernel before: with programmatic dependent launch the first ones are on their way before
+``griddepcontrol.wait``. More rows than ``columns`` are done by several blocks that read the same weights at the same time, so
+that all but the first find them in the L2 cache: correct for every n. Fragment layout: PTX ISA, "mma.m16n8k16".
+
+The order of additions behind an output element does not depend on n.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tvm.script import tirx as T
+
+from llmc.schedules.cuda import hopper
+from llmc.schedules.cuda.math import ACTIVATIONS, activate
+from llmc.schedules.protocol import KernelCall, TensorSpec
+from llmc.targets.base import Target
+
+NAME = "cuda.gemv"
+OP = "llmc.linear"
+WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
+LANE_K = 8
+"""Elements of k that a lane loads at once: 16 bytes."""
+
+CHUNK = 32
+"""Elements of k that the four lanes of a row load at once: two mma steps."""
+
+LOAD_WEIGHT = "ld.global.nc.L1::no_allocate.L2::256B.v4.b32"
+LOAD_X = "ld.global.nc.v4.b32"
+
+
+def _call(o: int, k: int, dtype: str = "bfloat16", out: str = "", bias_dtype: str = "", **attrs: Any) -> KernelCall:
+    args = [TensorSpec(("n", k), dtype), TensorSpec((o, k), dtype)]
+    if attrs.get("bias"):
+        args.append(TensorSpec((o,), bias_dtype or dtype))
+    if attrs.get("residual"):
+        args.append(TensorSpec(("n", o), dtype))
+    full = {"activation": "none", "bias": 0, "residual": 0, **attrs}
+    return KernelCall(OP, tuple(args), TensorSpec(("n", o), out or dtype), tuple(sorted(full.items())), "decode")
+
+
+SHAPES: dict[str, KernelCall] = {
+    "square_4096": _call(4096, 4096),
+    "up_14336x4096": _call(14336, 4096),
+    "down_4096x14336_residual": _call(4096, 14336, residual=1),
+    "even_64x256": _call(64, 256),
+    "tail_48x1360_bias": _call(48, 1360, bias=1),
+    "odd_19x72_f16_silu": _call(19, 72, "float16", activation="silu", bias=1, bias_dtype="float32", residual=1),
+    "gelu_33x336": _call(33, 336, activation="gelu", residual=1),
+    "gelu_tanh_16x16": _call(16, 16, "float16", activation="gelu_tanh"),
+    "relu_8x1040": _call(8, 1040, activation="relu", bias=1),
+    "logits_100x64": _call(100, 64, out="float32"),
+}
+
+
+def matches(call: KernelCall, target: Target) -> str | None:
+    if call.op != OP or not hopper.is_hopper(target) or call.phase != "decode" or call.attr("activation") not in ACTIVATIONS:
+        return None
+    x, weight = call.args[:2]
+    o, k = weight.shape if len(weight.shape) == 2 else (None, None)
+    if len(x.shape) != 2 or not isinstance(o, int) or not isinstance(k, int) or k % LANE_K:
+        return None
+    if x.dtype not in hopper.PTX_TYPE or weight.dtype != x.dtype or any(s.dtype not in WIDTH for s in (*call.args, call.result)):
+        return None
+    return f"{x.dtype} tensor cores with the stored weights as the wide operand, float32 sums, k split over warps"
+
+
+def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
+    """``warps`` that split k, ``tiles`` of 16 outputs, ``depth`` (blocks of 32 of k in flight), ``columns`` (rows of x at once).
+
+    ``min_blocks`` per multiprocessor limits registers (0: the compiler's choice); ``dependent_launch``: start early.
+    """
+    k = int(call.args[1].shape[1])
+    useful = -(-k // (4 * CHUNK))
+    warps = sorted([8, 4, 2, 1, 16], key=lambda w: (w > useful, w == 16, -w))
+    return {
+        "warps": warps, "depth": [4, 2, 8], "tiles": [1, 2], "columns": [8, 16, 32], "min_blocks": [0, 2, 3],
+        "dependent_launch": [True, False],
+    }  # fmt: skip
+
+
+def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
+    o, k = (int(d) for d in call.args[1].shape)
+    specs = dict(zip(_names(call), (*call.args, call.result), strict=True))
+    dtype, out_dtype = specs["x"].dtype, specs["out"].dtype
+    bias_dtype = specs["bias"].dtype if "bias" in specs else dtype
+    residual_dtype = specs["residual"].dtype if "residual" in specs else dtype
+    has_bias, has_residual, activation = "bias" in specs, "residual" in specs, call.attr("activation")
+
+    warps, depth, tiles, blocks = (int(config[axis]) for axis in ("warps", "depth", "tiles", "min_blocks"))
+    column_tiles = int(config["columns"]) // 8
+    dependent_launch = bool(config["dependent_launch"])
+    outputs, columns, step, threads = 16 * tiles, 8 * column_tiles, CHUNK * depth, 32 * warps
+    whole_k, whole_o = k % step == 0, o % outputs == 0
+    mma_type = hopper.PTX_TYPE[dtype]
+    mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
+
+    @T.prim_func
+    def gemv(x_ptr: T.handle, weight_ptr: T.handle, bias_ptr: T.handle, residual_ptr: T.handle, out_ptr: T.handle) -> None:
+        n = T.int64()
+        x = T.match_buffer(x_ptr, (n, k), dtype, align=16)
+        weight = T.match_buffer(weight_ptr, (o, k), dtype, align=16)
+        bias = T.match_buffer(bias_ptr, (o,), bias_dtype, align=4)
+        residual = T.match_buffer(residual_ptr, (n, o), residual_dtype, align=4)
+        out = T.match_buffer(out_ptr, (n, o), out_dtype, align=4)
+        T.device_entry()
+        if blocks > 0:
+            T.attr({"tirx.launch_bounds_min_blocks_per_sm": blocks})
+        column_block, output_block = T.cta_id([T.cast((n + columns - 1) // columns, "int32"), -(-o // outputs)])
+        thread = T.thread_id([threads])
+        partial = T.alloc_buffer((warps, tiles, column_tiles, 32, 4), "float32", scope="shared", align=16)
+        acc = T.alloc_local((tiles * column_tiles * 4,), "float32")
+        w_regs = T.alloc_local((depth * tiles * 8,), "uint32")
+        x_regs = T.alloc_local((depth * column_tiles * 4,), "uint32")
+        warp: T.int32 = thread // 32
+        lane: T.int32 = thread % 32
+        group: T.int32 = lane // 4
+        member: T.int32 = lane % 4
+        first: T.int32 = output_block * outputs
+        first_row: T.int32 = column_block * columns
+        rows: T.int32 = T.min(T.cast(n, "int32") - first_row, columns)
+        at: T.int32 = warp * step
+
+        @T.inline
+        def load_weight(u, r, start) -> None:
+            """Beyond the last output or the end of k some other weight: x is zero there, or the sum is not stored."""
+            for h in T.unroll(2):
+                base = T.meta_var((u * tiles + r) * 8 + h)
+                line = T.meta_var(first + r * 16 + h * 8 + group)
+                column = T.meta_var(start + u * CHUNK + member * LANE_K)
+                T.ptx[LOAD_WEIGHT](
+                    w_regs[base], w_regs[base + 2], w_regs[base + 4], w_regs[base + 6],
+                    weight.ptr_to([line if whole_o else T.min(line, o - 1), column if whole_k else T.min(column, k - LANE_K)]),
+                )  # fmt: skip
+
+        @T.inline
+        def load_x(u, start) -> None:
+            for c in T.unroll(column_tiles):
+                base = T.meta_var((u * column_tiles + c) * 4)
+                column = T.meta_var(start + u * CHUNK + member * LANE_K)
+                if not whole_k:
+                    for i in T.unroll(4):
+                        x_regs[base + i] = T.uint32(0)
+                if group + c * 8 < rows and (whole_k or column < k):
+                    T.ptx[LOAD_X](
+                        x_regs[base], x_regs[base + 1], x_regs[base + 2], x_regs[base + 3],
+                        x.ptr_to([T.cast(first_row + group + c * 8, "int64"), column]),
+                    )  # fmt: skip
+
+        @T.inline
+        def multiply(u, r) -> None:
+            for half in T.unroll(2):
+                for c in T.unroll(column_tiles):
+                    a = T.meta_var((u * tiles + r) * 8 + half * 4)
+                    b = T.meta_var((u * column_tiles + c) * 4 + half * 2)
+                    s = T.meta_var((r * column_tiles + c) * 4)
+                    T.ptx[mma](
+                        acc[s], acc[s + 1], acc[s + 2], acc[s + 3], w_regs[a], w_regs[a + 1], w_regs[a + 2], w_regs[a + 3],
+                        x_regs[b], x_regs[b + 1], acc[s], acc[s + 1], acc[s + 2], acc[s + 3],
+                    )  # fmt: skip
+
+        if dependent_launch:
+            T.ptx.griddepcontrol.launch_dependents()
+        for i in T.unroll(tiles * column_tiles * 4):
+            acc[i] = T.float32(0)
+        for i in T.unroll(depth * column_tiles * 4):
+            x_regs[i] = T.uint32(0)
+        if at < k:
+            for u in T.unroll(depth):
+                for r in T.unroll(tiles):
+                    load_weight(u, r, at)
+        if dependent_launch:
+            T.ptx.griddepcontrol.wait()
+        if at < k:
+            for u in T.unroll(depth):
+                load_x(u, at)
+        while at < k:
+            following: T.int32 = at + warps * step
+            for u in T.unroll(depth):
+                for r in T.unroll(tiles):
+                    multiply(u, r)
+                if following < k:
+                    for r in T.unroll(tiles):
+                        load_weight(u, r, following)
+                    load_x(u, following)
+            at = following
+
+        for r in T.unroll(tiles):
+            for c in T.unroll(column_tiles):
+                for i in T.unroll(4):
+                    partial[warp, r, c, lane, i] = acc[(r * column_tiles + c) * 4 + i]
+        T.cuda.cta_sync()
+        # Neighbouring threads finish neighbouring outputs of a row: their stores coalesce.
+        item: T.int32 = thread
+        while item < outputs * columns:
+            inside: T.int32 = item % 16
+            tile: T.int32 = item // 16 % tiles
+            row: T.int32 = item // outputs
+            output: T.int32 = first + tile * 16 + inside
+            if row < rows and output < o:
+                # The accumulator fragment: lane (inside % 8) * 4 + row % 8 / 2 holds rows 2i and 2i + 1 of outputs g and g + 8.
+                owner: T.int32 = inside % 8 * 4 + row % 8 // 2
+                slot: T.int32 = inside // 8 * 2 + row % 2
+                total: T.float32 = T.float32(0)
+                for w in T.unroll(warps):
+                    total = total + partial[w, tile, row // 8, owner, slot]
+                if has_bias:
+                    total = total + T.cast(bias[output], "float32")
+                total = activate(activation, total)
+                if has_residual:
+                    total = total + T.cast(residual[T.cast(first_row + row, "int64"), output], "float32")
+                out[T.cast(first_row + row, "int64"), output] = T.cast(total, out_dtype)
+            item = item + threads
+
+    unused = [name for name in ("bias", "residual") if name not in specs]
+    return hopper.finish(gemv, f"gemv_{o}x{k}", unused, dependent_launch)
+
+
+def _names(call: KernelCall) -> list[str]:
+    optional = [name for name in ("bias", "residual") if call.attr(name)]
+    return ["x", "weight", *optional, "out"]
+
+
+def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
+    from llmc.dialect.linear import reference as linear_reference
+
+    named = dict(zip(_names(call), arrays, strict=False))
+    return linear_reference(**named, activation=call.attr("activation"))
+
+
+def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
+    moved = sum(int(np.prod(s.bind(symbols))) * WIDTH[s.dtype] for s in (*call.args, call.result))
+    n, k = call.args[0].bind(symbols)
+    return moved, 2 * n * k * int(call.args[1].shape[0])

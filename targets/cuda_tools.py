@@ -1,0 +1,103 @@
+"""What building for CUDA takes besides TVM, on a machine with or without a driver: nvcc, cudart, and the driver's symbols.
+
+TVM compiles device code while it builds only if ``libtvm_runtime_cuda.so`` can be loaded; otherwise it would store CUDA
+*source* in the library, and the machine that runs it would need a compiler. That library links to the driver, of which
+nothing is called while building: where there is no driver, a library of the same name whose functions all fail stands in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
+
+# isort: split
+import tvm
+import tvm.support.nvcc  # registers TVM's own compile callback, so that ours, registered later, replaces it
+import tvm_ffi
+
+from llmc.errors import InternalError, MissingExtraError
+from llmc.runtime.library import CUDA_LIBRARY_NAME, find_cudart
+from llmc.targets.link import host_c_compiler
+
+INSTALL = "run `pip install nvidia-cuda-nvcc==13.* nvidia-cuda-runtime==13.*`"
+
+NVCC_FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr")
+"""No ``--use_fast_math``: kernels say themselves where an approximate function will do."""
+
+_DRIVER = ("cuDeviceGetName", "cuFuncSetAttribute", "cuGetErrorName", "cuGetErrorString", "cuGetProcAddress", "cuGetProcAddress_v2",
+           "cuInit", "cuDriverGetVersion", "cuLaunchKernelEx", "cuModuleGetFunction", "cuModuleLoadData", "cuModuleUnload",
+           "cuTensorMapEncodeTiled")  # fmt: skip
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+
+
+def find_nvcc() -> Path:
+    """nvcc of CUDA 13: on the PATH, in ``/usr/local/cuda``, or from the PyPI wheel. Raises MissingExtraError if there is none."""
+    found = shutil.which("nvcc")
+    candidates = [Path(found)] if found else []
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or [] if spec is not None else []:
+        candidates += [Path(folder) / "cu13" / "bin" / "nvcc", Path(folder) / "cuda_nvcc" / "bin" / "nvcc"]
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise MissingExtraError(f"compiling for CUDA needs nvcc 13, which is neither on the PATH nor installed as a package: {INSTALL}")
+
+
+def compile_cuda(source: str, arch: str) -> bytes:
+    """CUDA source to a fatbin that holds machine code for ``arch`` (``"sm_90a"``) and nothing else: no PTX, no source.
+
+    Raises MissingExtraError without nvcc, InternalError if it refuses the source.
+    """
+    nvcc = find_nvcc()
+    number = arch.removeprefix("sm_")
+    with tempfile.TemporaryDirectory(prefix="llmc-nvcc-") as folder:
+        code, binary = Path(folder) / "kernels.cu", Path(folder) / "kernels.fatbin"
+        code.write_text(source, encoding="utf-8")
+        command = [str(nvcc), "--fatbin", *NVCC_FLAGS, "-gencode", f"arch=compute_{number},code=sm_{number}"]
+        done = subprocess.run([*command, "-o", str(binary), str(code)], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise InternalError(f"nvcc refuses the kernels generated for {arch}: {(done.stderr or done.stdout).strip()[-1500:]}")
+        return binary.read_bytes()
+
+
+@cache
+def prepare() -> None:
+    """Make this process able to build CUDA modules. Raises MissingExtraError naming what to install."""
+    find_nvcc()
+    if tvm_ffi.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is None:
+        _load_driver()
+        cudart = find_cudart()
+        if cudart is None:
+            raise MissingExtraError(f"compiling for CUDA needs libcudart.so.13, and it is not installed here: {INSTALL}")
+        ctypes.CDLL(str(cudart), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(Path(tvm.__file__).parent / "lib" / CUDA_LIBRARY_NAME))
+
+    @tvm_ffi.register_global_func("tvm_callback_cuda_compile", override=True)
+    def _compile(source: str, *_: Any) -> bytes:
+        return compile_cuda(source, str(tvm.target.Target.current(allow_none=False).attrs["arch"]))
+
+
+def _load_driver() -> None:
+    """The driver's library if this machine has one, else one of its name in which every call fails."""
+    try:
+        ctypes.CDLL("libcuda.so.1", ctypes.RTLD_GLOBAL)
+        return
+    except OSError:
+        pass
+    with tempfile.TemporaryDirectory(prefix="llmc-driver-") as folder:
+        source, library = Path(folder) / "driver.c", Path(folder) / "libcuda.so.1"
+        source.write_text("".join(f"int {name}(void) {{ return {_NO_DEVICE}; }}\n" for name in _DRIVER), encoding="ascii")
+        command = [*host_c_compiler(), "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-o", str(library), str(source)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise InternalError(f"the stand-in for the CUDA driver cannot be linked: {done.stderr.strip()[-800:]}")
+        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)

@@ -1,0 +1,29 @@
+"""Kernel calls on the CUDA emulator: what ``tests.kernels.harness`` is for compiled CPU kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from llmc.schedules.protocol import KernelCall
+from llmc.targets.base import Target
+from tests.kernels.harness import DTYPES
+from tests.support.cuda_emulator import run
+
+TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2}
+"""Error in units of the largest value of a result that is stored in a dtype (see :func:`tests.kernels.harness.error`)."""
+
+
+def call(
+    family: Any,
+    case: KernelCall,
+    target: Target,
+    arrays: list[np.ndarray],
+    symbols: dict[str, int],
+    config: dict[str, Any] | None = None,
+) -> np.ndarray:
+    """The result of ``case`` with the default configuration, changed by ``config``; its buffer starts as NaN."""
+    full = {axis: values[0] for axis, values in family.space(case, target).items()} | (config or {})
+    out = np.full(case.result.bind(symbols), np.nan, DTYPES[case.result.dtype])
+    return run(family.build(case, target, full), target, *arrays, out)[-1]

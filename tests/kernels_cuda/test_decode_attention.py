@@ -1,0 +1,60 @@
+"""``schedules/cuda/decode_attention.py`` on the CUDA emulator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from llmc.schedules.cuda import decode_attention
+from llmc.targets import cuda
+from tests.kernels.harness import error, paged_arrays
+from tests.kernels_cuda.emulated import TOLERANCE, call
+
+TARGET = cuda.parse("cuda:sm_90a")
+SMALL = [name for name in decode_attention.SHAPES if name != "llama_8b"]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_reference(name: str) -> None:
+    case = decode_attention.SHAPES[name]
+    assert decode_attention.matches(case, TARGET)
+    arrays, symbols = paged_arrays(case, [211, 1, 48], [1, 1, 1], seed=5)
+    result = call(decode_attention, case, TARGET, arrays, symbols, {"split": 2, "warps": 2, "least": 2})
+    assert error(result, decode_attention.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+
+
+@pytest.mark.parametrize("config", [{"split": 8, "least": 4}, {"split": 1, "warps": 1}, {"split": 4, "warps": 8, "least": 1}])
+def test_configurations(config: dict[str, int]) -> None:
+    case = decode_attention.SHAPES["group_3_64"]
+    arrays, symbols = paged_arrays(case, [515, 17], [1, 1], seed=6)
+    result = call(decode_attention, case, TARGET, arrays, symbols, config | {"dependent_launch": False})
+    assert error(result, decode_attention.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+
+
+def test_padding_rows_are_finite() -> None:
+    case = decode_attention.SHAPES["group_3_64"]
+    arrays, symbols = paged_arrays(case, [3, 0], [1, 1], seed=4)
+    result = call(decode_attention, case, TARGET, arrays, symbols, {"split": 2, "warps": 1}).astype(np.float32)
+    assert np.isfinite(result).all()
+    assert not result[1].any()
+
+
+def test_rows_do_not_depend_on_the_batch() -> None:
+    case = decode_attention.SHAPES["group_16_96_window"]
+    arrays, symbols = paged_arrays(case, [70, 90, 20], [1, 1, 1], seed=7)
+    config = {"split": 2, "warps": 2, "least": 1}
+    many = call(decode_attention, case, TARGET, arrays, symbols, config)
+    alone = [arrays[0][1:2], arrays[1], arrays[2][1:2], arrays[3][1:2], np.array([0, 1], np.int32)]
+    one = call(decode_attention, case, TARGET, alone, symbols | {"b": 1, "n": 1, "b+1": 2}, config)
+    assert np.array_equal(many[1:2].view(np.uint16), one.view(np.uint16))
+
+
+def test_what_it_does_not_take() -> None:
+    case = decode_attention.SHAPES["group_3_64"]
+    assert decode_attention.matches(replace(case, phase="extend"), TARGET) is None
+    assert decode_attention.matches(case, cuda.parse("cuda:sm_90")) is None
+    assert decode_attention.matches(decode_attention._call(17, 1, 64), TARGET) is None
+    assert decode_attention.matches(decode_attention._call(2, 1, 72), TARGET) is None
+    assert decode_attention.matches(decode_attention._call(2, 1, 64, page_size=8), TARGET) is None

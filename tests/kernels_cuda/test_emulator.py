@@ -1,0 +1,38 @@
+"""``tests/support/cuda_emulator``: what it refuses, and what it makes of generated source."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmc.schedules.cuda import gemv
+from llmc.targets import cuda
+from tests.support.cuda_emulator import source
+from tests.support.cuda_emulator.instructions import body
+from tests.support.cuda_emulator.runner import translate
+
+TARGET = cuda.parse("cuda:sm_90a")
+
+
+def _source() -> str:
+    case = gemv.SHAPES["even_64x256"]
+    config = {axis: values[0] for axis, values in gemv.space(case, TARGET).items()}
+    return source(gemv.build(case, TARGET, config), TARGET)
+
+
+def test_translated_source_holds_no_ptx() -> None:
+    text = _source()
+    assert "mma.sync" in text
+    assert "asm" not in translate(text)
+
+
+def test_unknown_instructions_are_named() -> None:
+    text = _source().replace("tvm_builtin_ptx_mma_sync_aligned", "tvm_builtin_ptx_frobnicate")
+    with pytest.raises(RuntimeError, match="does not know tvm_builtin_ptx_frobnicate"):
+        translate(text)
+
+
+def test_a_store_is_no_load() -> None:
+    assert body("tvm_builtin_ptx_st_global_b32", "uint64_t address, uint value") == (
+        "auto v=value;memcpy((void*)(uintptr_t)address,&v,sizeof(v));"
+    )
+    assert body("tvm_builtin_ptx_unheard_of", "int a") is None

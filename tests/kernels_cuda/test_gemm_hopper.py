@@ -1,0 +1,83 @@
+"""``schedules/cuda/gemm_hopper.py`` on the CUDA emulator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmc.schedules.cuda import gemm_hopper as family
+from llmc.targets import cuda
+from tests.kernels.harness import error, random_arrays
+from tests.kernels_cuda.emulated import TOLERANCE, call
+
+TARGET = cuda.parse("cuda:sm_90a")
+BLOCKS = {"blocks": 3}
+"""Few, so that each works through several tiles."""
+
+ROWS = {
+    "small_256x192": 200,
+    "edges_328x200_bias": 130,
+    "f16_192x72_silu": 65,
+    "residual_328x136_gelu": 300,
+    "relu_64x64": 1,
+    "relu2_72x320": 33,
+    "gelu_tanh_136x128": 129,
+    "logits_264x128": 70,
+}
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_reference(name: str) -> None:
+    case, symbols = family.SHAPES[name], {"n": ROWS[name]}
+    assert family.matches(case, TARGET)
+    arrays = random_arrays(case, symbols, seed=len(name))
+    result = call(family, case, TARGET, arrays, symbols, BLOCKS)
+    assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"tile": (128, 128)},
+        {"tile": (64, 256)},
+        {"tile": (64, 128), "dependent_launch": False},
+        {"tile": (128, 256), "cluster": 2, "blocks": 4},
+        {"tile": (64, 128), "cluster": 2, "blocks": 2},
+    ],
+)
+def test_configurations(config: dict[str, Any]) -> None:
+    case, symbols = family.SHAPES["residual_328x136_gelu"], {"n": 150}
+    arrays = random_arrays(case, symbols, seed=1)
+    result = call(family, case, TARGET, arrays, symbols, BLOCKS | config)
+    assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+
+
+def test_rows_do_not_depend_on_the_batch() -> None:
+    case = family.SHAPES["edges_328x200_bias"]
+    arrays = random_arrays(case, {"n": 140}, seed=2)
+    many = call(family, case, TARGET, arrays, {"n": 140}, BLOCKS)
+    one = call(family, case, TARGET, [arrays[0][135:136], *arrays[1:]], {"n": 1}, BLOCKS)
+    assert np.array_equal(many[135:136].view(np.uint16), one.view(np.uint16))
+
+
+def test_what_it_does_not_take() -> None:
+    case = family.SHAPES["small_256x192"]
+    assert family.matches(replace(case, phase="decode"), TARGET) is None
+    assert family.matches(case, cuda.parse("cuda:sm_90")) is None
+    assert family.matches(family._call(20, 64), TARGET) is None
+    assert family.matches(family._call(64, 20), TARGET) is None
+    assert family.matches(family._call(64, 64, "float32"), TARGET) is None
+
+
+def test_pipeline_fits_shared_memory() -> None:
+    for rows, columns in family.space(family.SHAPES["square_4096"], TARGET)["tile"]:
+        used = family.stages(rows, columns) * (rows + columns) * family.K_STEP * 2 + rows // 64 * (16 << 10)
+        assert family.stages(rows, columns) >= 3
+        assert used + 1024 <= TARGET.shared_memory
+
+
+def test_roofline() -> None:
+    assert family.roofline(family.SHAPES["small_256x192"], n=2) == (2 * (2 * 192 + 256 * 192 + 2 * 256), 2 * 2 * 256 * 192)

@@ -1,0 +1,73 @@
+"""``schedules/cuda/prefill_attention.py`` on the CUDA emulator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from llmc.schedules.cuda import prefill_attention as family
+from llmc.targets import cuda
+from tests.kernels.harness import error, paged_arrays
+from tests.kernels_cuda.emulated import TOLERANCE, call
+
+TARGET = cuda.parse("cuda:sm_90a")
+CASES = {
+    "small_2x1x128": ([300, 37], [200, 37]),
+    "small_3x3x64_f16": ([129], [129]),
+    "window_2x1x128": ([513, 90], [40, 1]),
+    "softcap_2x2x64": ([65, 1], [65, 1]),
+    "softcap_window_1x1x256": ([150], [131]),
+    "sinks_4x2x64": ([200, 8, 64], [130, 8, 3]),
+    "chunked_2x1x128_f16": ([140, 48], [139, 1]),
+    "small_1x1x192": ([1, 200], [1, 70]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_reference(name: str) -> None:
+    """Fresh prompts, chunks behind a long prefix, and single rows, in one call; pages scattered, foreign ones out of range."""
+    case = family.SHAPES[name]
+    assert family.matches(case, TARGET)
+    lengths, rows = CASES[name]
+    arrays, symbols = paged_arrays(case, lengths, rows, seed=len(name))
+    result = call(family, case, TARGET, arrays, symbols)
+    assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+
+
+def test_many_sequences_empty_ones_and_padding() -> None:
+    """More than a warp of sequences, some without rows; rows behind the last sequence stay as they were."""
+    case = family.SHAPES["softcap_2x2x64"]
+    lengths = [3 + i % 7 for i in range(39)] + [140]
+    rows = [0 if i % 5 == 0 else 1 + i % 3 for i in range(39)] + [130]
+    arrays, symbols = paged_arrays(case, lengths, rows, seed=3)
+    used = symbols["n"]
+    arrays[0] = np.concatenate([arrays[0], arrays[0][:9]])
+    result = call(family, case, TARGET, arrays, {**symbols, "n": used + 9})
+    assert error(result[:used], family.reference(case, *arrays)[:used]) < TOLERANCE[case.result.dtype]
+    assert np.isnan(result[used:].astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("config", [{"keys": 64}, {"stages": 3, "keys": 64}, {"dependent_launch": False}])
+def test_configurations(config: dict[str, int]) -> None:
+    case = family.SHAPES["small_2x1x128"]
+    arrays, symbols = paged_arrays(case, [300], [140], seed=1)
+    result = call(family, case, TARGET, arrays, symbols, config)
+    assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+
+
+def test_what_it_does_not_take() -> None:
+    case = family.SHAPES["small_2x1x128"]
+    assert family.matches(replace(case, phase="decode"), TARGET) is None
+    assert family.matches(case, cuda.parse("cuda:sm_90")) is None
+    assert family.matches(family._call(2, 1, 80), TARGET) is None
+    assert family.matches(family._call(2, 1, 128, page_size=20), TARGET) is None
+    assert family.matches(family._call(2, 1, 128, dtype="float32"), TARGET) is None
+    assert family.matches(family._call(2, 1, 128, v_dim=64), TARGET) is None
+
+
+def test_roofline() -> None:
+    moved, flops = family.roofline(family.SHAPES["small_2x1x128"], n=4, b=2, context=3)
+    assert moved == 2 * (2 * 3 * 2 * 128 + 2 * 4 * 2 * 128)
+    assert flops == 4 * 2 * (2 + 3) * 2 * 128

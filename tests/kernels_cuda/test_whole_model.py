@@ -1,0 +1,96 @@
+"""A tiny bfloat16 model, every kernel of both phases through the emulator, against transformers in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
+
+# isort: split
+import ml_dtypes
+import numpy as np
+import pytest
+from tvm import relax, tirx
+
+from llmc import targets
+from llmc.importer.model import import_model
+from llmc.importer.resolve import resolve
+from llmc.passes import pipeline
+from llmc.passes.pipeline import Options
+from llmc.passes.rewrite import Graph, op_name
+from llmc.reference import reference_model
+from llmc.weights_file import stored
+from tests.kernels.harness import DTYPES
+from tests.support.cuda_emulator import run
+from tests.support.stepper import Stepper, page_shapes
+
+TARGET = targets.parse("cuda:sm_80")
+OPTIONS = Options(page_size=16, kv_dtype="bfloat16", context=32, max_batch=4, max_rows=16, max_logit_rows=8)
+PAGES = 6
+
+
+class Machine:
+    """The fused module of a model, run call by call: a callable for :class:`Stepper`."""
+
+    def __init__(self, folder: Path) -> None:
+        imported = import_model(resolve(str(folder)), storage_dtype="bfloat16", compute_dtype="bfloat16", context=32)
+        graph = Graph.of("main", imported.mod["main"])
+        graph.remove_unused_params(imported.params)
+        state = pipeline._State([graph], imported.params, TARGET, OPTIONS)
+        for name, step in pipeline.PASSES:
+            step(state)
+            if name == "fuse_operators":
+                break
+        self.module: Any = state.module
+        self.kernels = {
+            var: targets.module_for(TARGET).schedule(f, TARGET)
+            for var, f in self.module.functions.items()
+            if isinstance(f, tirx.PrimFunc)
+        }
+        shapes = page_shapes(state.kv_layers, PAGES, OPTIONS.page_size)
+        self.pages = [np.zeros(shape, ml_dtypes.bfloat16) for shape in shapes]
+        self.weights = [stored(imported.params[name]) for name in state.weights]
+
+    def __call__(self, phase: str, inputs: dict[str, np.ndarray], rows: int) -> np.ndarray:
+        function = self.module[phase]
+        arrays = [*inputs.values(), *self.pages, *self.weights]
+        values: dict[Any, np.ndarray] = dict(zip(function.params, arrays, strict=True))
+        symbols = {"rows": rows}
+        for param, array in values.items():
+            symbols |= {d.name: size for d, size in zip(param.ty.shape, array.shape, strict=True) if isinstance(d, tirx.Var)}
+        for block in function.body.blocks:
+            for binding in block.bindings:
+                values[binding.var] = self._value(binding, values, symbols)
+        return values[function.body.body]
+
+    def _value(self, binding: Any, values: dict[Any, np.ndarray], symbols: dict[str, int]) -> np.ndarray:
+        call = binding.value
+        if isinstance(call, relax.Var):
+            return values[call]
+        shape = [int(d) if isinstance(d, tirx.IntImm) else symbols[d.name] for d in binding.var.ty.shape]
+        if op_name(call) == "relax.reshape":
+            return values[call.args[0]].reshape(shape)
+        arrays = [values[a] for a in call.args[1].fields]
+        if op_name(call) == "relax.call_tir_inplace":
+            arrays[3][...] = run(self.kernels[call.args[0]], TARGET, *arrays)[3]
+            return arrays[3]
+        out = np.full(shape, np.nan, DTYPES[str(binding.var.ty.dtype)])
+        return run(self.kernels[call.args[0]], TARGET, *arrays, out)[-1]
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "mixtral"])
+def test_prefill_and_decode(model_type: str, tiny_model_dir: Callable[..., Path]) -> None:
+    folder = tiny_model_dir(model_type)
+    machine, reference = Machine(folder), reference_model(str(folder))
+    sequences = [np.random.default_rng(5).integers(0, 200, n) for n in (7, 4)]
+    stepper = Stepper(machine, sequences, OPTIONS.page_size, PAGES)
+    stepper.extend([(0, 5), (1, 3)])
+    stepper.decode([1, 0])
+    stepper.extend([(0, 1)])
+    for ids, found in zip(sequences, stepper.logits, strict=True):
+        expected = reference.logits([int(i) for i in ids])
+        for position, row in found.items():
+            assert row.dtype == np.float32
+            assert np.abs(row - expected[position]).max() < 3e-2 * np.abs(expected).max(), position

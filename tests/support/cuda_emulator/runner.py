@@ -1,0 +1,224 @@
+"""Compile a kernel's generated CUDA for the CPU and launch it through the host code that TVM generated with it.
+
+The host half of a PrimFunc (argument checks, shapes, grid) is compiled as it is for a real GPU. Where it launches a kernel it
+calls a function by the kernel's name; here that is a Python function that runs the emulator.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
+
+# isort: split
+import numpy as np
+import tvm
+import tvm_ffi
+from tvm import tirx
+from tvm.tirx.build import codegen_build, split_host_device_mods
+from tvm.tirx.compilation_pipeline import get_tir_pipeline
+
+from llmc.targets import cuda
+from llmc.targets.base import Target
+from tests.support.cuda_emulator.dlpack import DeviceArray, TensorMap
+from tests.support.cuda_emulator.instructions import body
+
+HERE = Path(__file__).parent
+GRID = ("blockIdx.x", "blockIdx.y", "blockIdx.z")
+CLUSTER = ("clusterCtaIdx.x", "clusterCtaIdx.y", "clusterCtaIdx.z")
+BLOCK = ("threadIdx.x", "threadIdx.y", "threadIdx.z")
+DYNAMIC_SHARED = "tirx.use_dyn_shared_memory"
+
+_PROLOGUE_END = "#define ushort unsigned short\n#endif"
+_HELPER = re.compile(r"(__forceinline__ __device__ [\w ]+? )(tvm_builtin_\w+|ptx_\w+)\(([^)]*)\) \{\n(.*?)\n\}", re.S)
+_KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) |__cluster_dims__\([^)]*\) )*(\w+)\(([^)]*)\)')
+
+
+def run(function: Any, target: Target, *arrays: np.ndarray) -> list[np.ndarray]:
+    """Run PrimFunc ``function`` on copies of ``arrays``, one for each of its arguments, and return all of them after it.
+
+    Results and buffers that are worked on in place come back changed. Raises RuntimeError for a PTX instruction the emulator
+    does not know, and aborts the process with a message at a deadlock.
+    """
+    host, devices = _lower(function, target)
+    device_arrays = [DeviceArray(a) for a in arrays]
+    with _launchers(devices):
+        host["kernel"](*(a.tensor() for a in device_arrays))
+    return [a.array for a in device_arrays]
+
+
+def source(function: Any, target: Target) -> str:
+    """The CUDA source TVM generates for ``function``, without compiling it."""
+    return "\n".join(text for text, _ in _lower(function, target)[1])
+
+
+def _lower(function: Any, target: Target) -> tuple[Any, list[tuple[str, dict[str, list[str]]]]]:
+    """The compiled host module, and for each device module its source and ``{kernel: launch parameters}``."""
+    tvm_target = cuda.tvm_target(target)
+    lower, finish_host, finish_device = get_tir_pipeline(cuda.PIPELINE)
+    with tvm_target:
+        module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
+        module = lower(tirx.transform.BindTarget(tvm_target)(module))
+        host, devices = split_host_device_mods(module)
+        sources = []
+        for device_target, device in devices.items():
+            launches = {
+                str(f.attrs["global_symbol"]): [str(p) for p in f.attrs["tirx.kernel_launch_params"]]
+                for f in device.functions.values()
+            }
+            sources.append((_generate(finish_device()(device), device_target), launches))
+        return codegen_build(finish_host()(host), tvm_target.host), sources
+
+
+def _generate(device: tvm.IRModule, target: tvm.target.Target) -> str:
+    """CUDA source of a device module. Where TVM would call nvcc, it gets the source as the result of the compilation."""
+    captured: list[str] = []
+
+    def capture(text: str, *_: Any) -> bytes:
+        captured.append(text)
+        return text.encode()
+
+    with _overridden({"tvm_callback_cuda_compile": capture}):
+        module = codegen_build(device, target)
+    return captured[0] if captured else str(module.inspect_source())
+
+
+@contextmanager
+def _overridden(functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
+    """Replace global functions for a while."""
+    before = {name: tvm_ffi.get_global_func(name, allow_missing=True) for name in functions}
+    for name, f in functions.items():
+        tvm_ffi.register_global_func(name, f, override=True)
+    try:
+        yield
+    finally:
+        for name, original in before.items():
+            if original is None:
+                tvm_ffi.registry.remove_global_func(name)
+            else:
+                tvm_ffi.register_global_func(name, original, override=True)
+
+
+@contextmanager
+def _launchers(devices: Sequence[tuple[str, dict[str, list[str]]]]) -> Iterator[None]:
+    """What host code calls: the kernels by name, the choice of a device, and the encoding of tensor maps."""
+    functions: dict[str, Callable[..., Any]] = {
+        "__tvm_set_device": lambda *_: None,
+        "runtime.cuTensorMapEncodeTiled": TensorMap.encode,
+        "device_api.cuda": tvm_ffi.get_global_func("device_api.cpu"),  # workspaces come from main memory
+    }
+    for text, launches in devices:
+        library, kernels = _compile(text)
+        for name, parameters in launches.items():
+            functions[name] = _launcher(library, name, kernels[name], parameters)
+    with _overridden(functions):
+        yield
+
+
+def _launcher(library: ctypes.CDLL, name: str, types: list[str], parameters: list[str]) -> Callable[..., None]:
+    extents = [p for p in parameters if p in (*GRID, *CLUSTER, *BLOCK, DYNAMIC_SHARED)]
+
+    def launch(*args: Any) -> None:
+        values, launch_values = args[: len(types)], args[len(types) :]
+        sizes = dict(zip(extents, (int(v) for v in launch_values), strict=True))
+        held = [_argument(t, v) for t, v in zip(types, values, strict=True)]
+        pointers = (ctypes.c_void_p * max(1, len(held)))(*(ctypes.addressof(h) for h in held))
+        shape = [sizes.get(axis, 1) for axis in (*GRID, *BLOCK)]
+        cluster = int(np.prod([sizes.get(axis, 1) for axis in CLUSTER]))
+        getattr(library, f"run_{name}")(pointers, *shape, cluster, ctypes.c_size_t(sizes.get(DYNAMIC_SHARED, 0)))
+
+    return launch
+
+
+def _argument(kind: str, value: Any) -> Any:
+    """One kernel argument as the C value of its declared type."""
+    if kind == "CUtensorMap":
+        return TensorMap.from_address(_address(value))
+    if kind.endswith("*"):
+        return ctypes.c_void_p(_address(value))
+    simple = {"int": ctypes.c_int32, "int64_t": ctypes.c_int64, "uint": ctypes.c_uint32, "float": ctypes.c_float}
+    return simple[kind](value)
+
+
+def _address(value: Any) -> int:
+    return int(value.value or 0) if isinstance(value, ctypes.c_void_p) else int(value or 0)
+
+
+@cache
+def _compile(text: str) -> tuple[ctypes.CDLL, dict[str, list[str]]]:
+    """The emulator's library for a CUDA source, and the argument types of each kernel in it."""
+    code = translate(text)
+    kernels: dict[str, list[str]] = {}
+    entries = []
+    for name, signature in _KERNEL.findall(code):
+        types = [_type(p) for p in signature.split(",") if p.strip()]
+        kernels.setdefault(name, types)
+    for name, types in kernels.items():
+        arguments = ",".join(f"*({t}*)a[{i}]" for i, t in enumerate(types))
+        entries.append(
+            f"static void body_{name}(void** a) {{ {name}({arguments}); }}\n"
+            f'extern "C" void run_{name}(void** a,int gx,int gy,int gz,int bx,int by,int bz,int cluster,size_t shared) '
+            f"{{ emu_launch(body_{name},a,gx,gy,gz,bx,by,bz,cluster,shared); }}"
+        )
+    program = '#include "emulator.h"\n#include "instructions.h"\n' + code + "\n" + "\n".join(entries) + "\n"
+    folder = Path(tempfile.gettempdir()) / "llmc-cuda-emulator"
+    folder.mkdir(exist_ok=True)
+    headers = b"".join((HERE / h).read_bytes() for h in ("emulator.h", "instructions.h"))
+    library = folder / (hashlib.sha256(program.encode() + headers).hexdigest()[:24] + ".so")
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as work:
+            cpp, built = Path(work) / "kernel.cpp", Path(work) / "kernel.so"
+            cpp.write_text(program, encoding="utf-8")
+            command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-fno-strict-aliasing", f"-I{HERE}", "-o", built, cpp]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise RuntimeError(f"the translated CUDA does not compile: {done.stderr[:3000]}")
+            built.replace(library)
+    return ctypes.CDLL(str(library)), kernels
+
+
+def _type(parameter: str) -> str:
+    kind, name = re.sub(r"\b(__restrict__|const|__grid_constant__)\b", "", parameter).strip().rsplit(None, 1)
+    stars = "*" * name.count("*")
+    return kind.strip() + stars
+
+
+def translate(text: str) -> str:
+    """CUDA source as C++ over ``emulator.h``: PTX helpers get portable bodies, shared memory comes from the emulator."""
+    unknown: list[str] = []
+
+    def helper(match: re.Match[str]) -> str:
+        prefix, name, signature, original = match.groups()
+        code = body(name, signature)
+        if code is None:
+            if "asm" not in original:
+                return match[0]
+            unknown.append(name)
+            return ""
+        return f"{prefix}{name}({signature}) {{ {code} }}"
+
+    code = text[text.index(_PROLOGUE_END) + len(_PROLOGUE_END) :]
+    code = _HELPER.sub(helper, code)
+    if unknown:
+        raise RuntimeError(f"the CUDA emulator does not know {', '.join(sorted(set(unknown)))}: add them to instructions.py")
+    code = re.sub(r'asm volatile\(""[^;]*;', "", code)  # compiler barriers
+    code = re.sub(r"union GmmaDescriptor.*?\n};", "", code, flags=re.S)
+    code = re.sub(
+        r"__shared__ (?:(?:__align__|alignas)\((\d+)\) )?(\w+) (\w+)\[(\d+)\];",
+        lambda m: f'{m[2]}* {m[3]} = ({m[2]}*)emu_shared({m[1] or 16}, sizeof({m[2]}) * {m[4]}, "{m[3]}");',
+        code,
+    )
+    return re.sub(
+        r"extern __shared__ (?:__align__|alignas)\((\d+)\) (\w+) (\w+)\[\];",
+        r'\2* \3 = (\2*)emu_shared(1024, dyn_bytes, "\3");',
+        code,
+    )

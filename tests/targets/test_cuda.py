@@ -1,0 +1,87 @@
+"""The CUDA target: names, and a model compiled on a machine without a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from llmc import targets
+from llmc.compiler import compile as compile_model
+from llmc.errors import InternalError, MissingExtraError, UsageError
+from llmc.runtime.device import CudaDevice
+from llmc.targets import cuda, cuda_tools
+from llmc.targets.base import GpuTarget
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+
+
+@pytest.mark.parametrize(("spec", "shared"), [("cuda:sm_80", 163), ("cuda:sm_89", 99), ("cuda:sm_90", 227), ("cuda:sm_90a", 227)])
+def test_specs(spec: str, shared: int) -> None:
+    target = targets.parse(spec)
+    assert isinstance(target, GpuTarget) and target.kind == "cuda" and target.name == spec
+    assert target.shared_memory == shared * 1024 and target.warp_size == 32
+    assert targets.parse(target.name) == target
+    assert cuda.tvm_target(target).attrs["arch"] == target.mcpu
+    assert [cuda.compute_dtype(d) for d in ("float32", "bfloat16", "float16")] == ["float32", "bfloat16", "float16"]
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("cuda:sm_91", ["sm_91", "nearest", "cuda:sm_90"]),
+        ("cuda:hopper", ["hopper", "there is cuda, cuda:sm_80"]),
+        ("cude:sm_90a", ["unknown target 'cude:sm_90a'", "did you mean cuda:sm_90a?"]),
+    ],
+)
+def test_unknown_architectures_name_what_there_is(spec: str, words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        targets.parse(spec)
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_cuda_alone_is_this_machines_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "cuda_devices", lambda: [CudaDevice(0, "NVIDIA Test", (9, 0), 132, 80 << 30)])
+    assert targets.parse("cuda").name == "cuda:sm_90a"
+    monkeypatch.setattr(cuda, "cuda_devices", list)
+    with pytest.raises(UsageError, match=r"no NVIDIA driver answers here: name the architecture .*--target cuda:sm_90a"):
+        targets.parse("cuda")
+
+
+def test_without_nvcc_the_error_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(Path, "is_file", lambda _: False)
+    with pytest.raises(MissingExtraError, match=r"pip install nvidia-cuda-nvcc==13\.\* nvidia-cuda-runtime"):
+        cuda_tools.find_nvcc()
+
+
+@needs_nvcc
+def test_source_that_nvcc_refuses_is_a_defect_of_ours() -> None:
+    with pytest.raises(InternalError, match="nvcc refuses the kernels generated for sm_80"):
+        cuda_tools.compile_cuda("__global__ void f() { nonsense; }", "sm_80")
+
+
+@needs_nvcc
+def test_a_model_compiled_without_a_gpu(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    out = tmp_path / "artifact"
+    report = compile_model(str(tiny_model_dir("llama")), out=out, target="cuda:sm_90a", dtype="bfloat16", context=64)
+    (variant,) = report.manifest.variants
+    assert (variant.kind, variant.mcpu, variant.name) == ("cuda", "sm_90a", "cuda-sm_90a")
+    library = (out / variant.library).read_bytes()
+    # machine code (an ELF of EM_CUDA) behind the fatbin's magic number, and neither source nor PTX to compile at load
+    assert b"\x50\xed\x55\xba" in library
+    assert b"__global__" not in library and b".version " not in library and not re.search(rb"\.target sm_", library)
+    assert {p.name for p in (out / "runtime").iterdir()} == {"libtvm_runtime.so", "libtvm_runtime_cuda.so"}
+    assert report.manifest.kv.dtype == "bfloat16"
+    assert {t.dtype for t in report.manifest.tensors.values()} == {"bfloat16", "float32"}  # float32: rope's frequencies
+    dialect = {k.op: k.shape for k in variant.kernels if k.op != "relax"}
+    assert set(dialect) == {"llmc.linear", "llmc.attend", "llmc.append", "llmc.rms_norm", "llmc.rope"}
+    assert all("bfloat16" in shape for shape in dialect.values())
+    assert all(k.family.startswith("cuda.") for k in variant.kernels if k.op != "relax")
+    head = [k for k in variant.kernels if "out_dtype=float32" in k.shape]
+    assert {k.function for k in head} == {"decode", "extend"} and sum(k.count for k in head) == 2

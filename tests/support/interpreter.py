@@ -194,7 +194,7 @@ OPS: Table = {
 }  # fmt: skip
 
 
-def _linear(x: Any, weight: Any, *rest: Any, bias: int, residual: int, activation: str) -> np.ndarray:
+def _linear(x: Any, weight: Any, *rest: Any, bias: int, residual: int, activation: str, out_dtype: str = "") -> np.ndarray:
     extra = list(rest)
     b = extra.pop(0) if bias else None
     return linear_reference(x, weight, b, extra.pop(0) if residual else None, activation=activation)

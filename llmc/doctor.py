@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from llmc.errors import MissingExtraError
+from llmc.errors import MissingExtraError, UsageError
 from llmc.paths import cache_root
 from llmc.units import format_bytes
 from llmc.version import __version__
@@ -106,13 +106,16 @@ def _targets() -> list[TargetStatus]:
     from llmc.manifest import Variant
     from llmc.runtime.artifact import refusal
     from llmc.runtime.host import host
-    from llmc.targets.link import linker
 
     found = []
     for spec in targets.known_specs():
-        target = targets.parse(spec)
         try:
-            linker(target)
+            target = targets.parse(spec)
+        except UsageError as error:  # a name that stands for a device of this machine, and there is none
+            found.append(TargetStatus(spec, False, False, str(error)))
+            continue
+        try:
+            targets.module_for(target).check_tools(target)
             missing = None
         except MissingExtraError as error:
             missing = str(error)

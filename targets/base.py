@@ -54,6 +54,9 @@ class TargetModule(Protocol):
     def known_specs(self) -> list[str]:
         """Target names a user may start from."""
 
+    def check_tools(self, target: Target) -> None:
+        """Raise MissingExtraError with the command to run if a tool that building for ``target`` takes is not here."""
+
     def tvm_target(self, target: Target) -> Any:
         """The ``tvm.target.Target`` to generate code for."""
 

@@ -75,6 +75,10 @@ def parse(spec: str) -> Target:
     )
 
 
+def check_tools(target: Target) -> None:
+    linker(target)
+
+
 def tvm_target(target: Target) -> tvm.target.Target:
     """LLVM with the target's triple, processor and extensions."""
     _, *extras = target.name.partition(":")[2].split("+")

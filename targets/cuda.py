@@ -75,6 +75,13 @@ def _local(spec: str) -> str:
     return devices[0].arch
 
 
+def check_tools(target: Target) -> None:
+    from llmc.targets import cuda_tools
+
+    linker(target)
+    cuda_tools.find_nvcc()
+
+
 def tvm_target(target: Target) -> tvm.target.Target:
     """CUDA code for the architecture, and plain x86-64 or aarch64 code for the host that launches it."""
     assert isinstance(target, GpuTarget)

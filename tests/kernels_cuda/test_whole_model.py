@@ -80,6 +80,8 @@ class Machine:
         return run(self.kernels[call.args[0]], TARGET, *arrays, out)[-1]
 
 
+# Slow: every thread of every kernel of a whole model is emulated.
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gemma2", "mixtral"])
 def test_prefill_and_decode(model_type: str, tiny_model_dir: Callable[..., Path]) -> None:
     folder = tiny_model_dir(model_type)

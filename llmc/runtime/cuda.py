@@ -7,22 +7,20 @@ logits out; between them the host only starts kernels, and after its first decod
 from __future__ import annotations
 
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llmc.errors import ArtifactError, InternalError, RequestError
+from llmc.errors import InternalError, RequestError
 from llmc.manifest import Manifest
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.batch import Step
 from llmc.runtime.cudart import DL_CUDA, Cuda, DeviceTensors, device_bytes
 from llmc.runtime.executor import page_shapes
 from llmc.runtime.library import load_cuda_runtime
+from llmc.runtime.vm import DL_CPU, load_vm, vm_function
 from llmc.runtime.weights import map_weights
 
-_DL_CPU = 1
-_POOLED_ALLOCATOR = 2
 _ALIGNMENT = 256
 """Bytes between the starts of tensors: what cudaMalloc itself aligns to, and TMA asks for half of."""
 
@@ -107,8 +105,8 @@ class CudaExecutor:
         self._ffi = load_cuda_runtime(artifact.folder)
         self._stream = self._ffi.use_raw_stream(self._ffi.device("cuda", device), self._cuda.stream)
         self._tensors = DeviceTensors(self._ffi, device)
-        self._vm = self._load(self._ffi, artifact.folder / variant.library, device)
-        self._functions = {name: self._phase(name) for name in ("decode", "extend")}
+        self._vm = load_vm(self._ffi, artifact.folder / variant.library, (DL_CUDA, device), (DL_CPU, 0))
+        self._functions = {name: vm_function(self._vm, name) for name in ("decode", "extend")}
         shapes = page_shapes(m, num_pages)
         self._rows = max(m.limits.max_logit_rows, m.limits.max_batch)
         try:
@@ -129,22 +127,6 @@ class CudaExecutor:
         self._recorded: dict[int, Any] = {}
         self._warm: set[int] = set()
         self.graphs = graphs
-
-    @staticmethod
-    def _load(ffi: Any, path: Path, device: int) -> Any:
-        try:
-            vm = ffi.load_module(str(path))["vm_load_executable"]()
-            vm["vm_initialization"](DL_CUDA, device, _POOLED_ALLOCATOR, _DL_CPU, 0, _POOLED_ALLOCATOR)
-        except (RuntimeError, AttributeError, ValueError, OSError) as error:
-            reason = str(error).strip().splitlines()[-1:]
-            raise ArtifactError(f"the compiled module {path} cannot be loaded ({''.join(reason)}): recompile the model") from error
-        return vm
-
-    def _phase(self, name: str) -> Any:
-        try:
-            return self._vm[name]
-        except AttributeError as error:
-            raise ArtifactError(f"the compiled module has no function {name}: recompile the model") from error
 
     def _upload(self, artifact: Artifact) -> list[Any]:
         """The weights as device tensors, in one allocation."""

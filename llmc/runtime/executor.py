@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import threading
 from math import prod
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from llmc.errors import ArtifactError, InternalError, RequestError
+from llmc.errors import InternalError, RequestError
 from llmc.manifest import Manifest
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.batch import Step
 from llmc.runtime.host import default_threads, host
 from llmc.runtime.library import load_runtime
 from llmc.runtime.tensors import tensor, zeros
+from llmc.runtime.vm import DL_CPU, load_vm, vm_function
 from llmc.runtime.weights import map_weights
 
-_DL_CPU = 1
-_POOLED_ALLOCATOR = 2
 # runtime.config_threadpool: the workers share the given processors, pinned to none of them
 _SHARE_ALL_CORES = -3
 
@@ -108,9 +106,9 @@ class TvmExecutor:
         self.num_pages = num_pages
         self.threads = count
         self._vocab = m.model.vocab_size
-        self._vm = self._load(ffi, artifact.folder / variant.library)
-        self._decode = self._phase("decode")
-        self._extend = self._phase("extend")
+        self._vm = load_vm(ffi, artifact.folder / variant.library, (DL_CPU, 0))
+        self._decode = vm_function(self._vm, "decode")
+        self._extend = vm_function(self._vm, "extend")
         # pages and weights as arrays, too: copy_page works on them, and they keep the memory
         self._pages = [zeros(shape, m.kv.dtype) for shape in page_shapes(m, num_pages)]
         weights = map_weights(artifact.folder, m.tensors, variant.weights)
@@ -131,22 +129,6 @@ class TvmExecutor:
         }
         self._buffers = {name: _Buffer(size, "int32") for name, size in sizes.items()}
         self._out = _Buffer(max(limits.max_logit_rows, limits.max_batch) * self._vocab, "float32")
-
-    @staticmethod
-    def _load(ffi: Any, path: Path) -> Any:
-        try:
-            vm = ffi.load_module(str(path))["vm_load_executable"]()
-            vm["vm_initialization"](_DL_CPU, 0, _POOLED_ALLOCATOR)
-        except (RuntimeError, AttributeError, ValueError, OSError) as error:
-            reason = str(error).strip().splitlines()[-1:]
-            raise ArtifactError(f"the compiled module {path} cannot be loaded ({''.join(reason)}): recompile the model") from error
-        return vm
-
-    def _phase(self, name: str) -> Any:
-        try:
-            return self._vm[name]
-        except AttributeError as error:
-            raise ArtifactError(f"the compiled module has no function {name}: recompile the model") from error
 
     def run(self, step: Step) -> np.ndarray:
         """See :meth:`Executor.run`."""

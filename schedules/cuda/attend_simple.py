@@ -65,7 +65,7 @@ def _call(
 
 
 SHAPES: dict[str, KernelCall] = {
-    "llama_8b": _call(32, 8, 128),
+    "heads_32x8_128": _call(32, 8, 128),
     "decode_64": _call(6, 2, 64, phase="decode"),
     "extend_80_f16": _call(2, 2, 80, page_size=32, dtype="float16"),
     "odd_20_12_softcap_f32": _call(6, 2, 20, 12, page_size=3, dtype="float32", softcap=3.0),

@@ -42,7 +42,7 @@ def _call(hq: int, hk: int, d: int, dv: int = 0, page_size: int = 16, dtype: str
 
 
 SHAPES: dict[str, KernelCall] = {
-    "llama_8b": _call(32, 8, 128),
+    "heads_32x8_128": _call(32, 8, 128),
     "group_8_128": _call(8, 1, 128, page_size=32),
     "group_3_64": _call(6, 2, 64, page_size=64),
     "group_1_80_f16": _call(2, 2, 80, dtype="float16"),

@@ -15,16 +15,15 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from tvm.script import tirx as T
 
-from llmc.schedules.cuda import hopper
+from llmc.schedules.cuda import hopper, linear_call
+from llmc.schedules.cuda.emit import WIDTH
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import Target
 
 NAME = "cuda.gemm_hopper"
 OP = "llmc.linear"
-WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 MULTIPROCESSORS = 132
 """Of an H100 SXM or H200. A GPU with fewer runs the rest of the persistent blocks in a second wave."""
 
@@ -76,7 +75,7 @@ def matches(call: KernelCall, target: Target) -> str | None:
         return None
     if x.dtype not in hopper.PTX_TYPE or weight.dtype != x.dtype or call.result.dtype not in (x.dtype, "float32"):
         return None
-    others = dict(zip(_names(call)[2:-1], call.args[2:], strict=True))
+    others = dict(zip(linear_call.operand_names(call)[2:-1], call.args[2:], strict=True))
     if others.get("bias", x).dtype not in WIDTH or others.get("residual", x).dtype != x.dtype:
         return None
     lanes = ROW_BYTES // WIDTH[x.dtype]
@@ -102,16 +101,11 @@ def stages(rows: int, columns: int) -> int:
     return min(7, free // ((rows + columns) * K_STEP * 2))
 
 
-def _names(call: KernelCall) -> list[str]:
-    optional = [name for name in ("bias", "residual") if call.attr(name)]
-    return ["x", "weight", *optional, "out"]
-
-
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     o, k = (int(d) for d in call.args[1].shape)
     rows, columns = config["tile"]
     cluster, blocks, dependent_launch = int(config["cluster"]), int(config["blocks"]), bool(config["dependent_launch"])
-    specs = dict(zip(_names(call), (*call.args, call.result), strict=True))
+    specs = dict(zip(linear_call.operand_names(call), (*call.args, call.result), strict=True))
     dtype, out_dtype = specs["x"].dtype, specs["out"].dtype
     bias_dtype = specs["bias"].dtype if "bias" in specs else dtype
     has_bias, has_residual, activation = "bias" in specs, "residual" in specs, call.attr("activation")
@@ -376,14 +370,4 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     return hopper.finish(gemm, f"gemm_{o}x{k}", unused, dependent_launch)
 
 
-def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
-    from llmc.dialect.linear import reference as linear_reference
-
-    named: dict[str, Any] = dict(zip(_names(call), arrays, strict=False))
-    return linear_reference(**named, activation=call.attr("activation"))
-
-
-def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
-    moved = sum(int(np.prod(s.bind(symbols))) * WIDTH[s.dtype] for s in (*call.args, call.result))
-    n, k = call.args[0].bind(symbols)
-    return moved, 2 * n * k * int(call.args[1].shape[0])
+reference, roofline = linear_call.reference, linear_call.roofline

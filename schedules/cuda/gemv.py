@@ -16,17 +16,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from tvm.script import tirx as T
 
-from llmc.schedules.cuda import hopper
+from llmc.schedules.cuda import hopper, linear_call
+from llmc.schedules.cuda.emit import WIDTH
 from llmc.schedules.cuda.math import ACTIVATIONS, activate
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import Target
 
 NAME = "cuda.gemv"
 OP = "llmc.linear"
-WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 LANE_K = 8
 """Elements of k that a lane loads at once: 16 bytes."""
 
@@ -89,7 +88,7 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     o, k = (int(d) for d in call.args[1].shape)
-    specs = dict(zip(_names(call), (*call.args, call.result), strict=True))
+    specs = dict(zip(linear_call.operand_names(call), (*call.args, call.result), strict=True))
     dtype, out_dtype = specs["x"].dtype, specs["out"].dtype
     bias_dtype = specs["bias"].dtype if "bias" in specs else dtype
     residual_dtype = specs["residual"].dtype if "residual" in specs else dtype
@@ -224,19 +223,4 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     return hopper.finish(gemv, f"gemv_{o}x{k}", unused, dependent_launch)
 
 
-def _names(call: KernelCall) -> list[str]:
-    optional = [name for name in ("bias", "residual") if call.attr(name)]
-    return ["x", "weight", *optional, "out"]
-
-
-def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
-    from llmc.dialect.linear import reference as linear_reference
-
-    named = dict(zip(_names(call), arrays, strict=False))
-    return linear_reference(**named, activation=call.attr("activation"))
-
-
-def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
-    moved = sum(int(np.prod(s.bind(symbols))) * WIDTH[s.dtype] for s in (*call.args, call.result))
-    n, k = call.args[0].bind(symbols)
-    return moved, 2 * n * k * int(call.args[1].shape[0])
+reference, roofline = linear_call.reference, linear_call.roofline

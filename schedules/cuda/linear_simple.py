@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from llmc.schedules.cuda import linear_call
 from llmc.schedules.cuda.emit import (
     STORAGE,
     WARP,
-    WIDTH,
     Symbols,
     arguments,
     bind,
@@ -94,7 +93,7 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     symbols = Symbols()
     o, k = (int(d) for d in call.args[1].shape)
-    specs = dict(zip(_names(call), (*call.args, call.result), strict=True))
+    specs = dict(zip(linear_call.operand_names(call), (*call.args, call.result), strict=True))
     with function(f"linear_simple_{call.phase}_{o}x{k}") as done:
         buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
         n = symbols.dim(call.args[0].shape[0])
@@ -186,19 +185,4 @@ def _finish(call: KernelCall, buffers: dict[str, Expr], total: Expr, row: Expr, 
     store_all(buffers["out"], [value], row, output)
 
 
-def _names(call: KernelCall) -> list[str]:
-    optional = [name for name in ("bias", "residual") if call.attr(name)]
-    return ["x", "weight", *optional, "out"]
-
-
-def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
-    from llmc.dialect.linear import reference as linear_reference
-
-    named = dict(zip(_names(call), arrays, strict=False))
-    return linear_reference(**named, activation=call.attr("activation"))
-
-
-def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
-    moved = sum(int(np.prod(s.bind(symbols))) * WIDTH[s.dtype] for s in (*call.args, call.result))
-    n, k = call.args[0].bind(symbols)
-    return moved, 2 * n * k * int(call.args[1].shape[0])
+reference, roofline = linear_call.reference, linear_call.roofline

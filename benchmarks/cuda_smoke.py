@@ -33,8 +33,11 @@ MODELS: dict[str, dict[str, Any]] = {
             "num_key_value_heads": 3, "head_dim": 10, "tie_word_embeddings": False},
     "1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
            "num_key_value_heads": 8, "head_dim": 64, "max_position_embeddings": 4096, "tie_word_embeddings": True},
+    "8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 8192,
+           "tie_word_embeddings": False},
 }  # fmt: skip
-KEPT_HEADER = ("1b",)
+KEPT_HEADER = ("1b", "8b")
 EPS, THETA = 1e-5, 10000.0
 TOLERANCE = {"bfloat16": 3e-2, "float16": 6e-3, "float32": 1e-4}
 """Largest difference of a logit, in units of the largest logit."""
@@ -96,7 +99,7 @@ def _write_model(folder: Path, config: dict[str, Any], zeros: bool) -> None:
             file.write(values.astype(np.float16).tobytes())
 
 
-def _fill_weights(folder: Path) -> None:
+def fill_weights(folder: Path) -> None:
     """Random weights behind every kept header: norms about one, matrices small."""
     import torch
 
@@ -258,7 +261,7 @@ def run(folder: Path, graphs: bool) -> int:
     """Check and time every artifact of ``folder``; 1 if one is wrong."""
     lines, wrong = [], 0
     for artifact in sorted(p for p in folder.iterdir() if (p / "manifest.json").is_file()):
-        _fill_weights(artifact)
+        fill_weights(artifact)
         prefill, decode = _check(artifact.name, artifact, graphs)
         dtype = json.loads((artifact / "manifest.json").read_text())["options"]["dtype"]
         right = prefill < TOLERANCE[dtype] and decode < TOLERANCE[dtype]  # NaN is not

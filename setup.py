@@ -1,4 +1,5 @@
-"""Packaging of llmc: the base install is the thin runtime; ``[compile]`` adds the compiler; ``[all]`` everything."""
+"""Packaging of llmc: the base install is the thin runtime; ``[compile]`` adds the compiler, ``[cuda]`` what
+compiling for and running on NVIDIA GPUs takes beside a driver; ``[all]`` everything."""
 
 from pathlib import Path
 
@@ -28,6 +29,7 @@ COMPILE = [
     "ziglang==0.17.1",
     "sentencepiece>=0.2",
 ]
+CUDA = ["nvidia-cuda-nvrtc==13.*", "nvidia-cuda-runtime==13.*", "nvidia-cuda-cccl==13.*"]
 DEV = ["pytest>=9", "pytest-xdist>=3.8", "pytest-timeout>=2.4", "ruff==0.17.6", "mypy==2.4.1", "psutil>=6"]
 
 PACKAGE_DIRS = {"llmc.passes": "passes", "llmc.schedules": "schedules", "llmc.targets": "targets"}
@@ -54,6 +56,6 @@ setup(
     package_dir={"": ".", **PACKAGE_DIRS},
     packages=packages(),
     install_requires=RUNTIME,
-    extras_require={"compile": COMPILE, "all": COMPILE, "dev": COMPILE + DEV},
+    extras_require={"compile": COMPILE, "cuda": CUDA, "all": COMPILE + CUDA, "dev": COMPILE + CUDA + DEV},
     entry_points={"console_scripts": ["llmc=llmc.cli.main:main"]},
 )

@@ -79,7 +79,7 @@ def check_tools(target: Target) -> None:
     from llmc.targets import cuda_tools
 
     linker(target)
-    cuda_tools.find_nvcc()
+    cuda_tools.compiler()
 
 
 def tvm_target(target: Target) -> tvm.target.Target:
@@ -116,7 +116,7 @@ def compute_dtype(storage: str) -> str:
 
 
 def build(module: tvm.IRModule, target: Target) -> Any:
-    """The executable, its device code compiled by nvcc. Needs no GPU. Raises MissingExtraError without nvcc or cudart."""
+    """The executable, its device code compiled by nvcc or NVRTC. Needs no GPU. Raises MissingExtraError without either or cudart."""
     from llmc.targets import cuda_tools
 
     cuda_tools.prepare()

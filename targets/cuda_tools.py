@@ -1,4 +1,4 @@
-"""What building for CUDA takes besides TVM, on a machine with or without a driver: nvcc, cudart, and the driver's symbols.
+"""What building for CUDA takes besides TVM, with or without a driver: a compiler, cudart, and the driver's symbols.
 
 TVM compiles device code while it builds only if ``libtvm_runtime_cuda.so`` can be loaded; otherwise it would store CUDA
 *source* in the library, and the machine that runs it would need a compiler. That library links to the driver, of which
@@ -12,7 +12,8 @@ import importlib.util
 import shutil
 import subprocess
 import tempfile
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ import tvm_ffi
 
 from llmc.errors import InternalError, MissingExtraError
 from llmc.runtime.library import CUDA_LIBRARY_NAME, find_cudart
+from llmc.targets import nvrtc
 from llmc.targets.link import host_c_compiler
 
-INSTALL = "run `pip install nvidia-cuda-nvcc==13.* nvidia-cuda-runtime==13.*`"
+INSTALL = "run `pip install nvidia-cuda-nvrtc==13.* nvidia-cuda-runtime==13.* nvidia-cuda-cccl==13.*`"
 
 NVCC_FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr")
 """No ``--use_fast_math``: kernels say themselves where an approximate function will do."""
@@ -38,26 +40,36 @@ _DRIVER = ("cuDeviceGetName", "cuFuncSetAttribute", "cuGetErrorName", "cuGetErro
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 
 
-def find_nvcc() -> Path:
-    """nvcc of CUDA 13: on the PATH, in ``/usr/local/cuda``, or from the PyPI wheel. Raises MissingExtraError if there is none."""
+def find_nvcc() -> Path | None:
+    """nvcc: on the PATH, in ``/usr/local/cuda``, or from the PyPI package. None if there is none, or no C++ compiler, which it
+    needs to preprocess."""
+    if not any(shutil.which(name) for name in ("g++", "c++", "clang++")):
+        return None
     found = shutil.which("nvcc")
     candidates = [Path(found)] if found else []
     candidates.append(Path("/usr/local/cuda/bin/nvcc"))
     spec = importlib.util.find_spec("nvidia")
     for folder in spec.submodule_search_locations or [] if spec is not None else []:
         candidates += [Path(folder) / "cu13" / "bin" / "nvcc", Path(folder) / "cuda_nvcc" / "bin" / "nvcc"]
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise MissingExtraError(f"compiling for CUDA needs nvcc 13, which is neither on the PATH nor installed as a package: {INSTALL}")
+    return next((path for path in candidates if path.is_file()), None)
 
 
-def compile_cuda(source: str, arch: str) -> bytes:
-    """CUDA source to a fatbin that holds machine code for ``arch`` (``"sm_90a"``) and nothing else: no PTX, no source.
+def compiler() -> Callable[[str, str], bytes]:
+    """What turns CUDA source into machine code for an architecture (``"sm_90a"``), a fatbin or a cubin, and nothing else: no PTX,
+    no source. It raises InternalError if it refuses the source.
 
-    Raises MissingExtraError without nvcc, InternalError if it refuses the source.
+    nvcc where there is one, else NVRTC. Raises MissingExtraError naming what to install if there is neither.
     """
     nvcc = find_nvcc()
+    if nvcc is not None:
+        return partial(_run_nvcc, nvcc)
+    library = nvrtc.find()
+    if library is None:
+        raise MissingExtraError(f"compiling for CUDA needs nvcc or NVRTC of CUDA 13, and neither is installed here: {INSTALL}")
+    return library.compile
+
+
+def _run_nvcc(nvcc: Path, source: str, arch: str) -> bytes:
     number = arch.removeprefix("sm_")
     with tempfile.TemporaryDirectory(prefix="llmc-nvcc-") as folder:
         code, binary = Path(folder) / "kernels.cu", Path(folder) / "kernels.fatbin"
@@ -72,7 +84,7 @@ def compile_cuda(source: str, arch: str) -> bytes:
 @cache
 def prepare() -> None:
     """Make this process able to build CUDA modules. Raises MissingExtraError naming what to install."""
-    find_nvcc()
+    compile_source = compiler()
     if tvm_ffi.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is None:
         _load_driver()
         cudart = find_cudart()
@@ -83,7 +95,7 @@ def prepare() -> None:
 
     @tvm_ffi.register_global_func("tvm_callback_cuda_compile", override=True)
     def _compile(source: str, *_: Any) -> bytes:
-        return compile_cuda(source, str(tvm.target.Target.current(allow_none=False).attrs["arch"]))
+        return compile_source(source, str(tvm.target.Target.current(allow_none=False).attrs["arch"]))
 
 
 def _load_driver() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +17,6 @@ from llmc.errors import InternalError, MissingExtraError, UsageError
 from llmc.runtime.device import CudaDevice
 from llmc.targets import cuda, cuda_tools
 from llmc.targets.base import GpuTarget
-
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 
 
 @pytest.mark.parametrize(("spec", "shared"), [("cuda:sm_80", 163), ("cuda:sm_89", 99), ("cuda:sm_90", 227), ("cuda:sm_90a", 227)])
@@ -52,29 +51,42 @@ def test_cuda_alone_is_this_machines_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
         targets.parse("cuda")
 
 
-def test_without_nvcc_the_error_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_error_names_the_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(Path, "is_file", lambda _: False)
-    with pytest.raises(MissingExtraError, match=r"pip install nvidia-cuda-nvcc==13\.\* nvidia-cuda-runtime"):
-        cuda_tools.find_nvcc()
+    with pytest.raises(MissingExtraError, match=r"needs nvcc or NVRTC .*pip install nvidia-cuda-nvrtc==13\.\* nvidia-cuda-runtime"):
+        cuda_tools.compiler()
 
 
-@needs_nvcc
-def test_source_that_nvcc_refuses_is_a_defect_of_ours() -> None:
-    with pytest.raises(InternalError, match="nvcc refuses the kernels generated for sm_80"):
-        cuda_tools.compile_cuda("__global__ void f() { nonsense; }", "sm_80")
+def test_nvrtc_makes_machine_code_without_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The package is one that the tests install; a C++ compiler, which nvcc would need, is hidden."""
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    compile_source = cuda_tools.compiler()
+    source = (
+        "#include <cuda_bf16.h>\n__global__ void twice(nv_bfloat16* x, const __grid_constant__ CUtensorMap m) { *x = *x + *x; }"
+    )
+    code = compile_source(source, "sm_90a")
+    header = struct.unpack_from("<4s14xH28xI", code)
+    assert header[:2] == (b"\x7fELF", 190)  # EM_CUDA
+    assert b"twice" in code and b"__global__" not in code and b".version " not in code
+    with pytest.raises(InternalError, match="NVRTC refuses the kernels generated for sm_80: .*nonsense"):
+        compile_source("__global__ void f() { nonsense; }", "sm_80")
 
 
-@needs_nvcc
+def test_source_that_the_compiler_refuses_is_a_defect_of_ours() -> None:
+    with pytest.raises(InternalError, match="refuses the kernels generated for sm_80"):
+        cuda_tools.compiler()("__global__ void f() { nonsense; }", "sm_80")
+
+
 def test_a_model_compiled_without_a_gpu(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "artifact"
     report = compile_model(str(tiny_model_dir("llama")), out=out, target="cuda:sm_90a", dtype="bfloat16", context=64)
     (variant,) = report.manifest.variants
     assert (variant.kind, variant.mcpu, variant.name) == ("cuda", "sm_90a", "cuda-sm_90a")
     library = (out / variant.library).read_bytes()
-    # machine code (an ELF of EM_CUDA) behind the fatbin's magic number, and neither source nor PTX to compile at load
-    assert b"\x50\xed\x55\xba" in library
+    # machine code (nvcc's fatbin, or NVRTC's ELF of EM_CUDA), and neither source nor PTX to compile at load
+    assert b"\x50\xed\x55\xba" in library or b"\x7fELF\x02\x01\x01\x41" in library
     assert b"__global__" not in library and b".version " not in library and not re.search(rb"\.target sm_", library)
     assert {p.name for p in (out / "runtime").iterdir()} == {"libtvm_runtime.so", "libtvm_runtime_cuda.so"}
     assert report.manifest.kv.dtype == "bfloat16"

@@ -116,7 +116,7 @@ def compute_dtype(storage: str) -> str:
 
 
 def build(module: tvm.IRModule, target: Target) -> Any:
-    """The executable, its device code compiled by nvcc or NVRTC. Needs no GPU. Raises MissingExtraError without either or cudart."""
+    """The executable, its device code made by nvcc or NVRTC. Needs no GPU. Raises MissingExtraError without either or cudart."""
     from llmc.targets import cuda_tools
 
     cuda_tools.prepare()

@@ -100,9 +100,9 @@ def _entry(model: str, files: Path, options: dict[str, Any]) -> Path:
 
 def key(files: Path, options: dict[str, Any]) -> str:
     """sha256 hex over the model's files, the options, this machine if the target is the host, and the compiler itself."""
-    options = dict(options)
-    if options.get("target") == "cpu":
-        options["target"] = f"cpu of {_host()}"
+    named = options.get("target", "cpu")
+    specs = [named] if isinstance(named, str) else named
+    options = {**options, "target": [f"cpu of {_host()}" if spec == "cpu" else spec for spec in specs]}
     parts = {
         "model": fingerprint(files),
         "options": options,

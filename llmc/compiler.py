@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmc import targets
 from llmc.artifact import ArtifactWriter, explained
@@ -17,10 +17,14 @@ from llmc.errors import UsageError
 from llmc.extras import require
 from llmc.importer.resolve import resolve
 from llmc.importer.source import ModelSource, TokenizerInfo
-from llmc.manifest import Limits, Manifest, ModelInfo, TokenizerFiles, Variant
+from llmc.manifest import Limits, Manifest, ModelInfo, TokenizerFiles
 from llmc.progress import Phase, Progress, SilentProgress
-from llmc.targets.base import Target
+from llmc.targets.base import Target, folder_name
 from llmc.version import __version__
+
+if TYPE_CHECKING:
+    from llmc.importer.model import ImportedModel
+    from llmc.passes.pipeline import Lowered
 
 STORAGE_DTYPES = ("float32", "bfloat16", "float16")
 MAX_ROWS = 512
@@ -70,7 +74,7 @@ def compile(
     model: str,
     *,
     out: Path | str,
-    target: str = "cpu",
+    target: str | Sequence[str] = "cpu",
     dtype: str | None = None,
     kv_dtype: str | None = None,
     context: int | None = None,
@@ -82,7 +86,8 @@ def compile(
 ) -> CompileReport:
     """Compile ``model`` (a folder, a .gguf file, a known name or a hub id) for ``target`` into the folder ``out``.
 
-    ``dtype``: how matrices are stored (float32, bfloat16 or float16; None: as the checkpoint has them, float16 for quantized
+    Several targets (``["cpu:x86-64-v3", "cuda:sm_80,sm_90a"]``) make variants of one artifact, which share the weights; the loader
+    takes the one that suits its machine best. ``dtype``: how matrices are stored (float32, bfloat16 or float16; None: as the checkpoint has them, float16 for quantized
     blocks); sums are always float32. ``kv_dtype``: the same for the KV cache (None: as ``dtype``). ``context``: the most
     positions a sequence may have (None: what the model was trained for). ``max_batch``: sequences in one decode step.
     ``page_size``: positions of one KV page. ``dump_ir``: a folder for the IR after every pass.
@@ -91,7 +96,7 @@ def compile(
     """
     require("compile", "compiling a model")
     clock = _Clock(progress or SilentProgress())
-    chosen = targets.parse(target)
+    chosen = targets.parse_all(target)
     _check_positive(max_batch=max_batch, page_size=page_size, context=context)
     with ArtifactWriter(Path(out), force=force) as writer, explained(writer.out):
         with clock.phase("model") as phase:
@@ -135,42 +140,33 @@ def _settings(
 
 
 def _compile(
-    model: str, source: ModelSource, target: Target, settings: Settings, dump_ir: Path | None, clock: _Clock, writer: ArtifactWriter
+    model: str,
+    source: ModelSource,
+    chosen: Sequence[Target],
+    settings: Settings,
+    dump_ir: Path | None,
+    clock: _Clock,
+    writer: ArtifactWriter,
 ) -> CompileReport:
     with clock.phase("load compiler"):
         import llmc.tvm_setup  # noqa: F401  must come before anything that parses TVMScript
-        from llmc.importer.model import import_model
-        from llmc.passes.pipeline import Options, lower
-    with clock.phase("import graph") as phase:
-        imported = import_model(
-            source,
-            storage_dtype=settings.storage_dtype,
-            compute_dtype=targets.module_for(target).compute_dtype(settings.storage_dtype),
-            context=settings.context,
-            step=lambda what: phase.update(0, what),
-        )
-    writer.check_room(imported.params.nbytes)
+        from llmc.variants import SharedWeights, build_variant
     limits = Limits(settings.max_batch, max(MAX_ROWS, settings.max_batch), max(MAX_LOGIT_ROWS, settings.max_batch))
-    with clock.phase("passes") as phase:
-        options = Options(
-            page_size=settings.page_size,
-            kv_dtype=settings.kv_dtype,
-            context=settings.context,
-            max_batch=limits.max_batch,
-            max_rows=limits.max_rows,
-            max_logit_rows=limits.max_logit_rows,
-        )
-        lowered = lower(imported.mod, imported.params, target, options, dump_ir, phase.callback())
-    variant_folder = f"variants/{target.name.replace(':', '-')}"
-    with clock.phase("machine code"):
-        _build(lowered.mod, target, writer.root / variant_folder)
-        _copy_runtime(target, writer.root)
-    with clock.phase("weights", imported.params.nbytes, "B") as phase:
+    weights = SharedWeights()
+    variants = []
+    for target in chosen:
+        ir_folder = dump_ir if dump_ir is None or len(chosen) == 1 else dump_ir / folder_name(target)
+        imported = _import(source, target, settings, clock)
+        writer.check_room(imported.params.nbytes)
+        with clock.phase("passes") as phase:
+            lowered = _lower(imported, target, settings, limits, ir_folder, phase)
+        with clock.phase("machine code"):
+            variants.append(build_variant(lowered, target, weights.share(lowered.weights, imported.params), writer.root))
+            _copy_runtime(target, writer.root)
+    with clock.phase("weights", weights.table.nbytes, "B") as phase:
         from llmc.weights_file import write_weights
 
-        written = write_weights(
-            imported.params, writer.root, "weights", lambda nbytes, name: phase.update(phase.done + nbytes, name)
-        )
+        written = write_weights(weights.table, writer.root, "weights", lambda nbytes, name: phase.update(phase.done + nbytes, name))
     with clock.phase("tokenizer"):
         tokenizer = _write_tokenizer(source, writer.root)
     contents = Manifest(
@@ -190,20 +186,7 @@ def _compile(
         limits=limits,
         graph_sha256=lowered.graph_sha256,
         options={"dtype": settings.storage_dtype, "kv_dtype": settings.kv_dtype},
-        variants=[
-            Variant(
-                name=target.name.replace(":", "-"),
-                target=target.name,
-                kind=target.kind,
-                triple=target.triple,
-                mcpu=target.mcpu,
-                features=list(target.features),
-                library=f"{variant_folder}/lib.so",
-                functions=lowered.functions,
-                weights=lowered.weights,
-                kernels=lowered.kernels,
-            )
-        ],
+        variants=variants,
         tensors=written.tensors,
         tokenizer=tokenizer,
         files=written.files,
@@ -215,12 +198,33 @@ def _compile(
     return CompileReport(contents, writer.out, total, clock.seconds, imported.unused)
 
 
-def _build(mod: Any, target: Target, folder: Path) -> None:
-    """Generate code for the lowered module and link it into ``folder/lib.so``."""
-    module = targets.module_for(target)
-    executable = module.build(mod, target)
-    folder.mkdir(parents=True)
-    module.export(executable, target, str(folder / "lib.so"))
+def _import(source: ModelSource, target: Target, settings: Settings, clock: _Clock) -> ImportedModel:
+    from llmc.importer.model import import_model
+
+    with clock.phase("import graph") as phase:
+        return import_model(
+            source,
+            storage_dtype=settings.storage_dtype,
+            compute_dtype=targets.module_for(target).compute_dtype(settings.storage_dtype),
+            context=settings.context,
+            step=lambda what: phase.update(0, what),
+        )
+
+
+def _lower(
+    imported: ImportedModel, target: Target, settings: Settings, limits: Limits, dump_ir: Path | None, phase: Phase
+) -> Lowered:
+    from llmc.passes.pipeline import Options, lower
+
+    options = Options(
+        page_size=settings.page_size,
+        kv_dtype=settings.kv_dtype,
+        context=settings.context,
+        max_batch=limits.max_batch,
+        max_rows=limits.max_rows,
+        max_logit_rows=limits.max_logit_rows,
+    )
+    return lower(imported.mod, imported.params, target, options, dump_ir, phase.callback())
 
 
 def _copy_runtime(target: Target, root: Path) -> None:
@@ -232,7 +236,7 @@ def _copy_runtime(target: Target, root: Path) -> None:
 
     if sys.platform != "linux" or not target.triple.startswith(platform.machine()):
         return  # this machine's libraries would not run there; `llmc doctor` on the other machine says what to install
-    (root / "runtime").mkdir()
+    (root / "runtime").mkdir(exist_ok=True)
     for name in targets.module_for(target).runtime_libraries(target):
         library = next(Path(tvm.__file__).parent.rglob(name))
         shutil.copy2(library, root / "runtime" / library.name)

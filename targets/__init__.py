@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from types import ModuleType
 
 from llmc.errors import UsageError
@@ -24,6 +25,21 @@ def parse(spec: str) -> Target:
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UsageError(f"unknown target {spec!r}: there is {', '.join(known_specs())}{hint}")
     return _module(kind).parse(spec)
+
+
+def parse_all(specs: str | Sequence[str]) -> list[Target]:
+    """The targets that ``specs`` name, in order, each once. ``"cuda:sm_80,sm_90a"`` is short for two of one kind.
+
+    Raises UsageError for a name that is unknown, or if there is none.
+    """
+    names: list[str] = []
+    for spec in [specs] if isinstance(specs, str) else specs:
+        kind, separator, rest = spec.partition(":")
+        names += [f"{kind}:{part.strip()}" for part in rest.split(",")] if separator else [spec]
+    found = {target.name: target for target in map(parse, names)}
+    if not found:
+        raise UsageError(f"no target was named: choose from {', '.join(known_specs())}")
+    return list(found.values())
 
 
 def module_for(target: Target) -> ModuleType:

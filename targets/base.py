@@ -43,6 +43,11 @@ class GpuTarget(Target):
     registers: int = 65536
 
 
+def folder_name(target: Target) -> str:
+    """The target's name as a folder may have it: ``"cuda-sm_90a"``."""
+    return target.name.replace(":", "-")
+
+
 class TargetModule(Protocol):
     """What each file in ``targets/`` offers for its kind."""
 

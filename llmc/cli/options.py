@@ -45,7 +45,10 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
     """What decides how a model is compiled. ``compile``, ``run`` and ``chat`` on a model take the same flags."""
     group = parser.add_argument_group("compilation")
     group.add_argument(
-        "--target", default="cpu", metavar="SPEC", help="cpu (this machine), cpu:x86-64-v3, cpu:aarch64+neon, ... (default: cpu)"
+        "--target",
+        action="append",
+        metavar="SPEC",
+        help="cpu (this machine), cpu:x86-64-v3, cuda:sm_80,sm_90a, ...; may be repeated: one artifact for all (default: cpu)",
     )
     group.add_argument("--dtype", choices=DTYPES, help="storage type of the weights (default: the model's own)")
     group.add_argument("--kv-dtype", choices=DTYPES, help="storage type of the KV cache (default: follows --dtype)")
@@ -55,7 +58,8 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
 
 def compile_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of ``llmc.compile`` that :func:`add_compile` read."""
-    return {name: getattr(args, name) for name in ("target", "dtype", "kv_dtype", "max_batch", "page_size")}
+    chosen = {name: getattr(args, name) for name in ("dtype", "kv_dtype", "max_batch", "page_size")}
+    return {"target": args.target or ["cpu"], **chosen}
 
 
 def add_runtime(parser: argparse.ArgumentParser) -> None:

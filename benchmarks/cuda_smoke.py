@@ -49,20 +49,26 @@ def prepare(folder: Path, target: str, dtype: str, names: list[str]) -> None:
 
     for name in names:
         source, out = folder / f"{name}.model", folder / name
-        _write_model(source, MODELS[name], zeros=name in KEPT_HEADER)
+        write_model(source, MODELS[name], zeros=name in KEPT_HEADER)
         start = time.perf_counter()
         compile_model(str(source), out=out, target=target, dtype=dtype, max_batch=16, page_size=16, force=True)
         shutil.rmtree(source)
-        for path in (out / "weights").iterdir() if name in KEPT_HEADER else []:
-            with path.open("rb") as file:
-                length = 8 + int.from_bytes(file.read(8), "little")
-                file.seek(0)
-                path.with_suffix(".header").write_bytes(file.read(length))
-            path.unlink()
+        if name in KEPT_HEADER:
+            strip_weights(out)
         print(f"{name}: compiled for {target} in {time.perf_counter() - start:.1f} s")
 
 
-def _write_model(folder: Path, config: dict[str, Any], zeros: bool) -> None:
+def strip_weights(artifact: Path) -> None:
+    """Leave of an artifact's weight files only their headers."""
+    for path in (artifact / "weights").iterdir():
+        with path.open("rb") as file:
+            length = 8 + int.from_bytes(file.read(8), "little")
+            file.seek(0)
+            path.with_suffix(".header").write_bytes(file.read(length))
+        path.unlink()
+
+
+def write_model(folder: Path, config: dict[str, Any], zeros: bool) -> None:
     """A checkpoint: config.json and float16 weights, random or all zero (then a hole in the file: it takes no space)."""
     folder.mkdir(parents=True, exist_ok=True)
     fixed = {

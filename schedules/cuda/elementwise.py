@@ -30,6 +30,8 @@ def schedule(function: tirx.PrimFunc, target: GpuTarget) -> tirx.PrimFunc:
     """The PrimFunc with every statement under a block and a thread index."""
     if function.attrs.get("tirx.is_scheduled", False):
         return function
+    if _binds_threads(function.body):  # TVM legalises scatters for GPUs with thread indices of their own
+        return function.with_attr("tirx.is_scheduled", True)
     if not isinstance(function.body, s_tir.SBlockRealize) or function.body.block.name_hint != "root":
         return _one_thread(function)
     sch = s_tir.Schedule(function)
@@ -37,9 +39,21 @@ def schedule(function: tirx.PrimFunc, target: GpuTarget) -> tirx.PrimFunc:
     if not blocks or any(not _visible(sch, block) for block in blocks):
         return _one_thread(function)
     _inline(sch)
+    # CUDA's code generator has no operators for vectors of truth values
+    buffers = [*function.body.block.alloc_buffers, *function.params]
+    lanes = 1 if any(str(buffer.dtype) == "bool" for buffer in buffers) else MAX_LANES
     for block in sch.get_child_blocks(sch.get_sblock("root")):
-        _schedule_block(sch, block)
+        _schedule_block(sch, block, lanes)
     return sch.mod["main"].with_attr("tirx.is_scheduled", True)
+
+
+def _binds_threads(statement: Any) -> bool:
+    """Whether a statement binds thread indices itself."""
+    if isinstance(statement, tirx.AttrStmt):
+        return bool(statement.attr_key == "thread_extent") or _binds_threads(statement.body)
+    if isinstance(statement, s_tir.SBlockRealize):
+        return _binds_threads(statement.block.body)
+    return isinstance(statement, tirx.SeqStmt) and any(_binds_threads(part) for part in statement)
 
 
 def _visible(sch: s_tir.Schedule, block: Any) -> bool:
@@ -67,24 +81,24 @@ def _inline(sch: s_tir.Schedule) -> None:
             continue
 
 
-def _schedule_block(sch: s_tir.Schedule, block: Any) -> None:
+def _schedule_block(sch: s_tir.Schedule, block: Any, lanes: int) -> None:
     loops, kinds = sch.get_loops(block), _kinds(sch, block)
     spatial = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == 0]
     reduced = [loop for loop, kind in zip(loops, kinds, strict=True) if kind == 2]
     if reduced:
         _reduce(sch, block, spatial, reduced)
     else:
-        _spread(sch, block, spatial)
+        _spread(sch, block, spatial, lanes)
 
 
-def _spread(sch: s_tir.Schedule, block: Any, spatial: list[Any]) -> None:
-    """An elementwise block over a flat grid."""
+def _spread(sch: s_tir.Schedule, block: Any, spatial: list[Any], lanes: int) -> None:
+    """An elementwise block over a flat grid, a thread for at most ``lanes`` neighbours."""
     if not spatial:
         one = sch.add_unit_loop(block)
         sch.bind(one, "threadIdx.x")
         return
     inner = sch.get(spatial[-1]).extent
-    lanes = MAX_LANES if isinstance(inner, tirx.IntImm) else 1
+    lanes = lanes if isinstance(inner, tirx.IntImm) else 1
     while lanes > 1 and int(inner) % lanes:
         lanes //= 2
     if lanes > 1:

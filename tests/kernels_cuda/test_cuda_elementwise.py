@@ -14,6 +14,7 @@ from tvm import relax, tirx
 
 from llmc import targets
 from llmc.schedules.cuda.elementwise import schedule
+from llmc.targets import cuda
 from tests.kernels.harness import DTYPES
 from tests.kernels.test_cpu_elementwise import CASES, lowered
 from tests.support.cuda_emulator import run, source
@@ -53,6 +54,27 @@ def test_results_are_unchanged(name: str) -> None:
     for n in (1, 3, 70):
         x = np.random.default_rng(n).standard_normal([n if d == "n" else d for d in shape]).astype(np.float32)
         np.testing.assert_allclose(execute(module, x), expected(x.astype(np.float64)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_scatter_that_tvm_legalises_with_threads_of_its_own() -> None:
+    shape, body, expected = CASES["scatter"]
+    with cuda.tvm_target(TARGET):
+        module = scheduled(lowered(shape, body))
+    x = np.random.default_rng(0).standard_normal((70, 5)).astype(np.float32)
+    np.testing.assert_allclose(execute(module, x), expected(x), rtol=1e-6)
+
+
+def test_truth_values_are_not_vectors() -> None:
+    """A negated comparison, innermost dimension a multiple of four."""
+    module = scheduled(lowered(("n", 64), unless_positive))
+    x = np.random.default_rng(0).standard_normal((5, 64)).astype(np.float32)
+    np.testing.assert_array_equal(execute(module, x), np.where(x > 0, x, 2 * x))
+    assert "short2" not in source(next(f for f in module.functions.values() if isinstance(f, tirx.PrimFunc)), TARGET)
+
+
+def unless_positive(x: Any) -> Any:
+    zero = relax.const(0.0, "float32")
+    return relax.op.where(relax.op.logical_not(relax.op.greater(x, zero)), relax.op.add(x, x), x)
 
 
 def narrow(body: Any, dtype: str) -> Any:

@@ -35,12 +35,19 @@ class GpuTarget(Target):
 
     ``vector_bits`` is the widest load of one thread, ``vector_registers`` the 32-bit registers a thread may have.
     ``shared_memory``: bytes of it that one thread block may ask for. ``registers``: 32-bit registers of one multiprocessor.
+    ``multiprocessors``: how many a typical GPU has, for planning. ``max_lanes``: most elements of one vector load.
+    ``lane_exchange``: whether the threads of a warp can read each other's registers.
+    ``matrix``: its matrix instruction by the name that ``schedules/gpu/matrix.py`` describes it under; empty without one.
     """
 
     warp_size: int = 32
     max_threads: int = 1024
     shared_memory: int = 48 << 10
     registers: int = 65536
+    multiprocessors: int = 108
+    max_lanes: int = 8
+    lane_exchange: bool = True
+    matrix: str = ""
 
 
 def folder_name(target: Target) -> str:

@@ -40,8 +40,8 @@ def schedule(function: tirx.PrimFunc, target: GpuTarget) -> tirx.PrimFunc:
         return _one_thread(function)
     _inline(sch)
     # CUDA's code generator has no operators for vectors of truth values
-    buffers = [*function.body.block.alloc_buffers, *function.params]
-    lanes = 1 if any(str(buffer.dtype) == "bool" for buffer in buffers) else MAX_LANES
+    values = [*function.body.block.alloc_buffers, *function.params]  # a parameter that is a number has no dtype of a buffer
+    lanes = 1 if any(str(getattr(value, "dtype", "")) == "bool" for value in values) else MAX_LANES
     for block in sch.get_child_blocks(sch.get_sblock("root")):
         _schedule_block(sch, block, lanes)
     return sch.mod["main"].with_attr("tirx.is_scheduled", True)

@@ -34,6 +34,9 @@ from llmc.passes.merge_projections import merge_projections
 from llmc.passes.paged_attention import paged_attention
 from llmc.passes.phases import phases
 from llmc.passes.rewrite import Graph
+from llmc.passes.sampling import FUNCTIONS as SAMPLING
+from llmc.passes.sampling import add_sampling, samples_on_device
+from llmc.passes.shapes import dims
 from llmc.passes.simplify import simplify
 from llmc.passes.sink_permutes import sink_permutes
 from llmc.passes.verify_dialect import Verifier
@@ -96,6 +99,7 @@ class _State:
     kv_layers: list[KvLayer] = field(default_factory=list)
     weights: list[str] = field(default_factory=list)
     library: KernelLibrary | None = None
+    functions_in_order: tuple[str, ...] = PHASES
     functions: list[FunctionInfo] = field(default_factory=list)
     kernels: list[KernelChoice] = field(default_factory=list)
 
@@ -117,13 +121,22 @@ def _lower_kernels(s: _State) -> None:
     s.module, s.library = lower_kernels(s.graphs, s.target, module.families(s.target), s.tvm_target)
 
 
+def _sampling(s: _State) -> None:
+    if not samples_on_device(targets.module_for(s.target).families(s.target)):
+        return
+    assert s.library is not None
+    vocab, o = int(dims(s.graphs[0].output)[-1]), s.options
+    s.module = add_sampling(s.module, s.library, vocab, o.page_size, o.max_batch, o.max_logit_rows, o.upper_bounds("decode")["m"])
+    s.functions_in_order += SAMPLING
+
+
 def _fuse_operators(s: _State) -> None:
     with s.tvm_target:
         for step in (
             relax.transform.AnnotateTIROpPattern(),
             relax.transform.FuseOps(),
             relax.transform.FuseTIR(),
-            relax.transform.DeadCodeElimination(list(PHASES)),
+            relax.transform.DeadCodeElimination(list(s.functions_in_order)),
         ):
             s.module = step(s.module)
 
@@ -137,11 +150,11 @@ def _schedule(s: _State) -> None:
 
 
 def _plan_memory(s: _State) -> None:
-    s.module = plan_memory(s.module, PHASES, s.tvm_target)
+    s.module = plan_memory(s.module, s.functions_in_order, s.tvm_target)
     assert s.library is not None
     chosen = s.library.choices()
     handwritten = {k.kernel for k in chosen}
-    for name in PHASES:
+    for name in s.functions_in_order:
         calls = kernel_calls(s.module[name])
         s.functions.append(FunctionInfo(name, workspace_bytes(s.module[name]), sum(len(c) for c in calls.values())))
         s.kernels += [k for k in chosen if k.function == name]
@@ -166,6 +179,7 @@ PASSES: list[tuple[str, Callable[[_State], None]]] = [
     ("paged_attention", _paged_attention),
     ("phases", _phases),
     ("lower_kernels", _lower_kernels),
+    ("sampling", _sampling),
     ("fuse_operators", _fuse_operators),
     ("plan_memory", _plan_memory),
     ("schedule", _schedule),  # after plan_memory, which may add a kernel that copies the result

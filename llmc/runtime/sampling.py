@@ -28,9 +28,10 @@ class SamplingParams:
     temperature: float = 0.0
     """Divides the logits; 0 takes the most probable token every time (greedy)."""
     top_k: int = 0
-    """Draw from the k most probable tokens; 0 from all."""
+    """Draw from the k most probable tokens, and those as probable as the last of them; 0 from all."""
     top_p: float = 1.0
-    """Draw from the fewest tokens whose probabilities add up to this (Holtzman et al., 2020)."""
+    """Draw from the fewest tokens whose probabilities add up to this (Holtzman et al., 2020), and those as probable as the last
+    of them."""
     min_p: float = 0.0
     """Leave out tokens less probable than this times the most probable one (Nguyen et al., 2024)."""
     repetition_penalty: float = 1.0
@@ -144,11 +145,12 @@ class Sampler:
 def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that may be drawn, in ascending order, and their weights (float32, the largest 1, not normalized).
 
-    Temperature must not be 0. At least the most probable token remains.
+    They are all those at least as probable as some token: which of equals are kept depends on no order, so that another sampler
+    finds the same ones by a threshold. Temperature must not be 0. At least the most probable token remains.
     """
     ids = np.arange(logits.size)
     if 0 < params.top_k < logits.size:
-        ids = np.sort(np.argpartition(logits, -params.top_k)[-params.top_k :])
+        ids = np.flatnonzero(logits >= np.partition(logits, -params.top_k)[-params.top_k])
         logits = logits[ids]
     weights = np.exp((logits - logits.max()) / np.float32(params.temperature))
     if params.min_p > 0:
@@ -162,7 +164,7 @@ def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, 
 
 
 def nucleus(weights: np.ndarray, share: float) -> np.ndarray:
-    """Indices, ascending, of the fewest largest ``weights`` that add up to ``share`` of their sum; ties go to lower indices."""
+    """Indices, ascending, of the fewest largest ``weights`` that add up to ``share`` of their sum, and of those equal to the last."""
     limit = share * weights.sum(dtype=np.float64)
     head = np.arange(weights.size)
     if weights.size > _HEAD:
@@ -171,4 +173,4 @@ def nucleus(weights: np.ndarray, share: float) -> np.ndarray:
         head = large if weights[large].sum(dtype=np.float64) >= limit else head
     order = head[np.argsort(-weights[head], kind="stable")]
     before = np.cumsum(weights[order], dtype=np.float64) - weights[order]
-    return np.sort(order[before < limit])
+    return np.flatnonzero(weights >= weights[order[before < limit][-1]])

@@ -5,6 +5,7 @@ that takes every shape.
 """
 
 from llmc.schedules.cuda import (
+    advance,
     append,
     attend_simple,
     decode_attention,
@@ -14,6 +15,8 @@ from llmc.schedules.cuda import (
     moe,
     prefill_attention,
     rope,
+    sample,
+    sample_stats,
     topk,
 )
 from llmc.schedules.cuda.norm import layer_norm, rms_norm
@@ -21,5 +24,6 @@ from llmc.schedules.cuda.norm import layer_norm, rms_norm
 FAMILIES = (
     gemv, gemm_hopper, linear_simple, decode_attention, prefill_attention, attend_simple,
     append, moe, rms_norm, layer_norm, rope, topk,
+    sample_stats, sample, advance,
 )  # fmt: skip
 """In order of preference; the first that matches takes a call."""

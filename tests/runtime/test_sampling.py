@@ -39,14 +39,9 @@ def expected(params: SamplingParams) -> np.ndarray:
     p /= p.sum()
     p[p < params.min_p * p.max()] = 0
     if params.top_k:
-        p[np.argsort(-p, kind="stable")[params.top_k :]] = 0
+        p[p < np.sort(p)[-params.top_k]] = 0
     p /= p.sum()
-    kept, total = np.zeros_like(p), 0.0
-    for i in np.argsort(-p, kind="stable"):
-        if total >= params.top_p - 1e-12:
-            break
-        kept[i] = p[i]
-        total += p[i]
+    kept = np.array([v if p[p > v].sum() < params.top_p - 1e-12 else 0 for v in p])
     return kept / kept.sum()
 
 
@@ -68,10 +63,8 @@ def test_candidates_have_the_analytic_probabilities(params: SamplingParams) -> N
     found = np.zeros(len(LOGITS))
     found[ids] = weights / weights.sum()
     want = expected(params)
-    if params.top_k == 1:  # the two best are equal: either will do
-        assert ids[0] in (1, 3)
-        assert len(ids) == 1
-        return
+    if params.top_k == 1:  # the two best are equal, and both stay
+        assert ids.tolist() == [1, 3]
     np.testing.assert_allclose(found, want, atol=1e-6)
     assert (found > 0).tolist() == (want > 0).tolist()
 
@@ -89,7 +82,7 @@ def test_the_nucleus_of_a_large_vocabulary_is_that_of_a_full_sort(scale: float, 
         want.append(i)
         total += weights[i]
     found = nucleus(weights, share).tolist()
-    assert found == sorted(want)
+    assert found == [i for i in range(5000) if weights[i] >= weights[want[-1]]]
 
 
 def test_draws_follow_the_distribution() -> None:

@@ -214,11 +214,11 @@ static inline unsigned __cvta_generic_to_shared(const void* p) { return (unsigne
 template <class T>
 static T shfl_any(T v, int src) {
   int w = LT / 32, l = LT % 32;
-  static_assert(sizeof(T) == 4, "");
-  memcpy(&wx[w][l][0], &v, 4);
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "");
+  memcpy(&wx[w][l][0], &v, sizeof(T));
   warp_sync();
   T r;
-  memcpy(&r, &wx[w][src & 31][0], 4);
+  memcpy(&r, &wx[w][src & 31][0], sizeof(T));
   warp_sync();
   return r;
 }

@@ -7,8 +7,8 @@ added::
       tokens, counts = call_tir_inplace(sample, [logits, draws, positions, counts, s])
     advance(tokens [n], input_ids [n], positions [n], seq_lens [n], block_table [n, m]) -> slot_mapping [n]
 
-They need no graph of the model, only its vocabulary and the page size. ``decode``, ``sample`` and ``advance`` in turn generate without
-the host: one CUDA graph. See :mod:`llmc.manifest` for what the arguments mean.
+They need no graph of the model, only its vocabulary and the page size. ``decode``, ``sample`` and ``advance`` in turn generate
+without the host: one CUDA graph. See :mod:`llmc.manifest` for what the arguments mean.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from llmc.runtime.tensors import dtype_code, storage_dtype
 
 DL_CUDA = 2
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
-_NON_BLOCKING_STREAM, _CAPTURE_RELAXED = 1, 2
+_NON_BLOCKING_STREAM, _CAPTURE_RELAXED, _NO_TIMING = 1, 2, 2
 _UPLOAD_BYTES, _UPLOAD_THREADS = 16 << 20, 4
 
 
@@ -89,6 +89,7 @@ class Cuda:
         self.device = device
         self._allocations: list[int] = []
         self._pinned: list[int] = []
+        self._events: list[int] = []
         try:
             self._call("cudaSetDevice", device)
             stream = ctypes.c_void_p()
@@ -150,6 +151,27 @@ class Cuda:
         """Wait until everything in the stream is done."""
         self._call("cudaStreamSynchronize", ctypes.c_void_p(self.stream))
 
+    def event(self, timing: bool = False) -> int:
+        """A mark for the stream. With ``timing`` it also keeps when it was passed."""
+        handle = ctypes.c_void_p()
+        self._call("cudaEventCreateWithFlags", ctypes.byref(handle), 0 if timing else _NO_TIMING)
+        self._events.append(int(handle.value or 0))
+        return self._events[-1]
+
+    def record(self, event: int) -> None:
+        """Put ``event`` behind everything that is in the stream now."""
+        self._call("cudaEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(self.stream))
+
+    def wait(self, event: int) -> None:
+        """Wait until the device has passed ``event``; at once if it was never recorded."""
+        self._call("cudaEventSynchronize", ctypes.c_void_p(event))
+
+    def elapsed(self, start: int, end: int) -> float:
+        """Seconds of the device between two events that it has passed."""
+        milliseconds = ctypes.c_float()
+        self._call("cudaEventElapsedTime", ctypes.byref(milliseconds), ctypes.c_void_p(start), ctypes.c_void_p(end))
+        return milliseconds.value / 1e3
+
     def upload(self, pieces: Sequence[tuple[int, np.ndarray]]) -> None:
         """Ordinary host memory (mapped files) to the device: ``(address, array)``. Returns when all of it is there.
 
@@ -204,6 +226,9 @@ class Cuda:
     def close(self) -> None:
         """Free all memory. Arrays and tensors over it must not be used afterwards."""
         self.synchronize()
+        for event in self._events:
+            self._call("cudaEventDestroy", ctypes.c_void_p(event))
+        self._events = []
         for address in list(self._pinned):
             self._free_pinned(address)
         for address in self._allocations:

@@ -6,15 +6,18 @@ in which every row asks for something else.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 
-from llmc.runtime.sampling import SamplingParams
+if TYPE_CHECKING:
+    from llmc.runtime.sampling import SamplingParams
 
 FIELDS = (
     "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
     "top_k", "seed_low", "seed_high", "stream", "slot", "row",
 )  # fmt: skip
-"""The columns of a record. ``slot``: the row of the token counts that penalties read, -1 for no penalties; ``row``: of the logits."""
+"""The columns of a record. ``slot``: the row of the token counts that penalties read, -1 for none; ``row``: that of the logits."""
 
 FLOATS = 6
 """So many of them, the first ones, are float32."""

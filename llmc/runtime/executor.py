@@ -7,8 +7,9 @@ costs the same Python whatever the number of layers.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from math import prod
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from llmc.runtime.artifact import Artifact
 from llmc.runtime.batch import Step
 from llmc.runtime.host import default_threads, host
 from llmc.runtime.library import load_runtime
+from llmc.runtime.sampling import Sampler
 from llmc.runtime.tensors import tensor, zeros
 from llmc.runtime.vm import DL_CPU, load_vm, vm_function
 from llmc.runtime.weights import map_weights
@@ -42,8 +44,54 @@ class Executor(Protocol):
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page over all layers."""
 
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """What chooses tokens on the device and runs ahead of the host; None where the host samples from :meth:`run`."""
+
     def close(self) -> None:
         """Let go of module, weights and pages."""
+
+
+class Draw(NamedTuple):
+    """A token to choose: how, and from which row of the step's logits."""
+
+    sampler: Sampler
+    row: int
+
+
+class Pipeline(Protocol):
+    """Steps that the host starts without waiting for the tokens of those before."""
+
+    depth: int
+    """Steps that are worth having in flight."""
+
+    max_draws: int
+    """Tokens that one step may choose."""
+
+    def begin(self, step: Step, draws: Sequence[Draw]) -> Flight:
+        """Start ``step`` and choose tokens from its logits. A decode step has one draw for each row, in order; an extend step any
+        number up to ``max_draws``, several of a row or none among them.
+        """
+
+
+class Flight(Protocol):
+    """A step that was started, and those that follow from it. Tokens come in the order of the draws."""
+
+    @property
+    def in_flight(self) -> int:
+        """Steps whose tokens have not been collected."""
+
+    def again(self, tables: Sequence[Sequence[int]]) -> bool:
+        """Start one more decode step, whose inputs are the tokens of the last one; ``tables``: the pages of each sequence now.
+
+        False if the step's arrays have been used for something else since: collect what is in flight and begin anew.
+        """
+
+    def collect(self) -> list[int]:
+        """The tokens of the oldest step in flight, once it is done; -1 where the logits were not finite."""
+
+    def abandon(self) -> None:
+        """Nobody will collect what is in flight."""
 
 
 def page_shapes(m: Manifest, num_pages: int) -> list[tuple[int, int, int]]:
@@ -89,7 +137,9 @@ class _Buffer:
 
 
 class TvmExecutor:
-    """An :class:`Executor` over a module that llmc compiled for the CPU."""
+    """An :class:`Executor` over a module that llmc compiled for the CPU. Host and device are one: none can run ahead."""
+
+    pipeline = None
 
     def __init__(self, artifact: Artifact, num_pages: int, threads: int | None = None) -> None:
         """Load the artifact's module, map its weights, and make ``num_pages`` zero pages (a stale NaN would leak through a

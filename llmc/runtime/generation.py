@@ -11,7 +11,7 @@ import numpy as np
 from llmc.runtime.detokenizer import Detokenizer, StopStrings
 from llmc.runtime.pages import PageAllocator
 from llmc.runtime.results import Event, FinishReason, Timing, TokenLogprob
-from llmc.runtime.sampling import Sampler, SamplingParams, log_softmax
+from llmc.runtime.sampling import Sampler, SamplingParams, log_softmax, not_finite
 from llmc.runtime.sequence import Sequence
 from llmc.runtime.tokenizer import Tokenizer
 
@@ -46,10 +46,11 @@ class Generation:
         self.sample = sample
         self.forked = sample > 0 or request.samples == 1
         self.started: float | None = None
+        self.finished = False
         self._bounds = bounds
         self._tokenizer = tokenizer
         self._submitted = submitted
-        self._sampler = Sampler(request.params, request.prompt, bounds.vocab_size, stream=sample)
+        self.sampler = Sampler(request.params, request.prompt, bounds.vocab_size, stream=sample)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, request.prompt)
         self._stops = StopStrings(request.params.stop)
         self._first = 0.0
@@ -71,11 +72,34 @@ class Generation:
             twins.append(twin)
         return twins
 
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the host must see the logits, and not only the token."""
+        return self.request.params.logprobs is not None
+
+    @property
+    def room(self) -> int:
+        """Tokens it may still get before its length ends it."""
+        most = self._bounds.context - len(self.sequence.tokens)
+        limit = self.request.params.max_tokens
+        return most if limit is None else min(most, limit - (len(self.sequence.tokens) - len(self.request.prompt)))
+
     def accept(self, logits: np.ndarray) -> Event:
         """Choose the next token from ``logits`` [vocab] float32; the event that tells of it."""
+        count = self.request.params.logprobs
+        token = self.sampler.sample(logits, len(self.sequence.tokens))
+        return self._append(token, None if count is None else [_logprob(logits, token, count)])
+
+    def accept_token(self, token: int) -> Event:
+        """The next token was chosen by the device (-1: it found none); the event that tells of it."""
+        if token < 0:
+            raise not_finite(len(self.sequence.tokens))
+        self.sampler.note(token)
+        return self._append(token, None)
+
+    def _append(self, token: int, logprobs: list[TokenLogprob] | None) -> Event:
         params, tokens = self.request.params, self.sequence.tokens
         now = perf_counter()
-        token = self._sampler.sample(logits, len(tokens))
         tokens.append(token)
         generated = len(tokens) - len(self.request.prompt)
         if generated == 1:
@@ -84,13 +108,14 @@ class Generation:
         if reason is None and (len(tokens) >= self._bounds.context or generated == params.max_tokens):
             reason = "length"
             text += self._stops.flush()
+        self.finished = reason is not None
         return Event(
             index=self.request.index,
             sample=self.sample,
             token_ids=[token],
             text=text,
             finish_reason=reason,
-            logprobs=None if params.logprobs is None else [_logprob(logits, token, params.logprobs)],
+            logprobs=logprobs,
             prompt_tokens=len(self.request.prompt),
             timing=None if reason is None else self._timing(generated, now),
         )

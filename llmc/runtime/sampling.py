@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmc.errors import InternalError, RequestError
+from llmc.runtime.draws import MOST, pack, token_counts
 
 _HEAD = 1024
 
@@ -69,6 +70,11 @@ class SamplingParams:
         if not all(isinstance(s, str) and s for s in self.stop):
             raise RequestError(f"stop={list(self.stop)!r} cannot be: it must be strings that are not empty")
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether a token's logit depends on how often it came before."""
+        return self.repetition_penalty != 1.0 or bool(self.presence_penalty or self.frequency_penalty)
+
     def _integer(self, name: str, low: int, high: int | None, optional: bool = False) -> None:
         value = getattr(self, name)
         if value is None and optional:
@@ -92,6 +98,11 @@ def uniform(seed: int, stream: int, position: int) -> float:
     return (int(bits) >> 11) * 2.0**-53
 
 
+def not_finite(position: int) -> InternalError:
+    """The error for logits of which none is the largest."""
+    return InternalError(f"the model gave logits that are not finite for position {position}: please report the model")
+
+
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """Natural log-probabilities over the last axis, float32 in and out, summed in float64."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
@@ -99,40 +110,47 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 class Sampler:
-    """Chooses the tokens of one sequence. ``stream`` tells apart the samples that share a prompt and a seed."""
+    """Chooses the tokens of one sequence. ``stream`` tells apart the samples that share a prompt and a seed.
+
+    A device that chooses instead is told how by :meth:`record`, and its tokens are made known by :meth:`note`. ``counts`` (int16
+    [vocab], see :mod:`llmc.runtime.draws`; None without penalties) are of the prompt and of the ``chosen`` tokens so far.
+    """
 
     def __init__(self, params: SamplingParams, prompt: list[int], vocab_size: int, stream: int = 0) -> None:
         self._params = params
         self._stream = stream
         self._seed = secrets.randbits(64) if params.seed is None else int(params.seed)
-        self._seen: np.ndarray | None = None
-        self._counts: np.ndarray | None = None
-        if params.repetition_penalty != 1.0:
-            self._seen = np.zeros(vocab_size, np.bool_)
-            self._seen[prompt] = True
-        if params.presence_penalty or params.frequency_penalty:
-            self._counts = np.zeros(vocab_size, np.int32)
+        self.chosen = 0
+        self.counts = token_counts(vocab_size, prompt, []) if params.penalizes else None
 
     def sample(self, logits: np.ndarray, position: int) -> int:
         """The token at ``position`` of the sequence, given its ``logits`` [vocab] float32, which are left as they are."""
         if not np.isfinite(logits.max()):
-            raise InternalError(f"the model gave logits that are not finite for position {position}: please report the model")
+            raise not_finite(position)
         logits = self._penalized(logits)
         token = int(logits.argmax()) if self._params.temperature == 0 else self._draw(logits, position)
-        if self._seen is not None:
-            self._seen[token] = True
-        if self._counts is not None:
-            self._counts[token] += 1
+        self.note(token)
         return token
+
+    def note(self, token: int) -> None:
+        """``token`` was chosen."""
+        self.chosen += 1
+        if self.counts is not None and self.counts[token] & MOST < MOST:
+            self.counts[token] += 1
+
+    def record(self, slot: int, row: int) -> np.ndarray:
+        """How the next token is to be chosen: see :func:`llmc.runtime.draws.pack`."""
+        return pack(self._params, self._seed, self._stream, slot, row)
 
     def _penalized(self, logits: np.ndarray) -> np.ndarray:
         p = self._params
-        if self._seen is not None:
-            scaled = np.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
-            logits = np.where(self._seen, scaled, logits)
-        if self._counts is not None:
-            logits = logits - p.presence_penalty * (self._counts > 0) - p.frequency_penalty * self._counts
-        return logits
+        if self.counts is None:
+            return logits
+        scaled = np.where(logits > 0, logits / p.repetition_penalty, logits * p.repetition_penalty)
+        logits = np.where(self.counts != 0, scaled, logits)
+        generated = self.counts & MOST
+        penalized: np.ndarray = logits - p.presence_penalty * (generated > 0) - p.frequency_penalty * generated
+        return penalized.astype(np.float32)
 
     def _draw(self, logits: np.ndarray, position: int) -> int:
         ids, weights = candidates(logits, self._params)
@@ -164,7 +182,8 @@ def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, 
 
 
 def nucleus(weights: np.ndarray, share: float) -> np.ndarray:
-    """Indices, ascending, of the fewest largest ``weights`` that add up to ``share`` of their sum, and of those equal to the last."""
+    """Indices, ascending, of the fewest largest ``weights`` that add up to ``share`` of their sum, and of those equal to the
+    last."""
     limit = share * weights.sum(dtype=np.float64)
     head = np.arange(weights.size)
     if weights.size > _HEAD:

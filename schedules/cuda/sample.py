@@ -276,7 +276,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             penalized(i)
             weight[0] = T.float64(0)
             away: T.float32 = top - value[0]
-            if away <= reach:
+            if away <= reach:  # noqa: SIM102  (beyond it the product may not fit)
                 if T.cast(away * scale, "uint32") <= most[0]:
                     weight[0] = T.cast(T.exp((T.float32(0) - away) / temperature), "float64")
 
@@ -362,7 +362,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             token = -1
         if thread == 0:
             tokens[draw] = token
-            if slot >= 0 and token >= 0:
+            if slot >= 0 and token >= 0:  # noqa: SIM102  (nothing is read for others)
                 if T.bitwise_and(T.cast(counts[T.cast(slot, "int64"), token], "int32"), MOST) < MOST:
                     counts[T.cast(slot, "int64"), token] = counts[T.cast(slot, "int64"), token] + T.int16(1)
 

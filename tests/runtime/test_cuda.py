@@ -14,10 +14,15 @@ import pytest
 from llmc.errors import MissingExtraError, RequestError
 from llmc.manifest import Limits
 from llmc.runtime import cuda, cudart, load, loading
+from llmc.runtime.artifact import open_artifact
 from llmc.runtime.batch import Step
+from llmc.runtime.cuda import CudaExecutor
 from llmc.runtime.cudart import Cuda, DeviceTensors
 from llmc.runtime.device import cuda_devices
 from llmc.runtime.library import load_runtime
+from llmc.runtime.model import Model
+from tests.runtime import module
+from tests.runtime.fake_cuda import FakeCuda, install
 from tests.runtime.toy import manifest
 
 
@@ -33,34 +38,17 @@ def test_without_cudart_the_error_names_the_package(monkeypatch: pytest.MonkeyPa
         Cuda(0)
 
 
-class HostMemory:
-    """Stands for :class:`Cuda`: device memory is host memory."""
-
-    def __init__(self) -> None:
-        self.copied = 0
-        self._blocks: list[np.ndarray] = []
-
-    def pinned(self, nbytes: int) -> np.ndarray:
-        self._blocks.append(np.full(nbytes, 77, np.uint8))
-        return self._blocks[-1]
-
-    def allocate(self, nbytes: int, zero: bool = False) -> int:
-        return int(self.pinned(nbytes).ctypes.data)
-
-    def copy_in(self, target: int, source: np.ndarray) -> None:
-        ctypes.memmove(target, source.ctypes.data, source.nbytes)
-        self.copied = source.nbytes
-
-
 def ints(*values: int) -> np.ndarray:
     return np.array(values, np.int32)
 
 
 def test_step_arguments_have_fixed_places_and_a_table_of_fixed_width() -> None:
-    memory: Any = HostMemory()
+    memory: Any = FakeCuda()
     arguments = cuda._Arguments(memory, manifest(5, 8, Limits(4, 16, 4)))
     step = Step(ints(4, 2), ints(0, 0), ints(3, 9), ints(0, 1, 2), ints(1, 1), np.array([[7], [8]], np.int32), None)
-    shapes = arguments.put(step)
+    arguments.put(step)
+    memory.synchronize()
+    shapes = arguments.shapes
     width = arguments.table_width
     assert shapes["block_table"] == (2, width) and "logit_rows" not in shapes
 
@@ -72,7 +60,7 @@ def test_step_arguments_have_fixed_places_and_a_table_of_fixed_width() -> None:
     np.testing.assert_array_equal(there("slot_mapping"), [3, 9])
     np.testing.assert_array_equal(there("block_table")[:, 0], [7, 8])
     assert there("block_table").shape[1] == width
-    assert memory.copied == arguments.offset["block_table"] + 4 * 2 * width
+    assert memory.copied[-1] == arguments.offset["block_table"] + 4 * 2 * width
     assert all(offset % 256 == 0 for offset in arguments.offset.values())
 
 
@@ -80,6 +68,95 @@ def test_threads_are_refused_for_a_gpu() -> None:
     artifact: Any = SimpleNamespace(variant=SimpleNamespace(kind="cuda", target="cuda:sm_90a"))
     with pytest.raises(RequestError, match="threads=2 cannot be: cuda:sm_90a computes on the GPU"):
         loading._device(artifact, 2)
+
+
+PROMPTS = [[1, 2, 3], [4] * 11, [5], [10, 9, 8, 7, 6], [0]]
+SAMPLED: list[dict[str, Any]] = [
+    {"max_tokens": 9},
+    {"max_tokens": 12, "temperature": 0.9, "top_p": 0.9, "seed": 5},
+    {
+        "max_tokens": 8,
+        "temperature": 2.0,
+        "top_k": 4,
+        "min_p": 0.01,
+        "seed": 1,
+        "repetition_penalty": 1.3,
+        "frequency_penalty": 0.5,
+    },
+]
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> list[FakeCuda]:
+    return install(monkeypatch, module.PAGE_SIZE)
+
+
+def on_gpu(artifact: Path, pages: int = 24, **options: Any) -> Model:
+    opened = open_artifact(artifact)
+    return Model(opened.manifest, CudaExecutor(opened, pages, **options), artifact)
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("options", SAMPLED)
+def test_a_device_that_samples_and_runs_ahead_gives_the_hosts_text(
+    options: dict[str, Any], graphs: bool, artifact: Path, gpus: list[FakeCuda]
+) -> None:
+    with load(artifact, max_batch=3) as host, on_gpu(artifact, graphs=graphs) as device:
+        for n in (1, 2, 5):
+            want = host.generate(PROMPTS, n=n, **options)
+            found = device.generate(PROMPTS, n=n, **options)
+            assert [c.token_ids for c in found] == [c.token_ids for c in want]
+            assert [c.finish_reason for c in found] == [c.finish_reason for c in want]
+            assert device.pages.used == 0
+        # where the host must see logits, it samples between steps whose tokens the device chose
+        mixed = device.generate(PROMPTS[0], logprobs=1, **options)
+        assert mixed.token_ids == host.generate(PROMPTS[0], **options).token_ids
+        np.testing.assert_allclose(device.logits(PROMPTS[1]), host.logits(PROMPTS[1]), rtol=1e-6)
+    assert bool(gpus[-1].launched) == graphs
+
+
+def test_streams_that_share_a_device_do_not_disturb_each_other(artifact: Path, gpus: list[FakeCuda]) -> None:
+    with load(artifact) as host, on_gpu(artifact) as device:
+        want = [host.generate(p, max_tokens=10).token_ids for p in PROMPTS[:3]]
+        streams = [device.generate(p, max_tokens=10, stream=True) for p in PROMPTS[:3]]
+        found: list[list[int]] = [[], [], []]
+        for _ in range(10):
+            for i, stream in enumerate(streams):
+                found[i] += next(stream).token_ids
+        assert found == want
+        left = device.generate(PROMPTS[3], max_tokens=20, stream=True)
+        next(left)
+        left.close()
+        assert device.pages.used == 0
+        assert device.generate(PROMPTS[0], max_tokens=10).token_ids == want[0]
+
+
+def test_pages_run_out_while_steps_are_in_flight(artifact: Path, gpus: list[FakeCuda]) -> None:
+    with load(artifact, max_batch=3) as host:
+        want = [c.token_ids for c in host.generate(PROMPTS, max_tokens=14)]
+    for pages in (7, 9, 12):
+        with on_gpu(artifact, pages) as device:
+            assert [c.token_ids for c in device.generate(PROMPTS, max_tokens=14)] == want
+            assert device.pages.used == 0
+
+
+def test_the_block_table_is_sent_once_and_then_only_its_new_entries(artifact: Path, gpus: list[FakeCuda]) -> None:
+    with on_gpu(artifact) as device:
+        device.generate([1, 2], max_tokens=20)
+        # the prompt's step and the first decode step send all arrays; each later page is one entry
+        small = [n for n in gpus[-1].copied if n <= 16]
+        assert small == [4] * (22 // module.PAGE_SIZE)
+        assert len(gpus[-1].copied) - len(small) == 2
+
+
+def test_device_time_is_that_of_the_steps(artifact: Path, gpus: list[FakeCuda]) -> None:
+    with on_gpu(artifact) as device:
+        executor: Any = device._executor
+        executor.timer = cuda.StepTimer(executor.cuda)
+        device.generate([1, 2], max_tokens=5)
+        # a prompt step of two pieces of work, four decode steps of three
+        assert executor.timer.seconds() == pytest.approx((2 + 4 * 3) * 1e-6)
+        assert executor.timer.seconds() == 0
 
 
 @pytest.mark.gpu

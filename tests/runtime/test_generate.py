@@ -14,10 +14,17 @@ from llmc.runtime.model import Model
 from llmc.runtime.results import Completion
 from llmc.runtime.sampling import SamplingParams, log_softmax
 
+from . import toy
 from .toy import byte_level_tokenizer, executor_of, reference_logits, toy_model, write_tokenizer
 
 PROMPTS = [[5], [3, 1, 4, 1, 5, 9, 2, 6], [7, 7], list(range(30)), [11, 0, 12], [2] * 9, [39, 38, 37, 36, 35]]
 SAMPLED: dict[str, Any] = {"max_tokens": 12, "temperature": 0.9, "top_p": 0.95, "seed": 5}
+
+
+@pytest.fixture(autouse=True, params=["host samples", "device samples"])
+def _device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds whether the host chooses the tokens or a device that runs ahead."""
+    monkeypatch.setattr(toy, "DEVICE", request.param == "device samples")
 
 
 def greedy_reference(prompt: list[int], count: int, vocab: int = 40) -> list[int]:
@@ -212,6 +219,26 @@ def test_logits_and_score_are_teacher_forced(limits: Limits) -> None:
     assert score.total == pytest.approx(float(direct.astype(np.float64).sum()))
     assert score.perplexity == pytest.approx(float(np.exp(-direct.astype(np.float64).mean())))
     assert model.pages.used == 0
+
+
+def test_a_device_is_kept_ahead_and_its_surplus_tokens_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy, "DEVICE", True)
+    model = toy_model()
+    pipeline = executor_of(model).pipeline
+    assert pipeline is not None
+    prompt, want = PROMPTS[1], greedy_reference(PROMPTS[1], 12)
+    assert model.generate(prompt, max_tokens=12).token_ids == want
+    # no step past the last token, and no more in flight than is worth it
+    assert len(executor_of(model).steps) == 12
+    assert pipeline.most_ahead == pipeline.depth
+    executor_of(model).steps.clear()
+    end = next(i for i in range(2, 12) if want[i] not in want[:i])
+    monkeypatch.setattr(Model, "_eos_ids", frozenset({want[end]}))
+    found = model.generate([prompt, PROMPTS[4]], max_tokens=12)
+    assert (found[0].token_ids, found[0].finish_reason) == (want[: end + 1], "stop")
+    assert model.pages.used == 0
+    monkeypatch.setattr(toy, "DEVICE", False)
+    assert found[1].token_ids == toy_model().generate(PROMPTS[4], max_tokens=12).token_ids
 
 
 def test_timing_and_events_add_up() -> None:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from llmc.errors import InternalError
 from llmc.manifest import KvInfo, KvLayer, Limits, Manifest, ModelInfo, TokenizerFiles
 from llmc.runtime.batch import Step
+from llmc.runtime.executor import Draw
 from llmc.runtime.model import Model
+from llmc.runtime.sampling import Sampler
 
 PAGE_SIZE = 4
 HEADS, K_DIM, V_DIM, LAYERS = 2, 6, 5, 2
@@ -17,6 +21,76 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}[assistant] {% endif %}"
 )
+
+
+DEVICE = False
+"""Whether new toy executors choose tokens themselves and run ahead, as a GPU does."""
+
+
+class ToyPipeline:
+    """A device that samples: it knows what it was sent and what its own steps left behind, and nothing of the host's lists."""
+
+    depth = 3
+
+    def __init__(self, executor: ToyExecutor, max_draws: int = 8) -> None:
+        self.executor, self.max_draws = executor, max_draws
+        self.current: ToyFlight | None = None
+        self.most_ahead = 0
+
+    def begin(self, step: Step, draws: list[Draw]) -> ToyFlight:
+        return ToyFlight(self, copy.deepcopy(step), [(copy.deepcopy(d.sampler), d.row) for d in draws])
+
+
+class ToyFlight:
+    def __init__(self, pipeline: ToyPipeline, step: Step, draws: list[tuple[Sampler, int]]) -> None:
+        assert len(draws) <= pipeline.max_draws
+        self.pipeline, self.draws = pipeline, draws
+        self.tokens: list[list[int]] = []
+        self.rows = [list(row[: -(-n // PAGE_SIZE)]) for row, n in zip(step.block_table, step.seq_lens, strict=True)]
+        self._run(step)
+        if step.logit_rows is None:
+            assert [row for _, row in draws] == list(range(len(step.seq_lens)))
+            pipeline.current = self
+
+    @property
+    def in_flight(self) -> int:
+        return len(self.tokens)
+
+    def _run(self, step: Step) -> None:
+        logits = self.pipeline.executor.run(step)
+        rows = np.arange(len(step.input_ids)) if step.logit_rows is None else step.logit_rows
+        tokens = []
+        for sampler, row in self.draws:
+            try:
+                tokens.append(sampler.sample(logits[row], int(step.positions[rows[row]]) + 1))
+            except InternalError:
+                tokens.append(-1)
+        if self.draws:
+            self.tokens.append(tokens)
+        self.pipeline.most_ahead = max(self.pipeline.most_ahead, len(self.tokens))
+        self.step = step
+
+    def again(self, tables: list[list[int]]) -> bool:
+        if self.pipeline.current is not self:
+            return False
+        for known, now in zip(self.rows, tables, strict=True):
+            known += now[len(known) :]
+        last, ids = self.step, np.maximum(self.tokens[-1] if self.tokens else self.last, 0).astype(np.int32)
+        positions = last.positions + 1
+        slots = [r[p // PAGE_SIZE] * PAGE_SIZE + p % PAGE_SIZE for r, p in zip(self.rows, positions, strict=True)]
+        table = np.zeros((len(ids), max(len(r) for r in self.rows)), np.int32)
+        for i, known in enumerate(self.rows):
+            table[i, : len(known)] = known
+        self._run(Step(ids, positions, np.array(slots, np.int32), last.q_indptr, last.seq_lens + 1, table, None))
+        self.pipeline.current = self
+        return True
+
+    def collect(self) -> list[int]:
+        self.last = self.tokens.pop(0)
+        return self.last
+
+    def abandon(self) -> None:
+        self.tokens.clear()
 
 
 class ToyExecutor:
@@ -39,8 +113,11 @@ class ToyExecutor:
         self.steps: list[Step] = []
         self.copies = 0
         self.closed = False
+        self.pipeline = ToyPipeline(self) if DEVICE else None
 
     def run(self, step: Step) -> np.ndarray:
+        if self.pipeline is not None:
+            self.pipeline.current = None
         self.steps.append(step)
         x = self.embedding[step.input_ids] + np.sin(step.positions[:, None] * np.arange(1, 13) / 7)
         for layer in range(LAYERS):

@@ -4,6 +4,7 @@ before::                                         after::
 
     y = llmc.linear(x, w, b, h, ...)                 y = call_tir(linear_576x1536, [x, w, b, h])
     p = llmc.append(k, v, slots, pages)              p = call_tir_inplace(append, [k, v, slots, pages])
+    t = llmc.rope_append(x, ..., pages)              t = call_tir_inplace(rope_append, [x, ..., pages]): (new, pages)
     m = multiply(nn.silu(g), u)                      m = call_tir(fused_silu_multiply, [g, u])
 
 A kernel is built once per distinct :class:`~llmc.schedules.protocol.KernelCall`: 32 layers cost as much as two, and the phases
@@ -24,13 +25,14 @@ from llmc.dialect.core import attrs_of, is_call
 from llmc.manifest import KernelChoice
 from llmc.passes.legalize import Legalizer, PrimFuncs
 from llmc.passes.rewrite import Binding, Graph, op_name
-from llmc.passes.shapes import dims, dtype_of
+from llmc.passes.shapes import dims, dtype_of, first_result
 from llmc.schedules.protocol import Dim, KernelCall, TensorSpec
+from llmc.schedules.records import Records, call_to_json
 from llmc.schedules.registry import choose, signature
 from llmc.targets.base import Target
 
-IN_PLACE = {"llmc.append": 3}
-"""Operators whose result is this operand, written in place."""
+IN_PLACE = {"llmc.append": [3], "llmc.rope_append": [-1, 4]}
+"""Operators that write an operand in place: for each result which operand it is, -1 for a new tensor."""
 
 OPAQUE = 8
 """``op_pattern`` that keeps FuseOps from merging anything into a kernel."""
@@ -43,13 +45,17 @@ class _Kernel:
     family: str
     config: dict[str, Any]
     why: str
+    tuned: str
 
 
 class KernelLibrary:
-    """Builds kernels on demand, one per distinct call, and remembers how often each phase runs them."""
+    """Builds kernels on demand, one per distinct call, and remembers how often each phase runs them.
 
-    def __init__(self, target: Target, families: Sequence[Any], functions: PrimFuncs) -> None:
-        self.target, self.families, self.functions = target, families, functions
+    ``records``: what was measured; a call that they say nothing of gets its family's default configuration.
+    """
+
+    def __init__(self, target: Target, families: Sequence[Any], functions: PrimFuncs, records: Records | None = None) -> None:
+        self.target, self.families, self.functions, self.records = target, families, functions, records or Records()
         self.counts: Counter[tuple[str, KernelCall]] = Counter()
         self._kernels: dict[KernelCall, _Kernel] = {}
 
@@ -58,12 +64,18 @@ class KernelLibrary:
         self.counts[function, call] += 1
         if call not in self._kernels:
             family, why = choose(call, self.target, self.families)
-            config = {axis: values[0] for axis, values in family.space(call, self.target).items()}
+            config, tuned = self._config(family, call)
             built = family.build(call, self.target, config)
             name = str(built.attrs["global_symbol"]) if "global_symbol" in built.attrs else call.op.rpartition(".")[2]
             built = built.with_attr("op_pattern", OPAQUE).with_attr("tirx.is_scheduled", True)
-            self._kernels[call] = _Kernel(call, self.functions.add(name, built), family.NAME, config, why)
+            self._kernels[call] = _Kernel(call, self.functions.add(name, built), family.NAME, config, why, tuned)
         return self._kernels[call].var
+
+    def _config(self, family: Any, call: KernelCall) -> tuple[dict[str, Any], str]:
+        """The configuration of a call, and where it is from."""
+        if (found := self.records.lookup(family, call, self.target)) is not None:
+            return found.config, f"{found.origin}: {found.why}"
+        return {axis: values[0] for axis, values in family.space(call, self.target).items()}, "default"
 
     def choices(self) -> list[KernelChoice]:
         """One record per phase and kernel, in the order of first use."""
@@ -71,7 +83,8 @@ class KernelLibrary:
         for (function, call), count in self.counts.items():
             k = self._kernels[call]
             config = {axis: _plain(value) for axis, value in k.config.items()}
-            chosen.append(KernelChoice(function, call.op, k.var.name_hint, k.family, count, signature(call), config, k.why))
+            described = (function, call.op, k.var.name_hint, k.family, count, signature(call), config, k.why)
+            chosen.append(KernelChoice(*described, k.tuned, call_to_json(call)))
         return chosen
 
 
@@ -89,7 +102,7 @@ def kernel_call(value: relax.Call, result: relax.Var, phase: str) -> KernelCall:
             return d
         return symbols.setdefault(str(d), _dim_name(d, len(symbols)))
 
-    specs = [(tuple(dim(d) for d in dims(v)), dtype_of(v)) for v in (*value.args, result)]
+    specs = [(tuple(dim(d) for d in dims(v)), dtype_of(v)) for v in (*value.args, first_result(result))]
     only = next(iter(symbols.values())) if len(symbols) == 1 else None
     tensors = [TensorSpec(tuple("n" if d == only else d for d in shape) if only else shape, dtype) for shape, dtype in specs]
     return KernelCall(value.op.name, tuple(tensors[:-1]), tensors[-1], tuple(sorted(attrs_of(value).items())), phase)
@@ -116,11 +129,12 @@ def _lower_graph(graph: Graph, library: KernelLibrary, legalizer: Legalizer) -> 
     for var, value in graph.bindings:
         if is_call(value):
             kernel = library.kernel(graph.name, kernel_call(value, var, graph.name))
-            place = IN_PLACE.get(op_name(value))
-            if place is None:
+            places = IN_PLACE.get(op_name(value))
+            if places is None:
                 bindings.append((var, relax.call_tir(kernel, list(value.args), var.ty)))
             else:
-                bindings.append((var, relax.call_tir_inplace(kernel, list(value.args), [place], [var.ty])))
+                results = list(var.ty.fields) if len(places) > 1 else [var.ty]
+                bindings.append((var, relax.call_tir_inplace(kernel, list(value.args), places, results)))
         elif isinstance(value, relax.Call) and op_name(value) != "relax.reshape":  # a reshape is a view: no kernel
             bindings.extend(legalizer.lower(var, value))
         else:
@@ -130,11 +144,15 @@ def _lower_graph(graph: Graph, library: KernelLibrary, legalizer: Legalizer) -> 
 
 
 def lower_kernels(
-    graphs: Sequence[Graph], target: Target, families: Sequence[Any], tvm_target: tvm.target.Target
+    graphs: Sequence[Graph],
+    target: Target,
+    families: Sequence[Any],
+    tvm_target: tvm.target.Target,
+    records: Records | None = None,
 ) -> tuple[tvm.IRModule, KernelLibrary]:
     """All phases in one module of ``call_tir`` and PrimFuncs (not fused yet), and the record of the kernels chosen."""
     functions = PrimFuncs()
-    library, legalizer = KernelLibrary(target, families, functions), Legalizer(functions)
+    library, legalizer = KernelLibrary(target, families, functions, records), Legalizer(functions)
     with tvm_target:
         for graph in graphs:
             _lower_graph(graph, library, legalizer)

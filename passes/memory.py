@@ -19,7 +19,7 @@ import tvm
 from tvm import relax, te, tirx
 
 from llmc.errors import InternalError
-from llmc.passes.rewrite import Binding, op_name, substitute
+from llmc.passes.rewrite import Binding, op_name, operands, substitute
 from llmc.passes.shapes import plain
 
 R = relax.transform
@@ -40,6 +40,9 @@ def _write_to_caller(module: tvm.IRModule, name: str) -> tvm.IRModule:
     """Give function ``name`` the first parameter ``out`` and make it write its result there."""
     function = module[name]
     bindings = _bindings(function)
+    # A kernel with several results leaves a tuple of them, which nothing reads and which would keep them alive.
+    read = {v for _, value in bindings for v in operands(value)}
+    bindings = [(v, value) for v, value in bindings if v in read or not isinstance(value, relax.Tuple)]
     result = function.body.body
     out = relax.Var("out", result.ty)
     value = dict(bindings).get(result)

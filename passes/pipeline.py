@@ -25,6 +25,7 @@ from llmc.errors import InternalError, OutputError
 from llmc.importer.params import ParamTable
 from llmc.manifest import FunctionInfo, KernelChoice, KvLayer
 from llmc.passes.fingerprint import graph_sha256
+from llmc.passes.fuse_append import fuse_append
 from llmc.passes.fuse_epilogue import fuse_bias, fuse_epilogue
 from llmc.passes.fuse_norm import fuse_norm
 from llmc.passes.fuse_rope import fuse_rope
@@ -41,6 +42,7 @@ from llmc.passes.simplify import simplify
 from llmc.passes.sink_permutes import sink_permutes
 from llmc.passes.verify_dialect import Verifier
 from llmc.passes.widen import widen
+from llmc.schedules.records import Records
 from llmc.targets.base import Target
 
 PHASES = ("decode", "extend")
@@ -52,7 +54,8 @@ class Options:
     """What the module is compiled for: the KV cache's layout, and the largest step that memory is planned for.
 
     ``page_size``: positions in a page; ``kv_dtype``: of stored keys and values; ``context``: most positions of a sequence;
-    ``max_batch``: sequences in a step; ``max_rows``: tokens in an extend step; ``max_logit_rows``: rows with logits in one.
+    ``max_batch``: sequences in a step; ``max_rows``: tokens in an extend step; ``max_logit_rows``: rows with logits in one;
+    ``records``: the measurements that kernels get their configurations from.
     """
 
     page_size: int = 32
@@ -61,6 +64,7 @@ class Options:
     max_batch: int = 8
     max_rows: int = 512
     max_logit_rows: int = 64
+    records: Records | None = None
 
     def upper_bounds(self, phase: str) -> dict[str, int]:
         """The most that each symbolic dimension of ``phase`` can be."""
@@ -115,10 +119,18 @@ def _phases(s: _State) -> None:
     s.weights = [p.name for p in s.graphs[0].params[s.graphs[0].inputs :]]
 
 
+def _fuse_append(s: _State) -> None:
+    if any(family.OP == "llmc.rope_append" for family in targets.module_for(s.target).families(s.target)):
+        for graph in s.graphs:
+            fuse_append(graph)
+
+
 def _lower_kernels(s: _State) -> None:
     module = targets.module_for(s.target)
     s.tvm_target = module.tvm_target(s.target)
-    s.module, s.library = lower_kernels(s.graphs, s.target, module.families(s.target), s.tvm_target)
+    s.module, s.library = lower_kernels(
+        s.graphs, s.target, module.families(s.target), s.tvm_target, s.options.records
+    )
 
 
 def _sampling(s: _State) -> None:
@@ -178,6 +190,7 @@ PASSES: list[tuple[str, Callable[[_State], None]]] = [
     ("widen", lambda s: widen(s.graphs[0])),
     ("paged_attention", _paged_attention),
     ("phases", _phases),
+    ("fuse_append", _fuse_append),
     ("lower_kernels", _lower_kernels),
     ("sampling", _sampling),
     ("fuse_operators", _fuse_operators),

@@ -22,6 +22,11 @@ def plain(dim: Any) -> Any:
     return int(dim.value) if isinstance(dim, tirx.IntImm) else dim
 
 
+def first_result(var: relax.Var) -> relax.Expr:
+    """``var``, or its first field if it is a tuple."""
+    return relax.TupleGetItem(var, 0) if isinstance(var.ty, relax.TupleType) else var
+
+
 def dtype_of(expr: relax.Expr) -> str:
     return str(expr.ty.dtype)
 

@@ -20,11 +20,11 @@ from llmc.dialect.linear import ACTIVATIONS
 from llmc.errors import InternalError
 from llmc.importer.params import ParamTable
 from llmc.passes.rewrite import Graph, op_name
-from llmc.passes.shapes import dims, dtype_of, same_dim, same_shape
+from llmc.passes.shapes import dims, dtype_of, first_result, same_dim, same_shape
 
 Shapes = list[list[Any]]
 Check = Callable[[Shapes, dict[str, Any]], str]
-"""Takes the operands' shapes (the result's last) and the attributes; returns what is wrong, or an empty string."""
+"""Takes the operands' shapes (the result's last, of several the first) and the attributes; returns what is wrong, or ""."""
 
 
 def _expect(*conditions: tuple[bool, str]) -> str:
@@ -82,6 +82,19 @@ def _append(s: Shapes, a: dict[str, Any]) -> str:
     )
 
 
+def _rope_append(s: Shapes, a: dict[str, Any]) -> str:
+    qkv, cos, sin, slots, pages = s[:5]
+    q, (_, kv_heads, width), r = s[-1], pages, a["rotary_dim"]
+    return _expect(
+        (len(s) == 6 + 2 * a["norm"], f"{len(s) - 1} operands for norm={a['norm']}"),
+        (width == a["page_size"] * (q[2] + a["v_dim"]), f"pages {pages} for heads of {q[2]} and {a['v_dim']}"),
+        (qkv[1] == (q[1] + kv_heads) * q[2] + kv_heads * a["v_dim"], f"rows of {qkv[1]} for q {q} and pages {pages}"),
+        (r % 2 == 0 and r <= q[2], f"rotary_dim {r} for a head of {q[2]}"),
+        (same_shape(cos, [qkv[0], r]) and same_shape(sin, cos) and same_dim(slots[0], qkv[0]), "cos, sin and slots differ in rows"),
+        (all(w == [q[2]] for w in s[5:-1]), "a norm weight is not a vector over a head"),
+    )
+
+
 def _attend(s: Shapes, a: dict[str, Any]) -> str:
     q, pages, table, lengths, starts = s[:5]
     return _expect(
@@ -119,6 +132,7 @@ CHECKS: dict[str, Check] = {
     "llmc.rope": _rope,
     "llmc.attention": _attention,
     "llmc.append": _append,
+    "llmc.rope_append": _rope_append,
     "llmc.attend": _attend,
     "llmc.moe": _moe,
     "llmc.topk": _topk,
@@ -158,7 +172,7 @@ class Verifier:
             return "no such operator in the dialect"
         try:
             attrs = attrs_of(value)
-            problem = CHECKS[name]([*(dims(a) for a in value.args), dims(var)], attrs)
+            problem = CHECKS[name]([*(dims(a) for a in value.args), dims(first_result(var))], attrs)
         except (KeyError, IndexError, ValueError) as error:
             return f"an operand or attribute is missing ({error!r})"
         if problem:

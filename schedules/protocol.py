@@ -8,7 +8,7 @@ A family is a module in ``schedules/`` (``schedules/cpu/linear.py``) that expose
 - ``matches(call, target) -> str | None``: why it takes this call (one phrase for the report), or None if it does not;
 - ``space(call, target) -> dict[str, list]``: the tunable axes and their values, the first of each the default;
 - ``build(call, target, config) -> PrimFunc``: arguments in the order of the call's operands, then the result (none for
-  an op that works in place, whose result is one of its operands);
+  an op that works in place, whose result is one of its operands; of several results, those that are no operands);
 - ``reference(call, *arrays) -> np.ndarray``: the result in float64 NumPy;
 - ``roofline(call, **symbols) -> (bytes, flops)``: what a perfect kernel must move and compute, symbols bound to numbers.
 

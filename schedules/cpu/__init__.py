@@ -5,8 +5,8 @@ shape and position, never on how many rows the call has or which tile a row fall
 results alone, in a batch, in the decode phase and in the extend phase.
 """
 
-from llmc.schedules.cpu import append, attend, linear, moe, rope, topk
+from llmc.schedules.cpu import append, attend, linear, moe, rope, rope_append, topk
 from llmc.schedules.cpu.norm import layer_norm, rms_norm
 
-FAMILIES = (linear, attend, append, moe, rms_norm, layer_norm, rope, topk)
+FAMILIES = (linear, attend, append, moe, rms_norm, layer_norm, rope, rope_append, topk)
 """In order of preference; the first that matches takes a call."""

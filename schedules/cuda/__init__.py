@@ -15,6 +15,7 @@ from llmc.schedules.cuda import (
     moe,
     prefill_attention,
     rope,
+    rope_append,
     sample,
     sample_stats,
     topk,
@@ -23,7 +24,7 @@ from llmc.schedules.cuda.norm import layer_norm, rms_norm
 
 FAMILIES = (
     gemv, gemm_hopper, linear_simple, decode_attention, prefill_attention, attend_simple,
-    append, moe, rms_norm, layer_norm, rope, topk,
+    append, moe, rms_norm, layer_norm, rope, rope_append, topk,
     sample_stats, sample, advance,
 )  # fmt: skip
 """In order of preference; the first that matches takes a call."""

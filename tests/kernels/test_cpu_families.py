@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from llmc import targets
-from llmc.schedules.cpu import append, attend, linear, moe, rope
+from llmc.schedules.cpu import append, attend, linear, moe, rope, rope_append
 from llmc.schedules.cpu.norm import layer_norm, rms_norm
 from tests.kernels.harness import build, error, paged_arrays, random_arrays, run, tensor
 
 ROWWISE = [linear, rms_norm, layer_norm, rope]
-FAMILIES = [*ROWWISE, append, attend, moe]
+FAMILIES = [*ROWWISE, append, rope_append, attend, moe]
 CASES = [(family, label) for family in FAMILIES for label in family.SHAPES]
 
 
@@ -67,6 +67,27 @@ def test_append_writes_its_slots_and_nothing_else(module: Any, family: Any, labe
     expected = family.reference(call, *arrays)
     np.testing.assert_array_equal(tensors[3].numpy().astype(np.float32), expected.astype(np.float32))
     assert (expected != arrays[3]).any()
+
+
+@cases(rope_append)
+@pytest.mark.parametrize("n", [1, 17, 100])
+def test_rope_append_returns_the_queries_and_writes_the_slots(module: Any, family: Any, label: str, n: int) -> None:
+    call = family.SHAPES[label]
+    symbols = {"n": n, "num_pages": 40}
+    arrays = random_arrays(call, symbols, seed=n)
+    arrays[3] = np.random.default_rng(n).permutation(40 * call.attr("page_size"))[:n].astype(np.int32)
+    if n > 1:
+        arrays[3][5] = -1
+    tensors = [tensor(a) for a in (*arrays, np.full(call.result.bind(symbols), np.nan, np.float32))]
+    module[symbol(family, label)](*tensors)
+    queries, pages = family.reference(call, *arrays)
+    assert error(tensors[-1].numpy(), queries) < 2e-6
+    # A narrow dtype may round a value next to a tie either way: one unit in its last place.
+    tolerance = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}[call.args[4].dtype]
+    found, untouched = tensors[4].numpy(), pages == arrays[4]
+    assert error(found, pages.astype(np.float64)) < tolerance
+    np.testing.assert_array_equal(found[untouched], arrays[4][untouched])
+    assert not untouched.all()
 
 
 ONE_ROW_EACH = [([1, 40, 70, 200], [1, 1, 1, 1])]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmc import targets
-from llmc.schedules.cuda import append, moe, rope, topk
+from llmc.schedules.cuda import append, moe, rope, rope_append, topk
 from llmc.schedules.cuda.norm import layer_norm, rms_norm
 from tests.kernels.harness import DTYPES, error, random_arrays
 from tests.support.cuda_emulator import run, source
@@ -30,7 +30,7 @@ def compute(family: Any, label: str, arrays: list[np.ndarray], symbols: dict[str
     return run(family.build(call, TARGET, {}), TARGET, *arrays, start)[-1]
 
 
-@cases(rms_norm, layer_norm, rope, append, topk, moe)
+@cases(rms_norm, layer_norm, rope, append, rope_append, topk, moe)
 def test_a_family_takes_its_own_shapes_and_says_why(family: Any, label: str) -> None:
     call = family.SHAPES[label]
     assert family.matches(call, TARGET)
@@ -68,6 +68,37 @@ def test_append_writes_its_slots_and_nothing_else(family: Any, label: str) -> No
     expected = family.reference(call, *arrays)
     np.testing.assert_array_equal(result.astype(np.float32), expected.astype(np.float32))
     assert (expected != arrays[3]).any()
+
+
+@cases(rope_append)
+@pytest.mark.parametrize("n", [1, 9])
+def test_rope_append_returns_the_queries_and_writes_the_slots(family: Any, label: str, n: int) -> None:
+    call = family.SHAPES[label]
+    symbols = {"n": n, "num_pages": 6}
+    arrays = random_arrays(call, symbols, seed=n)
+    arrays[3] = np.random.default_rng(9).permutation(6 * call.attr("page_size"))[:n].astype(np.int32)
+    if n > 1:
+        arrays[3][5] = -1
+    start = np.full(call.result.bind(symbols), np.nan, DTYPES[call.result.dtype])
+    found = run(family.build(call, TARGET, {}), TARGET, *arrays, start)
+    queries, pages = family.reference(call, *arrays)
+    assert error(found[-1], queries) < TOLERANCE[call.result.dtype]
+    assert error(found[4], pages.astype(np.float64)) < TOLERANCE[call.args[4].dtype]
+    untouched = pages == arrays[4]
+    np.testing.assert_array_equal(found[4][untouched], arrays[4][untouched])
+    assert not untouched.all()
+
+
+@cases(rope_append)
+def test_a_row_of_rope_append_has_the_same_bits_in_every_batch(family: Any, label: str) -> None:
+    call = family.SHAPES[label]
+    arrays = random_arrays(call, {"n": 5, "num_pages": 3}, seed=3)
+    arrays[3] = np.arange(5, dtype=np.int32)
+    rows = [i for i, spec in enumerate(call.args) if spec.shape[0] == "n"]
+    kernel, dtype = family.build(call, TARGET, {}), DTYPES[call.result.dtype]
+    together = run(kernel, TARGET, *arrays, np.zeros(call.result.bind({"n": 5}), dtype))[-1]
+    alone = [a[4:5] if i in rows else a for i, a in enumerate(arrays)]
+    np.testing.assert_array_equal(run(kernel, TARGET, *alone, np.zeros(call.result.bind({"n": 1}), dtype))[-1][0], together[4])
 
 
 @cases(topk)

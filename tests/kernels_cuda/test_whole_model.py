@@ -69,15 +69,29 @@ class Machine:
         call = binding.value
         if isinstance(call, relax.Var):
             return values[call]
-        shape = [int(d) if isinstance(d, tirx.IntImm) else symbols[d.name] for d in binding.var.ty.shape]
+        if isinstance(call, relax.TupleGetItem):
+            return values[call.tuple_value][call.index]
         if op_name(call) == "relax.reshape":
-            return values[call.args[0]].reshape(shape)
+            return values[call.args[0]].reshape(self._shape(binding.var.ty, symbols))
         arrays = [values[a] for a in call.args[1].fields]
-        if op_name(call) == "relax.call_tir_inplace":
-            arrays[3][...] = run(self.kernels[call.args[0]], TARGET, *arrays)[3]
-            return arrays[3]
-        out = np.full(shape, np.nan, DTYPES[str(binding.var.ty.dtype)])
-        return run(self.kernels[call.args[0]], TARGET, *arrays, out)[-1]
+        places = [int(i) for i in call.attrs.inplace_indices] if op_name(call) == "relax.call_tir_inplace" else [-1]
+        results = list(binding.var.ty.fields) if isinstance(binding.var.ty, relax.TupleType) else [binding.var.ty]
+        new = [self._empty(ty, symbols) for ty, place in zip(results, places, strict=True) if place < 0]
+        after = run(self.kernels[call.args[0]], TARGET, *arrays, *new)
+        fresh = iter(after[len(arrays) :])
+        for place in places:
+            if place >= 0:
+                arrays[place][...] = after[place]
+        values_of = tuple(next(fresh) if place < 0 else arrays[place] for place in places)
+        return values_of if isinstance(binding.var.ty, relax.TupleType) else values_of[0]
+
+    def _empty(self, ty: relax.TensorType, symbols: dict[str, int]) -> np.ndarray:
+        """A tensor nothing has been written to: NaN, or a number that no index is."""
+        dtype = np.dtype(DTYPES[str(ty.dtype)])
+        return np.full(self._shape(ty, symbols), -1 if dtype.kind == "i" else np.nan, dtype)
+
+    def _shape(self, ty: relax.TensorType, symbols: dict[str, int]) -> list[int]:
+        return [int(d) if isinstance(d, tirx.IntImm) else symbols[d.name] for d in ty.shape]
 
 
 # Slow: every thread of every kernel of a whole model is emulated.

@@ -24,6 +24,7 @@ from llmc.dialect.moe import reference as moe_reference
 from llmc.dialect.norm import layer_norm_reference, rms_norm_reference
 from llmc.dialect.paged import append_reference, attend_reference
 from llmc.dialect.rope import reference as rope_reference
+from llmc.dialect.rope_append import reference as rope_append_reference
 from llmc.dialect.topk import reference as topk_reference
 
 Table = dict[str, Callable[..., Any]]
@@ -190,7 +191,8 @@ OPS: Table = {
     "relax.einsum": lambda a, xs: np.einsum(str(a.subscripts), *xs), "relax.outer": _pure(np.outer),
     "relax.zeros_like": _pure(np.zeros_like), "relax.ones_like": _pure(np.ones_like),
     "relax.full_like": lambda a, x, v: np.full_like(x, v),
-    "llmc.rope": rope_reference, "llmc.rms_norm": rms_norm_reference, "llmc.layer_norm": layer_norm_reference,
+    "llmc.rope": rope_reference, "llmc.rope_append": rope_append_reference,
+    "llmc.rms_norm": rms_norm_reference, "llmc.layer_norm": layer_norm_reference,
 }  # fmt: skip
 
 
@@ -274,9 +276,15 @@ class Interpreter:
         self._page_of[var] = var.name
 
     def _track_pages(self, var: Any, value: Any) -> None:
-        if isinstance(value, relax.Call) and getattr(value.op, "name", "") == "llmc.append":
-            name = self._page_of[value.args[3]]
-            self._page_of[var], self.pages[name] = name, self.values[var]
+        name = getattr(value.op, "name", "") if isinstance(value, relax.Call) else ""
+        if name == "llmc.append":
+            self._page_of[var] = page = self._page_of[value.args[3]]
+            self.pages[page] = self.values[var]
+        elif name == "llmc.rope_append":
+            self._page_of[var] = page = self._page_of[value.args[4]]
+            self.pages[page] = self.values[var][1]
+        elif isinstance(value, relax.TupleGetItem) and value.tuple_value in self._page_of:
+            self._page_of[var] = self._page_of[value.tuple_value]
 
     def _checked(self, var: Any, value: Any) -> Any:
         """``value``, after comparing its shape with the type that the graph gives it: type rules are tested this way."""

@@ -1,0 +1,1 @@
+"""Weight quantization: what a scheme is, how weights are rounded to it, and the pass that stores them so."""

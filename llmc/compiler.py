@@ -17,7 +17,8 @@ from llmc.errors import UsageError
 from llmc.extras import require
 from llmc.importer.resolve import resolve
 from llmc.importer.source import ModelSource, TokenizerInfo
-from llmc.manifest import Limits, Manifest, ModelInfo, TokenizerFiles
+from llmc.manifest import KernelChoice, Limits, Manifest, ModelInfo, TokenizerFiles
+from llmc.paths import records_folder
 from llmc.progress import Phase, Progress, SilentProgress
 from llmc.targets.base import Target, folder_name
 from llmc.version import __version__
@@ -25,6 +26,7 @@ from llmc.version import __version__
 if TYPE_CHECKING:
     from llmc.importer.model import ImportedModel
     from llmc.passes.pipeline import Lowered
+    from llmc.schedules.records import Records
 
 STORAGE_DTYPES = ("float32", "bfloat16", "float16")
 MAX_ROWS = 512
@@ -80,6 +82,7 @@ def compile(
     context: int | None = None,
     max_batch: int = 8,
     page_size: int = 16,
+    records: Path | None = None,
     dump_ir: Path | None = None,
     progress: Progress | None = None,
     force: bool = False,
@@ -90,7 +93,8 @@ def compile(
     takes the one that suits its machine best. ``dtype``: how matrices are stored (float32, bfloat16 or float16; None: as the checkpoint has them, float16 for quantized
     blocks); sums are always float32. ``kv_dtype``: the same for the KV cache (None: as ``dtype``). ``context``: the most
     positions a sequence may have (None: what the model was trained for). ``max_batch``: sequences in one decode step.
-    ``page_size``: positions of one KV page. ``dump_ir``: a folder for the IR after every pass.
+    ``page_size``: positions of one KV page. ``records``: a folder of
+    tuning records to use beside llmc's own and those in the cache. ``dump_ir``: a folder for the IR after every pass.
 
     Raises an :class:`llmc.errors.LlmcError`; ``out`` is then as it was before.
     """
@@ -102,7 +106,40 @@ def compile(
         with clock.phase("model") as phase:
             source = resolve(model, progress=phase.callback())
         settings = _settings(source, dtype, kv_dtype, context, max_batch, page_size)
-        return _compile(model, source, chosen, settings, dump_ir, clock, writer)
+        return _compile(model, source, chosen, settings, _records(records), dump_ir, clock, writer)
+
+
+def kernels(
+    model: str,
+    *,
+    target: str = "cpu",
+    dtype: str | None = None,
+    kv_dtype: str | None = None,
+    context: int | None = None,
+    max_batch: int = 8,
+    page_size: int = 16,
+    progress: Progress | None = None,
+) -> list[KernelChoice]:
+    """The kernels that compiling ``model`` for one target would take, found without making machine code or reading weights.
+
+    Arguments and errors are those of :func:`compile`.
+    """
+    require("compile", "finding a model's kernels")
+    clock = _Clock(progress or SilentProgress())
+    chosen = targets.parse(target)
+    _check_positive(max_batch=max_batch, page_size=page_size, context=context)
+    with clock.phase("model") as phase:
+        source = resolve(model, progress=phase.callback())
+    settings = _settings(source, dtype, kv_dtype, context, max_batch, page_size)
+    with clock.phase("load compiler"):
+        from llmc.schedules.records import Records
+    imported = _import(source, chosen, settings, clock)
+    with clock.phase("passes") as phase:
+        return lower_model(imported, chosen, settings, _limits(settings), Records(), None, phase).kernels
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(settings.max_batch, max(MAX_ROWS, settings.max_batch), max(MAX_LOGIT_ROWS, settings.max_batch))
 
 
 def _check_positive(**values: int | None) -> None:
@@ -144,6 +181,7 @@ def _compile(
     source: ModelSource,
     chosen: Sequence[Target],
     settings: Settings,
+    records: Records,
     dump_ir: Path | None,
     clock: _Clock,
     writer: ArtifactWriter,
@@ -151,7 +189,7 @@ def _compile(
     with clock.phase("load compiler"):
         import llmc.tvm_setup  # noqa: F401  must come before anything that parses TVMScript
         from llmc.variants import SharedWeights, build_variant
-    limits = Limits(settings.max_batch, max(MAX_ROWS, settings.max_batch), max(MAX_LOGIT_ROWS, settings.max_batch))
+    limits = _limits(settings)
     weights = SharedWeights()
     variants = []
     for target in chosen:
@@ -159,10 +197,12 @@ def _compile(
         imported = _import(source, target, settings, clock)
         writer.check_room(imported.params.nbytes)
         with clock.phase("passes") as phase:
-            lowered = _lower(imported, target, settings, limits, ir_folder, phase)
+            lowered = lower_model(imported, target, settings, limits, records, ir_folder, phase)
         with clock.phase("machine code"):
             variants.append(build_variant(lowered, target, weights.share(lowered.weights, imported.params), writer.root))
             _copy_runtime(target, writer.root)
+    for note in records.notes:
+        clock.progress.note(note)
     with clock.phase("weights", weights.table.nbytes, "B") as phase:
         from llmc.weights_file import write_weights
 
@@ -211,9 +251,25 @@ def _import(source: ModelSource, target: Target, settings: Settings, clock: _Clo
         )
 
 
-def _lower(
-    imported: ImportedModel, target: Target, settings: Settings, limits: Limits, dump_ir: Path | None, phase: Phase
+def _records(folder: Path | None) -> Records:
+    """llmc's own records, then those tuning has left in the cache, then those of ``folder``: the later count."""
+    from llmc.schedules.records import SHIPPED, load
+
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"--records {folder} is not a folder: name one with *.jsonl files that `llmc tune` wrote")
+    return load([SHIPPED, records_folder(), *([] if folder is None else [folder])])
+
+
+def lower_model(
+    imported: ImportedModel,
+    target: Target,
+    settings: Settings,
+    limits: Limits,
+    records: Records,
+    dump_ir: Path | None,
+    phase: Phase,
 ) -> Lowered:
+    """Run the passes."""
     from llmc.passes.pipeline import Options, lower
 
     options = Options(
@@ -223,6 +279,7 @@ def _lower(
         max_batch=limits.max_batch,
         max_rows=limits.max_rows,
         max_logit_rows=limits.max_logit_rows,
+        records=records,
     )
     return lower(imported.mod, imported.params, target, options, dump_ir, phase.callback())
 

@@ -83,7 +83,11 @@ class Limits:
 
 @dataclass
 class KernelChoice:
-    """One distinct kernel: which family took which op, how often a call of ``function`` runs it, and why."""
+    """One distinct kernel: which family took which op, how often a call of ``function`` runs it, and why.
+
+    ``tuned``: where the configuration is from, ``"record: ..."``, ``"nearest: ..."`` or ``"default"``; ``call``: the call as
+    :func:`llmc.schedules.records.call_to_json` writes it. Both are empty for a kernel that no family made.
+    """
 
     function: str
     op: str
@@ -93,6 +97,8 @@ class KernelChoice:
     shape: str
     config: dict[str, Any]
     why: str
+    tuned: str = ""
+    call: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass

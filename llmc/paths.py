@@ -11,3 +11,8 @@ def cache_root() -> Path:
     if chosen := os.environ.get("LLMC_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmc"
+
+
+def records_folder() -> Path:
+    """The folder for the user's own tuning records: ``records`` in the cache."""
+    return cache_root() / "records"

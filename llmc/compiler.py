@@ -29,8 +29,11 @@ if TYPE_CHECKING:
     from llmc.schedules.records import Records
 
 STORAGE_DTYPES = ("float32", "bfloat16", "float16")
-MAX_ROWS = 512
-"""Rows of one extend step: enough that a prefill reads the weights rarely, small enough that the workspace stays in megabytes."""
+MAX_ROWS = {"cpu": 512}
+"""Rows of one extend step by kind of target: enough that a prefill reads the weights rarely, small enough that the workspace stays
+in megabytes."""
+GPU_MAX_ROWS = 4096
+"""The same for other kinds: a GPU is busy only with thousands of rows, and has hundreds of megabytes to spare for them."""
 MAX_LOGIT_ROWS = 128
 """Rows of one extend step that may ask for logits; a vocabulary is wide, so this bounds the largest intermediate."""
 
@@ -135,11 +138,13 @@ def kernels(
         from llmc.schedules.records import Records
     imported = _import(source, chosen, settings, clock)
     with clock.phase("passes") as phase:
-        return lower_model(imported, chosen, settings, _limits(settings), Records(), None, phase).kernels
+        return lower_model(imported, chosen, settings, _limits(settings, [chosen]), Records(), None, phase).kernels
 
 
-def _limits(settings: Settings) -> Limits:
-    return Limits(settings.max_batch, max(MAX_ROWS, settings.max_batch), max(MAX_LOGIT_ROWS, settings.max_batch))
+def _limits(settings: Settings, chosen: Sequence[Target]) -> Limits:
+    """The largest steps of an artifact: all its variants share them, so the target that can do least decides."""
+    rows = min(min(MAX_ROWS.get(t.kind, GPU_MAX_ROWS) for t in chosen), settings.context * settings.max_batch)
+    return Limits(settings.max_batch, max(rows, settings.max_batch), max(MAX_LOGIT_ROWS, settings.max_batch))
 
 
 def _check_positive(**values: int | None) -> None:
@@ -189,7 +194,7 @@ def _compile(
     with clock.phase("load compiler"):
         import llmc.tvm_setup  # noqa: F401  must come before anything that parses TVMScript
         from llmc.variants import SharedWeights, build_variant
-    limits = _limits(settings)
+    limits = _limits(settings, chosen)
     weights = SharedWeights()
     variants = []
     for target in chosen:

@@ -25,6 +25,7 @@ from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipelin
 
 from llmc.errors import UsageError
 from llmc.runtime.device import cuda_devices
+from llmc.targets import dependent_launch
 from llmc.targets.base import GpuTarget, Target
 from llmc.targets.link import linker
 
@@ -140,6 +141,7 @@ def _mixed_pipeline() -> tuple[Any, Any, Any]:
     """s_tir functions (generated and simple kernels) and TIRx functions (hand-written PTX) go through their own lowerings.
 
     They differ in how thread bindings and buffers are read; after the split into host and device functions they are alike.
+    The first kind gets its programmatic dependent launches here.
     """
     s_tir_passes, finalize_host, finalize_device = get_tir_pipeline("s_tir")
     tirx_passes, _, _ = get_tir_pipeline("tirx")
@@ -150,9 +152,11 @@ def _mixed_pipeline() -> tuple[Any, Any, Any]:
         for var, function in module.functions.items():
             kinds[isinstance(function, tirx.PrimFunc) and not function.attrs.get("s_tir", False)][var] = function
         lowered = tvm.IRModule({}, attrs=module.attrs)
-        for is_tirx, passes in ((False, s_tir_passes), (True, tirx_passes)):
-            if kinds[is_tirx]:
-                lowered.update(passes(tvm.IRModule(kinds[is_tirx], attrs=module.attrs)))
+        if kinds[True]:
+            lowered.update(tirx_passes(tvm.IRModule(kinds[True], attrs=module.attrs)))
+        if kinds[False]:
+            simple = dependent_launch.request(tvm.IRModule(kinds[False], attrs=module.attrs), tvm.target.Target.current())
+            lowered.update(dependent_launch.obey(s_tir_passes(simple)))
         return lowered
 
     return lower, finalize_host, finalize_device

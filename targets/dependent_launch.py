@@ -1,0 +1,51 @@
+"""Programmatic dependent launch for kernels that know nothing of it: generated ones and the simple families.
+
+A kernel so launched may start while the one before it drains (CUDA programming guide, "Programmatic Dependent Launch and
+Synchronization"; PTX ISA, "griddepcontrol"). It lets its successor start at once, and waits for its predecessor before anything
+else: the launch latency is hidden, and no memory is touched early. One kernel without it in a row of kernels with it makes its
+neighbours wait for each other. Hand-written kernels do the same by themselves, after fetching weights.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import tvm
+from tvm import tirx
+from tvm.script import tirx as T
+
+LAUNCH_PARAMETERS = "tirx.kernel_launch_params"
+DEPENDENT = "tirx.use_programtic_dependent_launch"
+_DEVICE_KERNEL = 2
+"""``calling_conv`` of a function that a host function launches."""
+
+
+def supported(arch: str) -> bool:
+    """Whether the architecture (``"sm_90a"``) has the instruction: from compute capability 9.0 on."""
+    number = re.match(r"sm_(\d+)", arch)
+    return number is not None and int(number[1]) >= 90
+
+
+def request(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
+    """Before host and device code are split: the kernels' launches are dependent ones, if the target has them."""
+    if not supported(str(target.attrs["arch"])):
+        return module
+
+    def ask(function: Any) -> Any:
+        return function.with_attr(LAUNCH_PARAMETERS, [DEPENDENT]) if isinstance(function, tirx.PrimFunc) else function
+
+    return tvm.IRModule({var: ask(function) for var, function in module.functions.items()}, attrs=module.attrs)
+
+
+def obey(module: tvm.IRModule) -> tvm.IRModule:
+    """After the split: kernels with a dependent launch begin with the release of their successor and the wait."""
+
+    def begin(function: Any) -> Any:
+        launched = isinstance(function, tirx.PrimFunc) and int(function.attrs.get("calling_conv", 0)) == _DEVICE_KERNEL
+        if not launched or DEPENDENT not in [str(p) for p in function.attrs[LAUNCH_PARAMETERS]]:
+            return function
+        first = [tirx.Evaluate(call()) for call in (T.ptx.griddepcontrol.launch_dependents, T.ptx.griddepcontrol.wait)]
+        return function.with_body(tirx.SeqStmt([*first, function.body]))
+
+    return tvm.IRModule({var: begin(function) for var, function in module.functions.items()}, attrs=module.attrs)

@@ -1,0 +1,61 @@
+"""Every simple and every generated kernel starts with the release and the wait of a dependent launch, where the GPU has them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
+
+# isort: split
+import numpy as np
+import pytest
+from tvm import te
+
+from llmc import targets
+from llmc.schedules.cuda import append, elementwise, moe, rope, rope_append, topk
+from llmc.schedules.cuda.norm import layer_norm, rms_norm
+from llmc.targets import dependent_launch
+from tests.support.cuda_emulator import run, source
+
+HOPPER, AMPERE = targets.parse("cuda:sm_90a"), targets.parse("cuda:sm_80")
+KERNEL = re.compile(r'extern "C" __global__[^;{]*\{\n(.*?)\n}', re.S)
+
+
+def _sigmoid_sum() -> Any:
+    """Two kernels in one function: a reduction cannot be inlined into what reads it."""
+    n = te.var("n", "int64")
+    x = te.placeholder((n, 6), "float32", "x")
+    k = te.reduce_axis((0, 6), "k")
+    total = te.compute((n,), lambda i: te.sum(x[i, k], axis=k), "total")
+    return te.create_prim_func([x, te.compute((n, 6), lambda i, j: te.sigmoid(x[i, j]) / total[i], "y")])
+
+
+def _kernels(function: Any, target: Any) -> list[str]:
+    return KERNEL.findall(source(function, target))
+
+
+@pytest.mark.parametrize("family", [append, moe, rms_norm, layer_norm, rope, rope_append, topk], ids=lambda f: f.NAME)
+def test_a_family_waits_first(family: Any) -> None:
+    call = next(iter(family.SHAPES.values()))
+    kernels = _kernels(family.build(call, HOPPER, {}), HOPPER)
+    assert kernels
+    for body in kernels:
+        first, second = (line.strip() for line in body.splitlines()[:2])
+        assert first == "tvm_builtin_ptx_griddepcontrol_launch_dependents();"
+        assert second == "tvm_builtin_ptx_griddepcontrol_wait();"
+    assert "griddepcontrol" not in source(family.build(call, AMPERE, {}), AMPERE)
+
+
+def test_generated_kernels_wait_too() -> None:
+    kernels = _kernels(elementwise.schedule(_sigmoid_sum(), HOPPER), HOPPER)
+    assert len(kernels) == 2
+    assert all(body.index("griddepcontrol_wait") < body.index("_ptr") for body in kernels)
+    x = np.random.default_rng(0).random((5, 6), np.float32)
+    found = run(elementwise.schedule(_sigmoid_sum(), HOPPER), HOPPER, x, np.full_like(x, np.nan))[-1]
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(-x)) / x.sum(axis=1, keepdims=True), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("arch", "has"), [("sm_89", False), ("sm_90", True), ("sm_90a", True), ("sm_120a", True)])
+def test_architectures(arch: str, has: bool) -> None:
+    assert dependent_launch.supported(arch) == has

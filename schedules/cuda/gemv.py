@@ -7,8 +7,8 @@ whole next step in flight, and refills a register as soon as it is consumed. Sum
 
 Weights do not depend on the kernel before: with programmatic dependent launch the first ones are on their way before
 ``griddepcontrol.wait``, and some of what follows them is on its way to the L2 cache, so that memory is busy while a small kernel
-(attention, a norm) leaves it idle. More rows than ``columns`` are done by several blocks that read the same weights at the same time, so
-that all but the first find them in the L2 cache: correct for every n. Fragment layout: PTX ISA, "mma.m16n8k16".
+(attention, a norm) leaves it idle. More rows than ``columns`` are done by several blocks that read the same weights at the same
+time, so that all but the first find them in the L2 cache: correct for every n. Fragment layout: PTX ISA, "mma.m16n8k16".
 
 The order of additions behind an output element does not depend on n.
 """
@@ -180,9 +180,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             for u in T.unroll(depth):
                 for r in T.unroll(tiles):
                     load_weight(u, r, at)
-        if ahead > 0:
-            if thread < outputs and (whole_o or first + thread < o):
-                T.ptx[PREFETCH](weight.ptr_to([first + thread, warps * step]), T.uint32(2 * ahead))
+        if ahead > 0 and thread < outputs and first + thread < o:
+            T.ptx[PREFETCH](weight.ptr_to([first + thread, warps * step]), T.uint32(2 * ahead))
         if dependent_launch:
             T.ptx.griddepcontrol.wait()
         if at < k:

@@ -10,6 +10,7 @@ from typing import Any
 from llmc import manifest
 from llmc.errors import RequestError
 from llmc.manifest import KvLayer, Manifest, TensorInfo
+from llmc.runtime.footprint import footprint
 from llmc.units import format_bytes, format_count, format_parameters
 
 
@@ -19,6 +20,7 @@ class MemoryPlan:
 
     weights_bytes: int
     workspace_bytes: int
+    buffers_bytes: int
     kv_bytes_per_token: int
     context: int
     kv_bytes_full_context: int
@@ -29,19 +31,20 @@ class MemoryPlan:
 def plan_memory(info: Manifest, memory: int | None = None) -> MemoryPlan:
     """The memory plan; with ``memory`` (bytes), the longest context of one sequence that fits, in whole pages.
 
-    Phases run one after the other, so the workspace is the largest phase's. Raises RequestError if not even one page fits.
+    Of several variants the one that takes most counts. Raises RequestError if not even one page fits.
     """
-    weights = sum(f.bytes for name, f in info.files.items() if name.startswith("weights/"))
-    workspace = max((f.workspace_bytes for v in info.variants for f in v.functions), default=0)
+    needs = max((footprint(info, v) for v in info.variants), key=lambda f: f.total)
     per_token = info.kv.bytes_per_token
     page = info.kv.page_size
-    plan = MemoryPlan(weights, workspace, per_token, info.model.context, -(-info.model.context // page) * page * per_token)
+    full = -(-info.model.context // page) * page * per_token
+    plan = MemoryPlan(needs.weights, needs.workspace, needs.buffers, per_token, info.model.context, full)
     if memory is not None:
-        pages = (memory - weights - workspace) // (page * per_token)
+        pages = (memory - needs.total) // (page * per_token)
         if pages < 1:
             raise RequestError(
-                f"{format_bytes(memory)} do not hold this model: its weights take {format_bytes(weights)}, its workspace "
-                f"{format_bytes(workspace)}, and one page of the KV cache {format_bytes(page * per_token)}"
+                f"{format_bytes(memory)} do not hold this model: its weights take {format_bytes(needs.weights)}, its workspace "
+                f"{format_bytes(needs.workspace)}, logits and other buffers {format_bytes(needs.buffers)}, and one page of the KV "
+                f"cache {format_bytes(page * per_token)}"
             )
         plan.memory = memory
         plan.max_context = min(pages * page, info.model.context)
@@ -96,6 +99,7 @@ def render(folder: Path, memory: int | None = None) -> str:
         "memory",
         _row("weights", format_bytes(plan.weights_bytes)),
         _row("workspace", f"{format_bytes(plan.workspace_bytes)} at the limits above"),
+        _row("buffers", f"{format_bytes(plan.buffers_bytes)} for logits and the arguments of a step"),
         _row(
             "kv per token",
             f"{plan.kv_bytes_per_token} B ({info.kv.dtype}, {_layers(info.kv.layers)}, pages of {info.kv.page_size})",

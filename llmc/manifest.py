@@ -17,6 +17,16 @@ The module ABI, version 1 (all tensors are the caller's; ``*`` are lists in the 
 
 ``kv_pages[l]`` is ``[num_pages, heads, page_size * (k_dim + v_dim)]``; see :mod:`llmc.dialect.paged` for what
 the state tensors mean.
+
+On a GPU the module chooses tokens too. The next two after ``decode`` make a step that needs nothing of the host, and leave the
+arrays of the next one behind; ``sample`` alone follows ``extend``. Arguments marked ``*`` are changed in place::
+
+    sample(tokens [s] i32, logits [r, vocab] f32, draws [s, 12] i32, positions [s] i32, counts* [slots, vocab] i16)
+    advance(slot_mapping [b] i32, tokens [b] i32, input_ids* [b] i32, positions* [b] i32, seq_lens* [b] i32, block_table [b, m] i32)
+
+``draws``: a record for each token to choose (:mod:`llmc.runtime.draws`), which names its row of ``logits`` and of ``counts``;
+``positions``: where in its sequence the token will stand, which after ``decode`` is ``seq_lens``. A token of -1: the logits were
+not finite.
 """
 
 from __future__ import annotations
@@ -103,11 +113,12 @@ class KernelChoice:
 
 @dataclass
 class FunctionInfo:
-    """A compiled phase. ``workspace_bytes``: planned intermediate memory at the upper bounds."""
+    """A compiled function. ``workspace_bytes``: planned intermediate memory at the upper bounds; ``storages``: its pieces."""
 
     name: str
     workspace_bytes: int
     kernels: int
+    storages: list[int] = field(default_factory=list)
 
 
 @dataclass

@@ -80,9 +80,9 @@ def plan_memory(module: tvm.IRModule, names: Sequence[str], tvm_target: tvm.targ
         return R.StaticPlanBlockMemory()(module)
 
 
-def workspace_bytes(function: relax.Function) -> int:
-    """Bytes of the storages that a planned function allocates. Raises InternalError if a size depends on the batch."""
-    total = 0
+def storage_sizes(function: relax.Function) -> list[int]:
+    """Bytes of each storage that a planned function allocates. Raises InternalError if a size depends on the batch."""
+    sizes: list[int] = []
     for var, value in _bindings(function):
         name = op_name(value)
         if name == "relax.builtin.alloc_tensor":
@@ -91,8 +91,8 @@ def workspace_bytes(function: relax.Function) -> int:
             size = plain(next(iter(value.args[0])))
             if not isinstance(size, int):
                 raise InternalError(f"the storage {var.name} has the size {size}, which depends on the batch")
-            total += size
-    return total
+            sizes.append(size)
+    return sizes
 
 
 def kernel_calls(function: relax.Function) -> dict[str, list[relax.Call]]:

@@ -30,7 +30,7 @@ from llmc.passes.fuse_epilogue import fuse_bias, fuse_epilogue
 from llmc.passes.fuse_norm import fuse_norm
 from llmc.passes.fuse_rope import fuse_rope
 from llmc.passes.lower_kernels import KernelLibrary, generated_choice, lower_kernels
-from llmc.passes.memory import kernel_calls, lower_vm, plan_memory, workspace_bytes
+from llmc.passes.memory import kernel_calls, lower_vm, plan_memory, storage_sizes
 from llmc.passes.merge_projections import merge_projections
 from llmc.passes.paged_attention import paged_attention
 from llmc.passes.phases import phases
@@ -128,9 +128,7 @@ def _fuse_append(s: _State) -> None:
 def _lower_kernels(s: _State) -> None:
     module = targets.module_for(s.target)
     s.tvm_target = module.tvm_target(s.target)
-    s.module, s.library = lower_kernels(
-        s.graphs, s.target, module.families(s.target), s.tvm_target, s.options.records
-    )
+    s.module, s.library = lower_kernels(s.graphs, s.target, module.families(s.target), s.tvm_target, s.options.records)
 
 
 def _sampling(s: _State) -> None:
@@ -168,7 +166,8 @@ def _plan_memory(s: _State) -> None:
     handwritten = {k.kernel for k in chosen}
     for name in s.functions_in_order:
         calls = kernel_calls(s.module[name])
-        s.functions.append(FunctionInfo(name, workspace_bytes(s.module[name]), sum(len(c) for c in calls.values())))
+        sizes = storage_sizes(s.module[name])
+        s.functions.append(FunctionInfo(name, sum(sizes), sum(len(c) for c in calls.values()), sizes))
         s.kernels += [k for k in chosen if k.function == name]
         s.kernels += [generated_choice(name, kernel, c) for kernel, c in calls.items() if kernel not in handwritten]
 

@@ -19,33 +19,25 @@ from llmc.manifest import Manifest
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.batch import Step
 from llmc.runtime.cudart import DL_CUDA, Cuda, DeviceTensors, device_bytes
-from llmc.runtime.draws import FIELDS
 from llmc.runtime.executor import page_shapes
+from llmc.runtime.footprint import aligned, argument_sizes, footprint
 from llmc.runtime.library import load_cuda_runtime
 from llmc.runtime.pipeline import CudaPipeline
 from llmc.runtime.vm import DL_CPU, load_vm, vm_function
 from llmc.runtime.weights import map_weights
 
-_ALIGNMENT = 256
-"""Bytes between the starts of tensors: what cudaMalloc itself aligns to, and TMA asks for half of."""
-
+_RESERVE = 256 << 20
+"""Bytes of the GPU that are left alone: machine code, CUDA graphs, and what fragments."""
 
 FUNCTIONS = ("decode", "extend", "sample", "advance")
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-
-
 def available_memory(artifact: Artifact, device: int = 0) -> int:
-    """Bytes of the GPU's memory that are left for KV pages once the artifact's weights and workspace are on it."""
+    """Bytes of the GPU's memory that are left for KV pages once the artifact is on it; none or less if it does not fit."""
     cuda = Cuda(device)
     free, _ = cuda.memory()
     cuda.close()
-    m, variant = artifact.manifest, artifact.variant
-    weights = sum(_aligned(device_bytes(m.tensors[name].shape, m.tensors[name].dtype)) for name in variant.weights)
-    logits = max(m.limits.max_logit_rows, m.limits.max_batch) * m.model.vocab_size * 4
-    return max(0, free - weights - logits - max(f.workspace_bytes for f in variant.functions))
+    return free - footprint(artifact.manifest, artifact.variant).total - _RESERVE
 
 
 class _Arguments:
@@ -56,27 +48,14 @@ class _Arguments:
     """
 
     def __init__(self, cuda: Cuda, m: Manifest) -> None:
-        limits = m.limits
-        rows = max(limits.max_rows, limits.max_batch)
         self.table_width = -(-m.model.context // m.kv.page_size)
-        sizes = {
-            "input_ids": rows,
-            "positions": rows,
-            "slot_mapping": rows,
-            "q_indptr": limits.max_batch + 1,
-            "seq_lens": limits.max_batch,
-            "logit_rows": max(limits.max_logit_rows, 1),
-            "draws": limits.max_batch * len(FIELDS),
-            "draw_positions": limits.max_batch,
-            "block_table": limits.max_batch * self.table_width,
-        }
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._cuda = cuda
         self.offset: dict[str, int] = {}
         total = 0
-        for name, size in sizes.items():
+        for name, size in argument_sizes(m).items():
             self.offset[name] = total
-            total += _aligned(4 * size)
+            total += aligned(4 * size)
         self._host = cuda.pinned(total)
         self._host[:] = 0
         self._sent = cuda.event()
@@ -151,12 +130,12 @@ class CudaExecutor:
     def _upload(self, artifact: Artifact) -> list[Any]:
         """The weights as device tensors, in one allocation."""
         arrays = map_weights(artifact.folder, artifact.manifest.tensors, artifact.variant.weights)
-        address = self.cuda.allocate(sum(_aligned(array.nbytes) for array, _ in arrays))
+        address = self.cuda.allocate(sum(aligned(array.nbytes) for array, _ in arrays))
         tensors, pieces = [], []
         for array, dtype in arrays:
             tensors.append(self._tensors.tensor(address, array.shape, dtype))
             pieces.append((address, array))
-            address += _aligned(array.nbytes)
+            address += aligned(array.nbytes)
         self.cuda.upload(pieces)
         return tensors
 

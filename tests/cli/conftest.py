@@ -91,12 +91,12 @@ def tiny_artifact(llmc: Llmc, tiny_model_dir: Callable[..., Path], tmp_path_fact
 
 
 def make_manifest(files: dict[str, bytes]) -> Manifest:
-    """A manifest with round numbers: 3 layers of 2 × (4 + 4) float16, two of them in a window of 9; 1000 bytes of workspace."""
+    """A manifest with round numbers: 3 layers of 2 × (4 + 4) float16, two of them in a window of 9; 8192 bytes of workspace."""
     kernels = [
         KernelChoice("decode", "llmc.linear", "linear_1", "cpu.linear", 21, "n,64 -> 96", {}, "rows of 64 fill the registers"),
         KernelChoice("extend", "llmc.attend", "attend_1", "cpu.attend", 3, "n,4,4", {}, "the only family"),
     ]
-    functions = [FunctionInfo("decode", 400, 7), FunctionInfo("extend", 1000, 9)]
+    functions = [FunctionInfo("decode", 400, 7, [400]), FunctionInfo("extend", 4096, 9, [96, 4000])]
     lib = "variants/cpu/lib.so"
     return Manifest(
         llmc=__version__,

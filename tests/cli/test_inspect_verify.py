@@ -16,6 +16,12 @@ from tests.cli.conftest import Llmc, save
 
 WEIGHTS = "weights/weights-00001.safetensors"
 PER_TOKEN = 3 * 2 * (4 + 4) * 2
+WEIGHTS_BYTES = 50 * 256
+"""float16 [99, 64], up to a multiple of 256."""
+WORKSPACE_BYTES = 2 * 4096
+"""Of two storages, each in a page of its own."""
+BUFFERS_BYTES = 4 * 128 * 99 + sum(-(-4 * n // 256) * 256 for n in (512, 512, 512, 9, 8, 128, 8 * 12, 8, 8 * 4096 // 16))
+"""128 rows of logits, and the arguments of a step."""
 
 
 def test_inspect_shows_what_decides(llmc: Llmc, artifact: Path) -> None:
@@ -31,7 +37,7 @@ def test_inspect_shows_what_decides(llmc: Llmc, artifact: Path) -> None:
         "needs avx2",
         "21 × linear_1",
         "cpu.linear: rows of 64 fill the registers",
-        "extend        9 kernels, workspace 1.0 kB",
+        "extend        9 kernels, workspace 4.1 kB",
     ):
         assert words in done.stdout, words
 
@@ -39,14 +45,15 @@ def test_inspect_shows_what_decides(llmc: Llmc, artifact: Path) -> None:
 def test_inspect_json_is_the_manifest_and_the_plan(llmc: Llmc, artifact: Path) -> None:
     found = json.loads(llmc("inspect", artifact, "--json").stdout)
     assert found["kv"]["bytes_per_token"] == PER_TOKEN
-    assert found["memory"]["weights_bytes"] == 256 * 40
-    assert found["memory"]["workspace_bytes"] == 1000
+    assert found["memory"]["weights_bytes"] == WEIGHTS_BYTES
+    assert found["memory"]["workspace_bytes"] == WORKSPACE_BYTES
+    assert found["memory"]["buffers_bytes"] == BUFFERS_BYTES
     assert [k["count"] for k in found["variants"][0]["kernels"]] == [21, 3]
 
 
 def test_memory_plan_counts_whole_pages(artifact: Path) -> None:
     info = manifest.read(artifact)
-    fixed = 256 * 40 + 1000
+    fixed = WEIGHTS_BYTES + WORKSPACE_BYTES + BUFFERS_BYTES
     page = 16 * PER_TOKEN
     assert plan_memory(info, fixed + 5 * page).max_context == 80
     assert plan_memory(info, fixed + 6 * page - 1).max_context == 80

@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 
-from llmc.errors import ArtifactError, MissingExtraError
-from llmc.manifest import Limits, Variant
+from llmc.errors import ArtifactError, MissingExtraError, RequestError
+from llmc.manifest import FunctionInfo, Limits, TensorInfo, Variant
 from llmc.runtime import host as host_module
 from llmc.runtime import library, load
 from llmc.runtime.artifact import check_versions, choose_variant, open_artifact, refusal
 from llmc.runtime.device import CudaDevice
+from llmc.runtime.footprint import Footprint, footprint, workspace_bytes
 from llmc.runtime.host import Host, describe, parse_cpuinfo
-from llmc.runtime.loading import kv_page_count
+from llmc.runtime.loading import Memory, fitted, kv_page_count
 
 from .toy import PAGE_SIZE, manifest
 
@@ -221,10 +222,46 @@ def test_the_runtime_library_is_found_without_importing_tvm(monkeypatch: pytest.
 def test_page_count_follows_context_batch_and_memory() -> None:
     m = manifest(5, 1024, Limits(8, 8, 8))
     page = m.kv.bytes_per_token * PAGE_SIZE
-    huge = 10**12
+    huge, none = Memory(10**12), Memory(0)
     assert kv_page_count(m, 1024, 8, None, huge) == 2 * 256
     assert kv_page_count(m, 1024, 1, None, huge) == 256
     assert kv_page_count(m, 1021, 1, None, huge) == 256
-    assert kv_page_count(m, 1024, 8, huge, 0) == 8 * 256
+    assert kv_page_count(m, 1024, 8, 10**12, none) == 8 * 256
     assert kv_page_count(m, 1024, 8, 10 * page + 1, huge) == 10
-    assert kv_page_count(m, 1024, 8, None, 40 * page) == 20
+    assert kv_page_count(m, 1024, 8, None, Memory(40 * page)) == 20
+
+
+def test_a_gpus_memory_is_for_pages_alone_and_too_little_of_it_is_refused() -> None:
+    m = manifest(5, 1024, Limits(8, 8, 8))
+    page = m.kv.bytes_per_token * PAGE_SIZE
+    assert kv_page_count(m, 1024, 8, None, Memory(10**12, exclusive=True)) == 8 * 256
+    assert kv_page_count(m, 1024, 8, None, Memory(41 * page - 1, exclusive=True)) == 40
+    with pytest.raises(RequestError, match=f"the GPU lacks {page + 5} bytes for this model"):
+        kv_page_count(m, 1024, 8, None, Memory(-5, exclusive=True))
+
+
+def test_limits_that_were_left_open_shrink_to_the_memory_and_it_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    m = manifest(5, 1024, Limits(8, 8, 8))
+    assert fitted(m, 256, None, None) == (1024, 8)
+    assert not caplog.messages
+    assert fitted(m, 5, None, None) == (5 * PAGE_SIZE, 5)
+    assert [text.split(":")[0] for text in caplog.messages] == [
+        f"the free memory holds a context of {5 * PAGE_SIZE} tokens, not the 1024 of the artifact",
+        "the free memory holds 5 sequences at once, not 8",
+    ]
+    caplog.clear()
+    assert fitted(m, 5, 512, 8) == (512, 8)
+    assert not caplog.messages
+
+
+def test_the_footprint_is_what_every_function_needs_of_each_size() -> None:
+    m = manifest(1000, 64, Limits(4, 16, 8))
+    functions = [FunctionInfo("decode", 0, 1, [4096, 4096, 100]), FunctionInfo("extend", 0, 1, [5000, 4000, 3 << 20])]
+    m.tensors = {"w": TensorInfo("f", "bfloat16", [3, 5], "bfloat16", "bfloat16")}
+    cpu = Variant("cpu", "cpu", "cpu", "", "", [], "", functions, ["w"], [])
+    gpu = replace(cpu, kind="cuda")
+    assert workspace_bytes(cpu) == 3 * 4096 + 8192 + (3 << 20)
+    assert workspace_bytes(gpu) == 3 * 4096 + 8192 + (4 << 20)
+    arguments = sum(-(-4 * n // 256) * 256 for n in (16, 16, 16, 5, 4, 8, 48, 4, 4 * 64 // PAGE_SIZE))
+    assert footprint(m, cpu) == Footprint(256, workspace_bytes(cpu), 4 * 8 * 1000 + arguments)
+    assert footprint(m, gpu).buffers == 4 * 8 * 1000 + arguments + 2 * 4 * 1000

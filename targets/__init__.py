@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Sequence
 from types import ModuleType
 
 from llmc.errors import UsageError
 from llmc.targets.base import Target
 
-KINDS = ("cpu", "cuda")
+KINDS = ("cpu", "cuda", "rocm", "metal", "opencl")
 
 
 def known_specs() -> list[str]:
@@ -48,12 +49,6 @@ def module_for(target: Target) -> ModuleType:
 
 
 def _module(kind: str) -> ModuleType:
-    if kind == "cpu":
-        from llmc.targets import cpu
-
-        return cpu
-    if kind == "cuda":
-        from llmc.targets import cuda
-
-        return cuda
-    raise UsageError(f"unknown target kind {kind!r}: there is {', '.join(KINDS)}")
+    if kind not in KINDS:
+        raise UsageError(f"unknown target kind {kind!r}: there is {', '.join(KINDS)}")
+    return importlib.import_module(f"llmc.targets.{kind}")

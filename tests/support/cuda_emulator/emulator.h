@@ -173,8 +173,11 @@ static void bararrive(Bar& b, int n) {
   }
   progress = true;
 }
-static inline void warp_sync() { barw(warpb[LT / 32], std::min(32, NTH)); }
-static uint32_t wx_[8][32][32][160];
+#ifndef EMU_WARP  // threads of a warp: 64 imposes the waves of other GPUs on portable kernels
+#define EMU_WARP 32
+#endif
+static inline void warp_sync() { barw(warpb[LT / EMU_WARP], std::min(EMU_WARP, NTH - LT / EMU_WARP * EMU_WARP)); }
+static uint32_t wx_[8][32][EMU_WARP][160];
 #define wx wx_[RK]
 static uint32_t wgx_[8][8][128][160];
 #define wgx wgx_[RK]
@@ -213,12 +216,12 @@ static inline float u2f(uint32_t u) {
 static inline unsigned __cvta_generic_to_shared(const void* p) { return (unsigned)(uintptr_t)p; }
 template <class T>
 static T shfl_any(T v, int src) {
-  int w = LT / 32, l = LT % 32;
+  int w = LT / EMU_WARP, l = LT % EMU_WARP;
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "");
   memcpy(&wx[w][l][0], &v, sizeof(T));
   warp_sync();
   T r;
-  memcpy(&r, &wx[w][src & 31][0], sizeof(T));
+  memcpy(&r, &wx[w][src & (EMU_WARP - 1)][0], sizeof(T));
   warp_sync();
   return r;
 }
@@ -228,12 +231,12 @@ static T __shfl_sync(uint, T v, int s, int = 32) {
 }
 template <class T>
 static T __shfl_xor_sync(uint, T v, int m, int = 32) {
-  return shfl_any(v, (LT % 32) ^ m);
+  return shfl_any(v, (LT % EMU_WARP) ^ m);
 }
 template <class T>
 static T __shfl_down_sync(uint, T v, int d, int = 32) {
-  int l = LT % 32;
-  return shfl_any(v, l + d < 32 ? l + d : l);
+  int l = LT % EMU_WARP;
+  return shfl_any(v, l + d < EMU_WARP ? l + d : l);
 }
 static inline unsigned __activemask() { return ~0u; }
 static inline void __syncthreads() { barw(ctab[0], NTH); }

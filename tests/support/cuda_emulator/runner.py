@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,8 @@ from tvm import tirx
 from tvm.tirx.build import codegen_build, split_host_device_mods
 from tvm.tirx.compilation_pipeline import get_tir_pipeline
 
-from llmc.targets import cuda
-from llmc.targets.base import Target
+from llmc.targets import cuda, gpu
+from llmc.targets.base import GpuTarget, Target
 from tests.support.cuda_emulator.dlpack import DeviceArray, TensorMap
 from tests.support.cuda_emulator.instructions import body
 
@@ -38,6 +39,7 @@ CLUSTER = ("clusterCtaIdx.x", "clusterCtaIdx.y", "clusterCtaIdx.z")
 BLOCK = ("threadIdx.x", "threadIdx.y", "threadIdx.z")
 DYNAMIC_SHARED = "tirx.use_dyn_shared_memory"
 
+_WIDTH = {"float": 4, "int": 4, "uint": 4, "half": 2, "ushort": 2, "nv_bfloat16": 2, "uchar": 1, "signed": 1, "int64_t": 8}
 _PROLOGUE_END = "#define ushort unsigned short\n#endif"
 _HELPER = re.compile(r"(__forceinline__ __device__ [\w ]+? )(tvm_builtin_\w+|ptx_\w+)\(([^)]*)\) \{\n(.*?)\n\}", re.S)
 _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) |__cluster_dims__\([^)]*\) )*(\w+)\(([^)]*)\)')
@@ -46,12 +48,13 @@ _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) 
 def run(function: Any, target: Target, *arrays: np.ndarray) -> list[np.ndarray]:
     """Run PrimFunc ``function`` on copies of ``arrays``, one for each of its arguments, and return all of them after it.
 
+    A target of another kind than CUDA lends its limits: its warp, and what it allows a thread block, or RuntimeError is raised.
     Results and buffers that are worked on in place come back changed. Raises RuntimeError for a PTX instruction the emulator
     does not know, and aborts the process with a message at a deadlock.
     """
     host, devices = _lower(function, target)
     device_arrays = [DeviceArray(a) for a in arrays]
-    with _launchers(devices):
+    with _launchers(devices, target):
         host["kernel"](*(a.tensor() for a in device_arrays))
     return [a.array for a in device_arrays]
 
@@ -63,7 +66,10 @@ def source(function: Any, target: Target) -> str:
 
 def _lower(function: Any, target: Target) -> tuple[Any, list[tuple[str, dict[str, list[str]]]]]:
     """The compiled host module, and for each device module its source and ``{kernel: launch parameters}``."""
-    tvm_target = cuda.tvm_target(target)
+    assert isinstance(target, GpuTarget)
+    tvm_target = cuda.tvm_target(
+        target if target.kind == "cuda" else replace(target, kind="cuda", mcpu="sm_80", triple=gpu.host_triple())
+    )
     lower, finish_host, finish_device = get_tir_pipeline(cuda.PIPELINE)
     with tvm_target:
         module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
@@ -76,7 +82,17 @@ def _lower(function: Any, target: Target) -> tuple[Any, list[tuple[str, dict[str
                 for f in device.functions.values()
             }
             sources.append((_generate(finish_device()(device), device_target), launches))
+            _check_shared_memory(sources[-1][0], target)
         return codegen_build(finish_host()(host), tvm_target.host), sources
+
+
+def _check_shared_memory(text: str, target: GpuTarget) -> None:
+    """Raise RuntimeError for a kernel whose arrays in shared memory are more than the target allows a thread block."""
+    for kernel in text.split("__global__")[1:]:
+        arrays = re.findall(r"__shared__ (?:(?:__align__|alignas)\(\d+\) )?(\w+) \w+\[(\d+)\];", kernel)
+        used = sum(_WIDTH[kind] * int(count) for kind, count in arrays)
+        if used > target.shared_memory:
+            raise RuntimeError(f"a kernel has {used} bytes of shared memory, {target.name} allows {target.shared_memory}")
 
 
 def _generate(device: tvm.IRModule, target: tvm.target.Target) -> str:
@@ -109,7 +125,7 @@ def _overridden(functions: dict[str, Callable[..., Any]]) -> Iterator[None]:
 
 
 @contextmanager
-def _launchers(devices: Sequence[tuple[str, dict[str, list[str]]]]) -> Iterator[None]:
+def _launchers(devices: Sequence[tuple[str, dict[str, list[str]]]], target: Target) -> Iterator[None]:
     """What host code calls: the kernels by name, the choice of a device, and the encoding of tensor maps."""
     functions: dict[str, Callable[..., Any]] = {
         "__tvm_set_device": lambda *_: None,
@@ -117,14 +133,15 @@ def _launchers(devices: Sequence[tuple[str, dict[str, list[str]]]]) -> Iterator[
         "device_api.cuda": tvm_ffi.get_global_func("device_api.cpu"),  # workspaces come from main memory
     }
     for text, launches in devices:
-        library, kernels = _compile(text)
+        assert isinstance(target, GpuTarget)
+        library, kernels = _compile(text, target.warp_size)
         for name, parameters in launches.items():
-            functions[name] = _launcher(library, name, kernels[name], parameters)
+            functions[name] = _launcher(library, name, kernels[name], parameters, target)
     with _overridden(functions):
         yield
 
 
-def _launcher(library: ctypes.CDLL, name: str, types: list[str], parameters: list[str]) -> Callable[..., None]:
+def _launcher(library: ctypes.CDLL, name: str, types: list[str], parameters: list[str], target: GpuTarget) -> Callable[..., None]:
     extents = [p for p in parameters if p in (*GRID, *CLUSTER, *BLOCK, DYNAMIC_SHARED)]
 
     def launch(*args: Any) -> None:
@@ -134,6 +151,8 @@ def _launcher(library: ctypes.CDLL, name: str, types: list[str], parameters: lis
         pointers = (ctypes.c_void_p * max(1, len(held)))(*(ctypes.addressof(h) for h in held))
         shape = [sizes.get(axis, 1) for axis in (*GRID, *BLOCK)]
         cluster = int(np.prod([sizes.get(axis, 1) for axis in CLUSTER]))
+        if int(np.prod(shape[3:])) > target.max_threads:
+            raise RuntimeError(f"kernel {name} asks for {shape[3:]} threads, {target.name} allows {target.max_threads}")
         getattr(library, f"run_{name}")(pointers, *shape, cluster, ctypes.c_size_t(sizes.get(DYNAMIC_SHARED, 0)))
 
     return launch
@@ -154,7 +173,7 @@ def _address(value: Any) -> int:
 
 
 @cache
-def _compile(text: str) -> tuple[ctypes.CDLL, dict[str, list[str]]]:
+def _compile(text: str, warp: int = 32) -> tuple[ctypes.CDLL, dict[str, list[str]]]:
     """The emulator's library for a CUDA source, and the argument types of each kernel in it."""
     code = translate(text)
     kernels: dict[str, list[str]] = {}
@@ -169,7 +188,14 @@ def _compile(text: str) -> tuple[ctypes.CDLL, dict[str, list[str]]]:
             f'extern "C" void run_{name}(void** a,int gx,int gy,int gz,int bx,int by,int bz,int cluster,size_t shared) '
             f"{{ emu_launch(body_{name},a,gx,gy,gz,bx,by,bz,cluster,shared); }}"
         )
-    program = '#include "emulator.h"\n#include "instructions.h"\n' + code + "\n" + "\n".join(entries) + "\n"
+    program = (
+        f"#define EMU_WARP {warp}\n"
+        + '#include "emulator.h"\n#include "instructions.h"\n'
+        + code
+        + "\n"
+        + "\n".join(entries)
+        + "\n"
+    )
     folder = Path(tempfile.gettempdir()) / "llmc-cuda-emulator"
     folder.mkdir(exist_ok=True)
     headers = b"".join((HERE / h).read_bytes() for h in ("emulator.h", "instructions.h"))

@@ -13,6 +13,7 @@ by the device's own, and what choosing a token costs. One table last.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import sys
 import time
@@ -47,7 +48,17 @@ def prepare(folder: Path, target: str, names: list[str], max_batch: int) -> None
         shutil.rmtree(source)
         if name in KEPT_HEADER:
             strip_weights(out)
+        drop_runtime(out)
         print(f"{name}: compiled for {target}")
+
+
+def drop_runtime(artifact: Path) -> None:
+    """Leave TVM's libraries out of an artifact: where it will run they are installed."""
+    shutil.rmtree(artifact / "runtime", ignore_errors=True)
+    path = artifact / "manifest.json"
+    contents = json.loads(path.read_text())
+    contents["files"] = {name: info for name, info in contents["files"].items() if not name.startswith("runtime/")}
+    path.write_text(json.dumps(contents, indent=1, sort_keys=True) + "\n")
 
 
 class Runs:

@@ -1,7 +1,8 @@
 """How fast an artifact runs, beside what this machine's memory could deliver: the limit of decoding is reading the weights.
 
 ``pp512`` is the prefill of a prompt of 512 tokens up to its first token, ``tg128`` the generation of 128 tokens one by one, as in
-llama.cpp's llama-bench. Tokens are pseudo-random; the first run of each test only warms up.
+llama.cpp's llama-bench. Tokens are pseudo-random; the first runs of each test only warm up. On a GPU its own clock runs beside:
+what the wall clock shows more than it is the gap, time in which the GPU waited for the host.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +26,7 @@ from llmc.units import format_bytes, format_parameters
 
 if TYPE_CHECKING:
     from llmc.manifest import Manifest
-    from llmc.progress import Progress
+    from llmc.progress import Phase, Progress
     from llmc.runtime import Model
 
 READ_BYTES = 512 << 20
@@ -35,25 +36,38 @@ WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "int8": 1, "uin
 
 @dataclass
 class Subject:
-    """What is timed: ``bytes`` are those of the weights."""
+    """What is timed: ``bytes`` are those of the weights. ``threads``: None on a GPU."""
 
     model: str
     bytes: int
     parameters: int
     target: str
-    threads: int
+    threads: int | None
 
 
 @dataclass
 class Row(Subject):
     """One test. ``gb_per_second`` is what generation reads (weights and KV), ``percent_of_limit`` that over the measured read
-    bandwidth; both None for prefill, which computes more than it reads, and where experts make the bytes read unknown."""
+    bandwidth; both None for prefill, which computes more than it reads, and where experts make the bytes read unknown.
+    ``device_ms``: milliseconds of a GPU for each token, ``gap_percent`` the part of the wall clock's time in which it did not work
+    on a step; both None on a CPU."""
 
     test: str
     tokens_per_second: float
     deviation: float
     gb_per_second: float | None
     percent_of_limit: float | None
+    device_ms: float | None
+    gap_percent: float | None
+
+
+@dataclass
+class Sample:
+    """One run: seconds to the first token, from there to the last, and of the device on all of it (None on a CPU)."""
+
+    first: float
+    rest: float
+    device: float | None
 
 
 @dataclass
@@ -75,7 +89,7 @@ def run(
 ) -> Results:
     """Load the artifact in ``folder`` and time it: prefill of each length in ``prompts``, generation of each in ``generations``.
 
-    Every test runs ``repeats`` times. ``threads`` defaults to one for each physical core.
+    Every test runs ``repeats`` times. ``threads`` defaults to one for each physical core; a GPU takes none.
 
     Raises RequestError for a length that does not fit the artifact's context.
     """
@@ -90,8 +104,9 @@ def run(
         raise RequestError(
             f"a test of {longest} tokens does not fit the artifact's context of {info.model.context}: lower -p and -n"
         )
-    count = default_threads() if threads is None else threads
-    model = load(folder, threads=count, context=max(longest, 1))
+    on_gpu = artifact.variant.kind == "cuda"
+    count = None if on_gpu else default_threads() if threads is None else threads
+    model = load(folder, threads=threads if on_gpu else count, context=max(longest, 1))
     subject = Subject(
         model=info.model.name,
         bytes=sum(f.bytes for name, f in info.files.items() if name.startswith("weights/")),
@@ -100,46 +115,55 @@ def run(
         threads=count,
     )
     with progress.phase("memory bandwidth"):
-        limit = read_bandwidth(count)
+        limit = read_bandwidth(count) if count is not None else model.executor.bandwidth()
+    timer = model.executor.start_timer() if on_gpu else None
     rng = np.random.default_rng(0)
     rows = []
     for length in prompts:
         ids = rng.integers(info.model.vocab_size, size=length).tolist()
         with progress.phase(f"pp{length}", total=repeats) as phase:
-            speeds = []
-            for i in range(repeats + 1):
-                first, _ = _time(model, ids, 1)
-                if i:
-                    speeds.append(length / first)
-                    phase.advance()
-        rows.append(_row(subject, f"pp{length}", speeds, None, limit))
+            samples = _samples(model, timer, ids, 1, repeats, phase)
+        rows.append(_row(subject, f"pp{length}", samples, [length / s.first for s in samples], length, None, limit))
     for tokens in generations:
         ids = rng.integers(info.model.vocab_size, size=1).tolist()
         with progress.phase(f"tg{tokens}", total=repeats) as phase:
-            speeds = []
-            for i in range(repeats + 1):
-                # The first token belongs to the prompt.
-                _, rest = _time(model, ids, tokens + 1)
-                if i:
-                    speeds.append(tokens / rest)
-                    phase.advance()
-        rows.append(_row(subject, f"tg{tokens}", speeds, bytes_per_token(info, tokens), limit))
+            # The first token belongs to the prompt.
+            samples = _samples(model, timer, ids, tokens + 1, repeats, phase)
+        read = bytes_per_token(info, tokens)
+        rows.append(_row(subject, f"tg{tokens}", samples, [tokens / s.rest for s in samples], tokens + 1, read, limit))
     return Results(rows, limit)
 
 
-def _time(model: Model, ids: list[int], tokens: int) -> tuple[float, float]:
-    """Seconds to the first token, and from there to the last of ``tokens``."""
+def _samples(model: Model, timer: Any, ids: list[int], tokens: int, repeats: int, phase: Phase) -> list[Sample]:
+    """``repeats`` runs after those that warm up: the first allocates, and on a GPU the second records the step's graph."""
+    found = []
+    for i in range(-2, repeats):
+        sample = _time(model, timer, ids, tokens)
+        if i >= 0:
+            found.append(sample)
+            phase.advance()
+    return found
+
+
+def _time(model: Model, timer: Any, ids: list[int], tokens: int) -> Sample:
+    """Run a prompt and ``tokens`` tokens after it."""
     start = time.perf_counter()
     first = 0.0
     for event in model.generate(ids, max_tokens=tokens, ignore_eos=True, stream=True):
         if event.token_ids and not first:
             first = time.perf_counter()
-    return first - start, time.perf_counter() - first
+    end = time.perf_counter()
+    return Sample(first - start, end - first, None if timer is None else timer.seconds())
 
 
-def _row(subject: Subject, test: str, speeds: list[float], read: float | None, limit: float) -> Row:
+def _row(
+    subject: Subject, test: str, samples: list[Sample], speeds: list[float], tokens: int, read: float | None, limit: float
+) -> Row:
+    """A test's row; ``tokens``: how many the device worked on in each run, ``read``: bytes for each generated one."""
     mean = statistics.fmean(speeds)
-    rate = None if read is None else read * mean
+    rate = None if read is None else mean * read
+    device = sum(s.device for s in samples if s.device is not None)
+    wall = sum(s.first + s.rest for s in samples)
     return Row(
         **asdict(subject),
         test=test,
@@ -147,6 +171,8 @@ def _row(subject: Subject, test: str, speeds: list[float], read: float | None, l
         deviation=statistics.stdev(speeds) if len(speeds) > 1 else 0.0,
         gb_per_second=None if rate is None else rate / 1e9,
         percent_of_limit=None if rate is None else 100 * rate / limit,
+        device_ms=1e3 * device / (tokens * len(samples)) if device else None,
+        gap_percent=100 * (1 - device / wall) if device else None,
     )
 
 
@@ -178,17 +204,22 @@ def read_bandwidth(threads: int) -> float:
     return total / best
 
 
-HEADINGS = ("model", "size", "params", "target", "threads", "test", "tok/s", "GB/s", "% of read limit")
+HEADINGS = ("model", "size", "params", "target", "threads", "test", "tok/s", "GB/s", "% of read limit", "GPU ms/tok", "gap")
 
 
 def to_markdown(results: Results) -> str:
     """A table like llama-bench's, and the measured limit below it."""
-    lines = [f"| {' | '.join(HEADINGS)} |", f"|{'|'.join([' --- '] * 4 + [' ---: '] * 5)}|"]
+    lines = [f"| {' | '.join(HEADINGS)} |", f"|{'|'.join([' --- '] * 4 + [' ---: '] * 7)}|"]
     for r in results.rows:
         rate = "" if r.gb_per_second is None else f"{r.gb_per_second:.2f}"
         share = "" if r.percent_of_limit is None else f"{r.percent_of_limit:.0f} %"
-        cells = (r.model, format_bytes(r.bytes), format_parameters(r.parameters), r.target, str(r.threads), r.test)
-        lines.append(f"| {' | '.join(cells)} | {r.tokens_per_second:.2f} ± {r.deviation:.2f} | {rate} | {share} |")
+        threads = "" if r.threads is None else str(r.threads)
+        device = "" if r.device_ms is None else f"{r.device_ms:.3f}"
+        gap = "" if r.gap_percent is None else f"{r.gap_percent:.1f} %"
+        cells = (r.model, format_bytes(r.bytes), format_parameters(r.parameters), r.target, threads, r.test)
+        lines.append(
+            f"| {' | '.join(cells)} | {r.tokens_per_second:.2f} ± {r.deviation:.2f} | {rate} | {share} | {device} | {gap} |"
+        )
     return "\n".join([*lines, "", f"Memory read limit measured in this run: {results.read_bandwidth / 1e9:.1f} GB/s."])
 
 

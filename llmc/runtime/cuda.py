@@ -29,6 +29,8 @@ from llmc.runtime.weights import map_weights
 _RESERVE = 256 << 20
 """Bytes of the GPU that are left alone: machine code, CUDA graphs, and what fragments."""
 
+_COPY_BYTES, _COPIES = 1 << 30, 6
+
 FUNCTIONS = ("decode", "extend", "sample", "advance")
 
 
@@ -230,6 +232,25 @@ class CudaExecutor:
 
     def _timed(self) -> AbstractContextManager[None]:
         return nullcontext() if self.timer is None else self.timer.step()
+
+    def start_timer(self) -> StepTimer:
+        """Measure the device's time on every step from now on."""
+        self.timer = StepTimer(self.cuda)
+        return self.timer
+
+    def bandwidth(self) -> float:
+        """Bytes per second that the device reads and writes when it copies: the best of a few copies larger than its caches."""
+        self.cuda.use()
+        size = min(_COPY_BYTES, self.cuda.memory()[0] // 4)
+        source, target = (self.cuda.allocate(size) for _ in range(2))
+        timer, best = StepTimer(self.cuda), float("inf")
+        for _ in range(_COPIES):
+            with timer.step():
+                self.cuda.copy(target, source, size)
+            best = min(best, timer.seconds())
+        for address in (source, target):
+            self.cuda.free(address)
+        return 2 * size / best
 
     def copy_page(self, source: int, target: int) -> None:
         """See :meth:`Executor.copy_page`."""

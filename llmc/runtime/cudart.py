@@ -124,6 +124,11 @@ class Cuda:
             self._call("cudaMemset", address, 0, ctypes.c_size_t(nbytes))
         return found
 
+    def free(self, address: int) -> None:
+        """Give back what :meth:`allocate` gave."""
+        self._allocations.remove(address)
+        self._call("cudaFree", ctypes.c_void_p(address))
+
     def pinned(self, nbytes: int) -> np.ndarray:
         """Host memory that the GPU copies from and to directly, as bytes."""
         address = ctypes.c_void_p()

@@ -206,6 +206,11 @@ class Model:
             raise RequestError("the model is closed: load it again")
         return self._executor
 
+    @property
+    def executor(self) -> Any:
+        """What runs the module: for measurements, which ask it for more than an :class:`Executor` promises."""
+        return self._open_executor()
+
     def close(self) -> None:
         """Let go of the module, the weights and the KV cache. The model cannot be used afterwards."""
         if self._executor is not None:

@@ -1,0 +1,75 @@
+"""What every CUDA family of ``llmc.quantized_linear`` shares: a call's operands by name, its reference, its roofline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from llmc.passes.quantize.scheme import Scheme, scheme
+from llmc.schedules.cuda import layout_mma
+from llmc.schedules.protocol import KernelCall, TensorSpec
+
+OP = "llmc.quantized_linear"
+SUFFIXES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
+BYTES = {"int32": 4, "uint8": 1, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def make(
+    o: int, k: int, name: str, dtype: str = "bfloat16", phase: str = "decode", out: str = "", bias_dtype: str = "", **attrs: Any
+) -> KernelCall:
+    """A call for a family's ``SHAPES``."""
+    args = [TensorSpec(("n", k), dtype), *layout_mma.parts(scheme(name), o, k).values()]
+    if attrs.get("bias"):
+        args.append(TensorSpec((o,), bias_dtype or dtype))
+    if attrs.get("residual"):
+        args.append(TensorSpec(("n", o), dtype))
+    full = {"activation": "none", "bias": 0, "residual": 0, "scheme": name, "layout": layout_mma.NAME, "o": o, "k": k, **attrs}
+    return KernelCall(OP, tuple(args), TensorSpec(("n", o), out or dtype), tuple(sorted(full.items())), phase)
+
+
+def operand_names(call: KernelCall) -> list[str]:
+    """The kernel's arguments in order; parts, bias and residual only where the call has them."""
+    optional = [name for name in ("bias", "residual") if call.attr(name)]
+    return ["x", *part_names(call), *optional, "out"]
+
+
+def part_names(call: KernelCall) -> list[str]:
+    return list(layout_mma.parts(how(call), call.attr("o"), call.attr("k")))
+
+
+def how(call: KernelCall) -> Scheme:
+    return scheme(call.attr("scheme"))
+
+
+def specs(call: KernelCall) -> dict[str, TensorSpec]:
+    """Operands and result by name."""
+    return dict(zip(operand_names(call), (*call.args, call.result), strict=True))
+
+
+def is_ours(call: KernelCall, target: Any) -> bool:
+    """Whether this is a linear over a matrix in the layout ``cuda.mma`` on an NVIDIA GPU, with float activations."""
+    return (
+        call.op == OP
+        and target.kind == "cuda"
+        and call.attr("layout") == layout_mma.NAME
+        and call.attr("activations", "compute") == "compute"
+        and len(call.args[0].shape) == 2
+    )
+
+
+def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
+    """The linear over the dequantized matrix, in float64 NumPy."""
+    from llmc.dialect.linear import reference as linear_reference
+
+    named: dict[str, Any] = dict(zip(operand_names(call), arrays, strict=False))
+    parts = {name: named.pop(name) for name in part_names(call)}
+    weight = layout_mma.unpack(parts, how(call), call.attr("o"), call.attr("k")).dequantize()
+    return linear_reference(named.pop("x"), weight, activation=call.attr("activation"), **named)
+
+
+def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
+    """Every operand and the result moved once; a multiply and an add per weight and row."""
+    moved = sum(int(np.prod(s.bind(symbols))) * BYTES[s.dtype] for s in (*call.args, call.result))
+    n, k = call.args[0].bind(symbols)
+    return moved, 2 * n * k * int(call.attr("o"))

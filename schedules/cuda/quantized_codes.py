@@ -1,0 +1,120 @@
+"""Codes of the layout ``cuda.mma`` into the 16-bit values that tensor cores multiply, in registers and without rounding.
+
+Integers: a code is put into the low bits of a power of two's significand, which a subtraction takes off again: exact, since
+integers of 8 bits with a sign fit the significands of both 16-bit types. A value is code - 2^(bits - 1) whatever the offset of
+the scheme. fp8 e4m3: sign, exponent and significand move to their places in the wider type, and a multiplication by a power
+of two corrects the exponent's bias, subnormal numbers included. (Kim et al., 2022, "Who Says Elephants Can't Run", 3.2.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from llmc.passes.quantize.scheme import Scheme
+from llmc.schedules.cuda import hopper
+
+Expr = Any
+SELECT = 0xEA
+"""lop3: (a & b) | c."""
+
+ONES = {"bfloat16": 0x3F803F80, "float16": 0x3C003C00}
+"""A pair of ones."""
+
+
+def both(bits: int) -> int:
+    """A register with ``bits`` in each half."""
+    return bits << 16 | bits
+
+
+def middle(how: Scheme) -> int:
+    """What :func:`decoder` takes off an integer code."""
+    return 1 << (how.bits - 1)
+
+
+def decoder(how: Scheme, dtype: str) -> Any:
+    """``decode(fragment, words, base, s, p)``: the A fragment of one m16n8k16 from a lane's four words of a chunk.
+
+    The multiplication covers columns 4 p .. 4 p + 3 of each lane's 8 in block ``s`` of 32 (8 bits: s = 0). ``words[base + i]`` is
+    word i; ``fragment`` has four uint32. ``s`` and ``p`` are constants.
+    """
+    if how.kind == "fp8_e4m3":
+        return _decode_e4m3(dtype)
+    if how.bits <= 4:
+        return _decode_nibbles(how, dtype)
+    return _decode_bytes_f16(how) if dtype == "float16" else _decode_bytes_bf16(how)
+
+
+def _decode_nibbles(how: Scheme, dtype: str) -> Any:
+    # 128 + c in bfloat16, 1024 + c in float16: c in the last bits.
+    base_bits, base = {"bfloat16": (0x4300, 0x4300), "float16": (0x6400, 0x6400)}[dtype]
+    magic, subtract = T.uint32(both(base_bits)), T.uint32(both(base + middle(how)))
+    minus = f"sub.{hopper.PTX_TYPE[dtype]}x2"
+
+    @T.inline
+    def decode(fragment: Expr, words: Expr, base: Expr, s: Expr, p: Expr) -> None:
+        for j in T.unroll(4):
+            T.ptx["lop3.b32"](
+                fragment[j], words[base + s * 2 + j % 2] >> T.uint32(4 * (2 * p + j // 2)), T.uint32(0x000F000F), magic, SELECT
+            )
+            T.ptx[minus](fragment[j], fragment[j], subtract)
+
+    return decode
+
+
+def _decode_bytes_f16(how: Scheme) -> Any:
+    subtract = T.uint32(both(0x6400 + middle(how)))
+
+    @T.inline
+    def decode(fragment: Expr, words: Expr, base: Expr, s: Expr, p: Expr) -> None:
+        for j in T.unroll(4):
+            T.ptx["prmt.b32"](
+                fragment[j], words[base + j % 2 * 2 + p], T.uint32(0x64646464), T.uint32(0x4240 + 0x0101 * (j // 2))
+            )
+            T.ptx["sub.f16x2"](fragment[j], fragment[j], subtract)
+
+    return decode
+
+
+def _decode_bytes_bf16(how: Scheme) -> Any:
+    # bfloat16 has no room for 8 bits below a power of two that outweighs them; float32 has: 2^23 + c.
+    subtract = T.float32(float((1 << 23) + middle(how)))
+
+    @T.inline
+    def decode(fragment: Expr, words: Expr, base: Expr, s: Expr, p: Expr) -> None:
+        low = T.alloc_local((1,), "uint32")
+        high = T.alloc_local((1,), "uint32")
+        for j in T.unroll(4):
+            T.ptx["prmt.b32"](low[0], words[base + j % 2 * 2 + p], T.uint32(0x4B000000), T.uint32(0x7550 + j // 2))
+            T.ptx["prmt.b32"](high[0], words[base + j % 2 * 2 + p], T.uint32(0x4B000000), T.uint32(0x7552 + j // 2))
+            T.ptx["cvt.rn.bf16x2.f32"](
+                fragment[j], T.reinterpret("float32", high[0]) - subtract, T.reinterpret("float32", low[0]) - subtract
+            )
+
+    return decode
+
+
+def _decode_e4m3(dtype: str) -> Any:
+    # The seven bits of exponent and significand end up at the wider type's, which ends 3 bits (f16: 1) below the sign.
+    shift, mask, scale = {"bfloat16": (4, 0x07F0, 0x7B80), "float16": (1, 0x3F80, 0x5C00)}[dtype]
+    times = f"mul.{hopper.PTX_TYPE[dtype]}x2"
+
+    @T.inline
+    def decode(fragment: Expr, words: Expr, base: Expr, s: Expr, p: Expr) -> None:
+        for j in T.unroll(4):
+            word = T.meta_var(words[base + j % 2 * 2 + p] << T.uint32(8) if j // 2 == 0 else words[base + j % 2 * 2 + p])
+            T.ptx["lop3.b32"](
+                fragment[j], word >> T.uint32(shift), T.uint32(both(mask)), word & T.uint32(0x80008000), SELECT
+            )
+            T.ptx[times](fragment[j], fragment[j], T.uint32(both(scale)))
+
+    return decode
+
+
+def as_float(word: Expr, half: Expr, dtype: str) -> Expr:
+    """The lower (``half`` 0) or upper (1) 16 bits of ``word`` as the float32 of the same value."""
+    if dtype == "bfloat16":
+        return T.reinterpret("float32", (word << T.uint32(16 - 16 * half)) & T.uint32(0xFFFF0000))
+    bits = T.cast(T.shift_right(word, T.uint32(16 * half)), "uint16")
+    return T.cast(T.reinterpret("float16", bits), "float32")

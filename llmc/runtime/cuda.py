@@ -18,13 +18,13 @@ from llmc.errors import InternalError, RequestError
 from llmc.manifest import Manifest
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.batch import Step
-from llmc.runtime.cudart import DL_CUDA, Cuda, DeviceTensors, device_bytes
+from llmc.runtime.cudart import DL_CUDA, Cuda, DeviceTensors, Piece, device_bytes
 from llmc.runtime.executor import page_shapes
 from llmc.runtime.footprint import aligned, argument_sizes, footprint
 from llmc.runtime.library import load_cuda_runtime
 from llmc.runtime.pipeline import CudaPipeline
 from llmc.runtime.vm import DL_CPU, load_vm, vm_function
-from llmc.runtime.weights import map_weights
+from llmc.runtime.weights import stored_weights
 
 _RESERVE = 256 << 20
 """Bytes of the GPU that are left alone: machine code, CUDA graphs, and what fragments."""
@@ -131,13 +131,13 @@ class CudaExecutor:
 
     def _upload(self, artifact: Artifact) -> list[Any]:
         """The weights as device tensors, in one allocation."""
-        arrays = map_weights(artifact.folder, artifact.manifest.tensors, artifact.variant.weights)
-        address = self.cuda.allocate(sum(aligned(array.nbytes) for array, _ in arrays))
+        weights = stored_weights(artifact.folder, artifact.manifest.tensors, artifact.variant.weights)
+        address = self.cuda.allocate(sum(aligned(w.array.nbytes) for w in weights))
         tensors, pieces = [], []
-        for array, dtype in arrays:
-            tensors.append(self._tensors.tensor(address, array.shape, dtype))
-            pieces.append((address, array))
-            address += aligned(array.nbytes)
+        for weight in weights:
+            tensors.append(self._tensors.tensor(address, weight.array.shape, weight.dtype))
+            pieces.append(Piece(address, weight.path, weight.offset, weight.array.nbytes))
+            address += aligned(weight.array.nbytes)
         self.cuda.upload(pieces)
         return tensors
 

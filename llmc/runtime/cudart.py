@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from llmc.runtime.tensors import dtype_code, storage_dtype
 DL_CUDA = 2
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
 _NON_BLOCKING_STREAM, _CAPTURE_RELAXED, _NO_TIMING = 1, 2, 2
-_UPLOAD_BYTES, _UPLOAD_THREADS = 16 << 20, 4
+_UPLOAD_BYTES, _UPLOAD_THREADS = 8 << 20, 8
 
 
 class _ManagedTensor(ctypes.Structure):
@@ -69,6 +71,25 @@ class DeviceTensors:
         header.shape, header.strides, header.byte_offset = ctypes.cast(sizes, ctypes.POINTER(ctypes.c_int64)), None, 0
         header.manager, header.deleter = None, ctypes.cast(_libc.free, ctypes.c_void_p)
         return self._ffi.from_dlpack(_new_capsule(block, b"dltensor", None))
+
+
+class Piece(NamedTuple):
+    """``nbytes`` of a file from ``offset`` on, and the device ``address`` where they go."""
+
+    address: int
+    path: Path
+    offset: int
+    nbytes: int
+
+
+def _read(descriptor: int, buffer: np.ndarray, piece: Piece) -> None:
+    """Fill ``buffer`` from the file. Raises ArtifactError if it ends before."""
+    view, done = memoryview(buffer), 0
+    while done < piece.nbytes:
+        count = os.preadv(descriptor, [view[done:]], piece.offset + done)
+        if count == 0:
+            raise ArtifactError(f"the weights {piece.path} are truncated: copy the artifact again or recompile the model")
+        done += count
 
 
 class Cuda:
@@ -177,18 +198,19 @@ class Cuda:
         self._call("cudaEventElapsedTime", ctypes.byref(milliseconds), ctypes.c_void_p(start), ctypes.c_void_p(end))
         return milliseconds.value / 1e3
 
-    def upload(self, pieces: Sequence[tuple[int, np.ndarray]]) -> None:
-        """Ordinary host memory (mapped files) to the device: ``(address, array)``. Returns when all of it is there.
+    def upload(self, pieces: Sequence[Piece]) -> None:
+        """Parts of files to the device. Returns when all of it is there.
 
-        Each of a few threads faults pages in and copies them through a pinned buffer of its own, so that reading and the
-        transfers overlap.
+        Each of a few threads reads into a pinned buffer of its own and has it copied from there, so that reading and the transfers
+        overlap. Reading costs one copy out of the page cache; touching a mapping would cost a page fault for every 4 KB beside it.
+        Raises ArtifactError if a file has become shorter.
         """
         chunks = [
-            (address + start, flat[start : start + _UPLOAD_BYTES])
-            for address, array in pieces
-            for flat in [array.reshape(-1).view(np.uint8)]
-            for start in range(0, flat.size, _UPLOAD_BYTES)
+            Piece(p.address + start, p.path, p.offset + start, min(_UPLOAD_BYTES, p.nbytes - start))
+            for p in pieces
+            for start in range(0, p.nbytes, _UPLOAD_BYTES)
         ]
+        files = {path: path.open("rb") for path in {p.path for p in pieces}}
         buffers = [self.pinned(_UPLOAD_BYTES) for _ in range(min(_UPLOAD_THREADS, max(len(chunks), 1)))]
 
         def work(index: int) -> None:
@@ -196,18 +218,22 @@ class Cuda:
             stream = ctypes.c_void_p()
             self._call("cudaStreamCreateWithFlags", ctypes.byref(stream), _NON_BLOCKING_STREAM)
             try:
-                for address, values in chunks[index :: len(buffers)]:
-                    staged = buffers[index][: values.size]
-                    np.copyto(staged, values)
-                    self._copy(address, staged.ctypes.data, values.size, _HOST_TO_DEVICE, int(stream.value or 0))
+                for chunk in chunks[index :: len(buffers)]:
+                    staged = buffers[index][: chunk.nbytes]
+                    _read(files[chunk.path].fileno(), staged, chunk)
+                    self._copy(chunk.address, staged.ctypes.data, chunk.nbytes, _HOST_TO_DEVICE, int(stream.value or 0))
                     self._call("cudaStreamSynchronize", stream)
             finally:
                 self._call("cudaStreamDestroy", stream)
 
-        with ThreadPoolExecutor(len(buffers)) as pool:
-            list(pool.map(work, range(len(buffers))))
-        for buffer in buffers:
-            self._free_pinned(buffer.ctypes.data)
+        try:
+            with ThreadPoolExecutor(len(buffers)) as pool:
+                list(pool.map(work, range(len(buffers))))
+        finally:
+            for file in files.values():
+                file.close()
+            for buffer in buffers:
+                self._free_pinned(buffer.ctypes.data)
 
     def capture(self, work: Callable[[], Any]) -> Callable[[], None]:
         """The device work that ``work`` puts into the stream, as one graph: a function that starts it. Nothing runs yet."""

@@ -11,7 +11,7 @@ import json
 import mmap
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -94,14 +94,32 @@ class WeightFile:
             )
         return np.frombuffer(self._map, storage, prod(shape), self._start + begin).reshape(shape), dtype
 
+    def offset(self, name: str) -> int:
+        """Where in the file the tensor's bytes start, once :meth:`array` has found it sound."""
+        return self._start + int(self.entries[name]["data_offsets"][0])
+
+
+class Stored(NamedTuple):
+    """A weight: its mapped memory, its dtype's name, and the same bytes as a place in a file."""
+
+    array: np.ndarray
+    dtype: str
+    path: Path
+    offset: int
+
 
 def map_weights(folder: Path, tensors: dict[str, TensorInfo], names: list[str]) -> list[tuple[np.ndarray, str]]:
-    """The named weights of the artifact in ``folder``, as (array, dtype name) in order, each file mapped once.
+    """The named weights of the artifact in ``folder``, as (array, dtype name) in order: see :func:`stored_weights`."""
+    return [(weight.array, weight.dtype) for weight in stored_weights(folder, tensors, names)]
+
+
+def stored_weights(folder: Path, tensors: dict[str, TensorInfo], names: list[str]) -> list[Stored]:
+    """The named weights of the artifact in ``folder``, in order, each file mapped once; nothing of them is read yet.
 
     Raises ArtifactError if a file is missing or damaged, or if it does not hold what the manifest says.
     """
     files: dict[str, WeightFile] = {}
-    found = []
+    found: list[Stored] = []
     for name in names:
         info = tensors.get(name)
         if info is None:
@@ -114,5 +132,5 @@ def map_weights(folder: Path, tensors: dict[str, TensorInfo], names: list[str]) 
                 f"the weights {folder / info.file} hold {name} as {dtype} {list(array.shape)}, and the manifest says "
                 f"{info.dtype} {list(info.shape)}: {_REPAIR}"
             )
-        found.append((array, dtype))
+        found.append(Stored(array, dtype, files[info.file].path, files[info.file].offset(name)))
     return found

@@ -65,6 +65,26 @@ def test_formats_agree(results: bench.Results) -> None:
     assert "tg5" in markdown[3] and f"{speed:.2f} ±" in markdown[3]
 
 
+def test_a_gpus_own_clock_shows_the_gap(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = manifest.read(artifact)
+    model = Stub()
+    # the device works half of the time that a token takes
+    timer = SimpleNamespace(seconds=lambda: 6 * TOKEN_SECONDS / 2)
+    model.executor = SimpleNamespace(bandwidth=lambda: 4e12, start_timer=lambda: timer)  # type: ignore[attr-defined]
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(runtime, "load", lambda folder, **options: given.update(options) or model)
+    opened = SimpleNamespace(manifest=info, variant=SimpleNamespace(kind="cuda", target="cuda:sm_90a"))
+    monkeypatch.setattr("llmc.runtime.artifact.open_artifact", lambda folder: opened)
+    results = bench.run(artifact, SilentProgress(), prompts=[], generations=[5], repeats=2)
+    (row,) = results.rows
+    assert given["threads"] is None and results.read_bandwidth == 4e12
+    assert row.device_ms == pytest.approx(1e3 * TOKEN_SECONDS / 2)
+    wall = PROMPT_SECONDS + 5 * TOKEN_SECONDS
+    assert 100 * (1 - 3 * TOKEN_SECONDS / wall) <= row.gap_percent < 90
+    cells = bench.to_markdown(results).splitlines()[2].split("|")
+    assert cells[5].strip() == "" and cells[-3].strip() == "5.000" and cells[-2].strip().endswith("%")
+
+
 def test_a_test_longer_than_the_context(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = manifest.read(artifact)
     opened = SimpleNamespace(manifest=info, variant=info.variants[0])

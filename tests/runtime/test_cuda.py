@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,14 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmc.errors import MissingExtraError, RequestError
+from llmc.errors import ArtifactError, MissingExtraError, RequestError
 from llmc.manifest import Limits
 from llmc.runtime import cuda, cudart, load, loading
 from llmc.runtime.artifact import open_artifact
 from llmc.runtime.batch import Step
 from llmc.runtime.cuda import CudaExecutor
-from llmc.runtime.cudart import Cuda, DeviceTensors
+from llmc.runtime.cudart import Cuda, DeviceTensors, Piece
 from llmc.runtime.device import cuda_devices
+from llmc.runtime.footprint import footprint
 from llmc.runtime.library import load_runtime
 from llmc.runtime.model import Model
 from tests.runtime import module
@@ -157,6 +159,65 @@ def test_device_time_is_that_of_the_steps(artifact: Path, gpus: list[FakeCuda]) 
         # a prompt step of two pieces of work, four decode steps of three
         assert executor.timer.seconds() == pytest.approx((2 + 4 * 3) * 1e-6)
         assert executor.timer.seconds() == 0
+
+
+class Uploads(Cuda):
+    """The upload of :class:`Cuda` with a library that copies within this machine's memory."""
+
+    def __init__(self) -> None:
+        self.device, self._memory, self._pinned = 0, [], []
+        self.copied: list[int] = []
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        self._memory.append(np.zeros(nbytes, np.uint8))
+        self._pinned.append(self._memory[-1].ctypes.data)
+        return self._memory[-1]
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        if name == "cudaMemcpyAsync":
+            target, source, count = arguments[:3]
+            ctypes.memmove(target, source, count.value)
+            self.copied.append(count.value)
+
+
+def test_an_upload_puts_every_byte_of_a_file_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cudart, "_UPLOAD_BYTES", 1000)
+    data = np.random.default_rng(0).integers(0, 256, 9000, np.uint8)
+    (tmp_path / "a").write_bytes(data[:5500].tobytes())
+    (tmp_path / "b").write_bytes(data[5500:].tobytes())
+    device, gpu = np.zeros(9000, np.uint8), Uploads()
+    at = device.ctypes.data
+    pieces = [
+        Piece(at, tmp_path / "a", 100, 2500),
+        Piece(at + 3000, tmp_path / "b", 0, 3500),
+        Piece(at + 7000, tmp_path / "a", 0, 1),
+    ]
+    gpu.upload(pieces)
+    want = np.zeros(9000, np.uint8)
+    want[:2500], want[3000:6500], want[7000] = data[100:2600], data[5500:9000], data[0]
+    np.testing.assert_array_equal(device, want)
+    assert sorted(gpu.copied) == [1, 500, 500, *[1000] * 5] and not gpu._pinned
+    with pytest.raises(ArtifactError, match=r"the weights .*b are truncated"):
+        gpu.upload([Piece(at, tmp_path / "b", 3000, 501)])
+
+
+def test_a_model_takes_what_the_gpu_has_free(artifact: Path, gpus: list[FakeCuda], monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_artifact(artifact)
+    opened = replace(opened, variant=replace(opened.variant, kind="cuda"))
+    monkeypatch.setattr(loading, "open_artifact", lambda path: opened)
+    page = opened.manifest.kv.bytes_per_token * module.PAGE_SIZE
+    needs = footprint(opened.manifest, opened.variant).total + cuda._RESERVE
+    monkeypatch.setattr(FakeCuda, "total", needs + 7 * page + 5)
+    with load(artifact) as model:
+        assert model.pages.num_pages == 7 and model.context == 7 * module.PAGE_SIZE
+        # what the plan says is what was taken
+        taken = gpus[-1].used - 7 * page
+        assert abs(taken - (needs - cuda._RESERVE)) < 0.02 * taken
+        assert model.generate(PROMPTS[0], max_tokens=3).token_ids
+        assert model.executor.bandwidth() > 0
+    monkeypatch.setattr(FakeCuda, "total", needs + page - 3)
+    with pytest.raises(RequestError, match="the GPU lacks 3 bytes for this model and one page"):
+        load(artifact)
 
 
 @pytest.mark.gpu

@@ -19,12 +19,12 @@ from llmc.targets.base import Target
 
 def linker(target: Target) -> Callable[..., None]:
     """A linker in the form ``export_library(fcompile=...)`` takes. Raises MissingExtraError if there is none for ``target``."""
-    command = _command(target)
+    command, libraries = _command(target), [] if target.triple.endswith("-android") else ["-lm"]
 
     def link(output: str, objects: str | Sequence[str], options: Sequence[str] | None = None, **_: Any) -> None:
         files = [objects] if isinstance(objects, str) else list(objects)
         done = subprocess.run(
-            [*command, "-o", output, *files, *(options or []), "-lm"], capture_output=True, text=True, check=False
+            [*command, "-o", output, *files, *(options or []), *libraries], capture_output=True, text=True, check=False
         )
         if done.returncode:
             raise InternalError(f"linking for {target.name} failed ({' '.join(command[:3])}): {done.stderr.strip()[-800:]}")
@@ -61,4 +61,14 @@ def _command(target: Target) -> list[str]:
     if importlib.util.find_spec("ziglang") is None:
         why = "this machine has no C compiler to link with" if is_host(target) else "it is another kind of machine than this one"
         raise MissingExtraError(f"target {target.name} needs the ziglang linker ({why}): run `pip install ziglang==0.17.1`")
-    return [sys.executable, "-m", "ziglang", "cc", "-target", target.triple, "-shared"]
+    zig = [sys.executable, "-m", "ziglang"]
+    machine, _, system = target.triple.partition("-")
+    if system.startswith("apple-macos"):
+        # Symbols of the TVM runtime are looked up in the process, as they are on Linux; no SDK is needed for that.
+        version = system.removeprefix("apple-macos")
+        arch = {"arm64": "aarch64"}.get(machine, machine)
+        return [*zig, "cc", "-target", f"{arch}-macos.{version}", "-shared", "-Wl,-undefined,dynamic_lookup"]
+    if system.endswith("android"):
+        # zig has no C library of Android: the library is left to find it in the process. Pages of 16 KB work with 4 KB too.
+        return [*zig, "ld.lld", "-shared", "-z", "max-page-size=16384"]
+    return [*zig, "cc", "-target", target.triple, "-shared"]

@@ -1,5 +1,6 @@
 """Packaging of llmc: the base install is the thin runtime; ``[compile]`` adds the compiler, ``[cuda]`` what
-compiling for and running on NVIDIA GPUs takes beside a driver; ``[all]`` everything."""
+compiling for and running on NVIDIA GPUs takes beside a driver; ``[tune]`` what searching for faster kernels takes besides
+``[compile]``; ``[all]`` everything."""
 
 from pathlib import Path
 
@@ -30,6 +31,7 @@ COMPILE = [
     "sentencepiece>=0.2",
 ]
 CUDA = ["nvidia-cuda-nvrtc==13.*", "nvidia-cuda-runtime==13.*", "nvidia-cuda-cccl==13.*"]
+TUNE = ["xgboost>=3,<4"]
 DEV = ["pytest>=9", "pytest-xdist>=3.8", "pytest-timeout>=2.4", "ruff==0.17.6", "mypy==2.4.1", "psutil>=6"]
 
 PACKAGE_DIRS = {"llmc.passes": "passes", "llmc.schedules": "schedules", "llmc.targets": "targets"}
@@ -55,7 +57,14 @@ setup(
     python_requires=">=3.11",
     package_dir={"": ".", **PACKAGE_DIRS},
     packages=packages(),
+    package_data={"llmc.schedules": ["records/*.jsonl"]},
     install_requires=RUNTIME,
-    extras_require={"compile": COMPILE, "cuda": CUDA, "all": COMPILE + CUDA, "dev": COMPILE + CUDA + DEV},
+    extras_require={
+        "compile": COMPILE,
+        "cuda": CUDA,
+        "tune": TUNE,
+        "all": COMPILE + CUDA + TUNE,
+        "dev": COMPILE + CUDA + TUNE + DEV,
+    },
     entry_points={"console_scripts": ["llmc=llmc.cli.main:main"]},
 )

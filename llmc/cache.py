@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmc import manifest
 from llmc.errors import ModelError, OutputError
-from llmc.paths import cache_root
+from llmc.paths import cache_root, records_folder
 from llmc.version import __version__
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def fingerprint(path: Path) -> str:
 
 
 def compiler_digest() -> str:
-    """sha256 hex over every source file that shapes an artifact: importer, dialect, passes, schedules, targets."""
+    """sha256 hex over every file that shapes an artifact: its own sources (:data:`COMPILER_PARTS`) and the tuning records."""
     digest = hashlib.sha256()
     here = Path(__file__).parent
     files = [here / name for name in COMPILER_FILES]
@@ -143,6 +143,7 @@ def compiler_digest() -> str:
         spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:
             files += sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.suffix != ".pyc")
+    files += sorted(records_folder().glob("*.jsonl"))
     for file in files:
         digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
     return digest.hexdigest()

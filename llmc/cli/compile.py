@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--context", type=options.positive, metavar="N", help="most positions of a sequence (default: the model's own)"
     )
     parser.add_argument("--dump-ir", type=Path, metavar="DIR", help="write the IR after every pass, and the passes' times")
+    parser.add_argument("--records", type=Path, metavar="DIR", help="use the tuning records of DIR too (see `llmc tune`)")
     parser.add_argument("--force", action="store_true", help="replace what is at OUT")
     options.add_output(parser, json="the report")
 
@@ -30,6 +31,7 @@ def main(args: argparse.Namespace) -> int:
 
     require("compile", "llmc compile")
     from llmc.compiler import compile as compile_model
+    from llmc.passes.quantize.report import bits_per_weight, table
     from llmc.units import format_bytes
 
     progress = on_stderr(args.quiet)
@@ -37,16 +39,20 @@ def main(args: argparse.Namespace) -> int:
         args.model,
         out=args.out,
         context=args.context,
+        records=args.records,
         dump_ir=args.dump_ir,
         force=args.force,
         progress=progress,
         **options.compile_options(args),
     )
+    for line in table(report.weights):
+        progress.note(line)
     if names := report.unused:
         rest = ", ..." if len(names) > 8 else ""
         progress.note(f"{len(names)} tensors unused by the graph: {', '.join(names[:8])}{rest}")
     if args.json:
         import json
+        from dataclasses import asdict
 
         print(
             json.dumps(
@@ -57,6 +63,8 @@ def main(args: argparse.Namespace) -> int:
                     "unused": report.unused,
                     "target": [variant.target for variant in report.manifest.variants],
                     "parameters": report.manifest.model.parameters,
+                    "bits_per_weight": bits_per_weight(report.weights),
+                    "weights": [asdict(row) for row in report.weights],
                 }
             )
         )

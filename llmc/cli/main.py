@@ -17,7 +17,7 @@ from llmc.cli.parser import Parser
 from llmc.errors import InternalError, LlmcError
 from llmc.version import __version__
 
-COMMANDS = ("compile", "run", "chat", "inspect", "verify", "bench", "doctor", "fetch")
+COMMANDS = ("compile", "run", "chat", "inspect", "verify", "bench", "tune", "doctor", "fetch")
 
 INTERRUPTED = 130
 TERMINATED = 143

@@ -1,0 +1,69 @@
+"""One kernel call on one device: its inputs, whether a candidate's result is right, and how long it takes.
+
+Thin, like everything that a machine without a compiler runs: ``tvm_ffi`` and NumPy alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmc.runtime.cudart import device_bytes
+from llmc.schedules.protocol import KernelCall
+from llmc.tune import inputs
+
+MOST_SETS = 48
+
+
+@dataclass
+class _Case:
+    """A call at one size. ``sets``: arguments over copies of the inputs; ``out``: the buffer of the first set's result."""
+
+    symbols: dict[str, int]
+    sets: list[list[Any]]
+    out: Any
+    wanted: np.ndarray
+
+
+class WrongResult(Exception):
+    """A candidate computed something else than the reference."""
+
+
+class Bench:
+    """Checks and times candidates of one call at each of ``sizes``."""
+
+    def __init__(self, device: Any, call: KernelCall, sizes: Sequence[dict[str, int]], wanted: Sequence[np.ndarray]) -> None:
+        """``wanted``: what :func:`llmc.tune.inputs.expected` gives for each of ``sizes``."""
+        self.device, self.call = device, call
+        self._cases = [self._case(symbols, w) for symbols, w in zip(sizes, wanted, strict=True)]
+
+    def _case(self, symbols: dict[str, int], wanted: np.ndarray) -> _Case:
+        arrays = inputs.make(self.call, symbols)
+        specs = (*self.call.args, self.call.result)
+        total = sum(device_bytes(spec.bind(symbols), spec.dtype) for spec in specs)
+        sets, first = [], None
+        for _ in range(min(MOST_SETS, max(1, -(-self.device.rotated // total)))):
+            buffer, out = self.device.empty(self.call.result.bind(symbols), self.call.result.dtype)
+            uploaded = [self.device.upload(a, spec.dtype) for a, spec in zip(arrays, self.call.args, strict=True)]
+            sets.append([*uploaded, out])
+            first = buffer if first is None else first
+        return _Case(symbols, sets, first, wanted)
+
+    def check(self, kernel: Callable[..., Any]) -> float:
+        """The largest error over all sizes. Raises WrongResult if one is beyond the tolerance (or a result not written at all)."""
+        worst = 0.0
+        for case in self._cases:
+            self.device.fill(case.out, 0xFF)  # NaN in every dtype
+            self.device.run(kernel, case.sets[0])
+            error = inputs.error(self.call, case.symbols, self.device.download(case.out), case.wanted)
+            if not error <= inputs.tolerance(self.call):
+                raise WrongResult(f"wrong result: off by {error:.2g} of the largest value at {case.symbols}")
+            worst = max(worst, error)
+        return worst
+
+    def timers(self, kernel: Callable[..., Any]) -> list[Callable[[], float]]:
+        """For each size a function that gives the seconds of one call now."""
+        return [self.device.timer(kernel, case.sets) for case in self._cases]

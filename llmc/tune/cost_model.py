@@ -1,0 +1,81 @@
+"""Which configurations are fast, learned from measurements: gradient-boosted trees with a ranking objective (XGBoost).
+
+Times of different calls cannot be compared, ranks within one call can: every (call, device, sizes) is a group of its own, and one
+model learns from all groups of a family ("Learning to Optimize Tensor Programs", Chen et al., 2018). A feature is the logarithm of
+an axis of the configuration, of a dimension of the call, or of a dimension over an axis: how often a tile fits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from llmc.schedules.protocol import KernelCall
+from llmc.schedules.records import Record, restore
+from llmc.tune.search import Config
+
+PARAMETERS = {
+    "objective": "rank:pairwise", "eta": 0.15, "max_depth": 5, "min_child_weight": 1, "subsample": 0.9, "colsample_bytree": 0.8,
+    "lambdarank_pair_method": "mean", "lambdarank_num_pair_per_sample": 8, "nthread": 1, "seed": 0, "verbosity": 0,
+}  # fmt: skip
+ROUNDS = 120
+GRADES = 31
+"""Grades of speed within a group: ranking wants integers. The best is the highest."""
+
+
+def features(config: Config, call: KernelCall) -> list[float]:
+    """The numbers a tree may split on; as many for every configuration and call of a family."""
+    axes: list[float] = []
+    for value in config.values():
+        parts = value if isinstance(value, tuple | list) else (value,)
+        axes += [math.log2(1 + abs(float(p))) for p in parts]
+        if len(parts) > 1:
+            axes.append(math.log2(math.prod(1 + abs(float(p)) for p in parts)))
+    sizes = [math.log2(d) for spec in call.args[:2] for d in spec.shape if isinstance(d, int) and d > 0]
+    return [*axes, sum(axes), *sizes, *(s - a for s in sizes for a in axes)]
+
+
+class CostModel:
+    """Ranks configurations of one family's calls. Fit again after every batch: it takes a fraction of a second."""
+
+    def __init__(self, space_of: Any) -> None:
+        """``space_of(call)``: the family's space for a call. Raises ImportError without XGBoost."""
+        import xgboost
+
+        self._xgb, self._space_of = xgboost, space_of
+        self._booster: Any = None
+
+    def fit(self, records: Sequence[Record]) -> None:
+        """Learn from all records of the family; those of one call and device are ranked among themselves, failed ones last."""
+        groups: dict[tuple[Any, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for r in records:
+            seconds = math.inf if r.seconds is None else r.seconds
+            groups[r.call, r.target, r.device][r.config].append(seconds)
+        rows, grades, ids = [], [], []
+        for number, ((call, *_), times) in enumerate(groups.items()):
+            space = self._space_of(call)
+            known = {text: c for text in times if (c := restore(text, space)) is not None}
+            total = {text: float(np.mean(np.log(times[text]))) for text in known}
+            best = min((t for t in total.values() if t < math.inf), default=0.0)
+            for text, config in known.items():
+                rows.append(features(config, call))
+                grades.append(round((GRADES - 1) * math.exp(2 * (best - total[text]))) if total[text] < math.inf else 0)
+                ids.append(number)
+        if len(rows) < 4 or len(set(grades)) < 2:
+            return
+        data = self._xgb.DMatrix(np.array(rows, np.float32), label=np.array(grades, np.float32), qid=np.array(ids))
+        self._booster = self._xgb.train(PARAMETERS, data, ROUNDS)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there was anything to learn from."""
+        return self._booster is not None
+
+    def score(self, configs: Sequence[Config], call: KernelCall) -> list[float]:
+        """Higher is faster."""
+        data = self._xgb.DMatrix(np.array([features(c, call) for c in configs], np.float32))
+        return [float(v) for v in self._booster.predict(data)]

@@ -1,0 +1,159 @@
+"""Inputs of a kernel call, the same on every machine, and the part of its result that is compared. NumPy alone.
+
+Tensors are held as :func:`llmc.runtime.tensors.storage_dtype` says: bfloat16 as the upper 16 bits of a float32, in uint16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from llmc.errors import UnsupportedError
+from llmc.runtime.tensors import storage_dtype
+from llmc.schedules.protocol import KernelCall, TensorSpec
+
+Array = np.ndarray
+PERIOD = 1_048_573
+"""Distinct random numbers of a tensor; a larger one repeats them. A prime, so that no two rows of a matrix are alike."""
+
+COMPARED_ROWS, COMPARED_OUTPUTS = 16, 256
+"""How much of a matrix product is compared: the reference in float64 of all of it would take longer than the kernel's search."""
+
+
+def sizes(call: KernelCall, device_kind: str) -> list[dict[str, int]]:
+    """The sizes of the call's symbols that it is timed at.
+
+    Decode: one sequence and a batch of eight; extend: a prompt of 512, on a GPU one of 2048 too. Attention has as many positions as
+    ``context`` says, which is no dimension of a tensor.
+    """
+    prompts = (512,) if device_kind == "cpu" else (512, 2048)
+    if call.op == "llmc.attend":
+        runs = [(1, 1, 1024), (8, 8, 1024)] if call.phase == "decode" else [(1, n, n) for n in prompts]
+        return [_paged(call, batch, rows, context) for batch, rows, context in runs]
+    names = {d for spec in (*call.args, call.result) for d in spec.shape if isinstance(d, str)}
+    if len(names) != 1:
+        raise UnsupportedError(
+            f"{call.op} has the sizes {sorted(names)}, and tuning knows calls with one: leave it out with --kernels"
+        )
+    name = names.pop()
+    return [{name: n} for n in ((1, 8) if call.phase == "decode" else prompts)]
+
+
+def _paged(call: KernelCall, batch: int, rows: int, context: int) -> dict[str, int]:
+    blocks = -(-context // int(call.attr("page_size")))
+    return {"n": rows, "b": batch, "b+1": batch + 1, "m": blocks, "num_pages": batch * blocks, "context": context}
+
+
+def random(spec: TensorSpec, symbols: dict[str, int], rng: np.random.Generator, scale: float = 1.0) -> Array:
+    """Standard normal numbers times ``scale``, rounded to the dtype."""
+    shape = spec.bind(symbols)
+    count = int(np.prod(shape))
+    values = rng.standard_normal(min(count, PERIOD), dtype=np.float32) * np.float32(scale)
+    return np.resize(narrow(values, spec.dtype), count).reshape(shape)
+
+
+def narrow(values: Array, dtype: str) -> Array:
+    """float32 in the storage of ``dtype``, rounded to nearest, ties to even."""
+    if dtype != "bfloat16":
+        return values.astype(storage_dtype(dtype))
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def widen(array: Array, dtype: str) -> Array:
+    """The numbers that an array of storage holds: float32 for every floating-point dtype, else the array."""
+    if dtype == "bfloat16":
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32) if dtype in ("float16", "float32") else array
+
+
+def make(call: KernelCall, symbols: dict[str, int], seed: int = 0) -> list[Array]:
+    """The operands of the call. Raises UnsupportedError for an op that it does not know."""
+    maker = _MAKERS.get(call.op)
+    if maker is None:
+        raise UnsupportedError(f"tuning knows no inputs for {call.op}: leave it out with --kernels")
+    return maker(call, symbols, np.random.default_rng(seed))
+
+
+def _linear(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator) -> list[Array]:
+    k = int(call.args[1].shape[1])
+    scales = [1.0, k**-0.5, *([1.0] * (len(call.args) - 2))]
+    return [random(spec, symbols, rng, scale) for spec, scale in zip(call.args, scales, strict=True)]
+
+
+def _attend(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator) -> list[Array]:
+    """Pages in random order; the rows of the step are the last ones of each sequence."""
+    batch, rows = symbols["b"], symbols["n"] // symbols["b"]
+    q, pages, *more = (random(spec, symbols, rng) for i, spec in enumerate(call.args) if i not in (2, 3, 4))
+    table = rng.permutation(symbols["num_pages"]).astype(np.int32).reshape(batch, symbols["m"])
+    lengths = np.full(batch, symbols["context"], np.int32)
+    return [q, pages, table, lengths, np.arange(0, batch + 1, dtype=np.int32) * np.int32(rows), *more]
+
+
+def _quantized_linear(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator) -> list[Array]:
+    """Weights are packed as compiling packs them, so this needs the compiler."""
+    from llmc.tune.packed import packed_weight
+
+    parts = packed_weight(call)
+    x, *others = (random(spec, symbols, rng) for i, spec in enumerate(call.args) if not 1 <= i <= len(parts))
+    return [x, *parts, *others]
+
+
+_MAKERS: dict[str, Callable[[KernelCall, dict[str, int], np.random.Generator], list[Array]]] = {
+    "llmc.linear": _linear,
+    "llmc.attend": _attend,
+    "llmc.quantized_linear": _quantized_linear,
+}
+
+
+def compared(call: KernelCall, symbols: dict[str, int]) -> tuple[Array, Array]:
+    """Rows and columns of the result (its first and its last dimension) that are compared with the reference."""
+    rows, *_, columns = call.result.bind(symbols)
+    rng = np.random.default_rng(1)
+
+    def pick(count: int, most: int) -> Array:
+        return np.sort(rng.choice(count, most, replace=False)) if count > most else np.arange(count)
+
+    return pick(rows, COMPARED_ROWS), pick(columns, COMPARED_OUTPUTS)
+
+
+def expected(family: Any, call: KernelCall, symbols: dict[str, int], arrays: list[Array]) -> Array:
+    """What the family's reference says for the rows and columns of :func:`compared`.
+
+    A matrix product is computed for these alone: they depend on no other row of x and on no other row of the weight. (A packed
+    weight has no rows to pick before it is unpacked, and attention is computed for all rows.)
+    """
+    rows, columns = compared(call, symbols)
+    parts = []
+    for i, (array, spec) in enumerate(zip(arrays, call.args, strict=True)):
+        if call.op != "llmc.attend":
+            if spec.shape[0] == call.args[0].shape[0]:
+                array = array[rows]
+            if call.op == "llmc.linear" and i > 0:
+                array = array[columns] if i == 1 or array.ndim == 1 else array[:, columns]
+        parts.append(widen(array, spec.dtype))
+    result = family.reference(call, *parts)
+    if call.op == "llmc.attend":
+        result = result[rows]
+    return np.asarray(result if call.op == "llmc.linear" else result[..., columns], np.float32)
+
+
+TOLERANCE = {"float32": 2e-4, "float16": 4e-3, "bfloat16": 2e-2}
+QUANTIZED = 3e-2
+"""Activations are rounded to eight bits there."""
+
+
+def tolerance(call: KernelCall) -> float:
+    """Largest error of a result, in units of the largest value of the reference: that of its coarsest dtype."""
+    if call.op == "llmc.quantized_linear":
+        return QUANTIZED
+    return max(TOLERANCE[s.dtype] for s in (*call.args, call.result) if s.dtype in TOLERANCE)
+
+
+def error(call: KernelCall, symbols: dict[str, int], result: Array, wanted: Array) -> float:
+    """The largest absolute error of ``result`` (all of it, in storage) over the largest expected value; NaN if any is NaN."""
+    rows, columns = compared(call, symbols)
+    found = widen(result[rows][..., columns], call.result.dtype)
+    return float(np.max(np.abs(found - wanted)) / max(float(np.max(np.abs(wanted))), 1e-30))

@@ -1,0 +1,173 @@
+"""The process that builds, checks and times candidates of one kernel call, and may crash or hang doing so.
+
+``python -m llmc.tune.worker`` reads a JSON object a line and answers each with one; :class:`Worker` is the other end. The first is
+``{family, call, target, sizes}``; then ``{"build": config}`` builds and checks a candidate, ``{"time": number}`` times one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import threading
+from typing import Any, TextIO
+
+from llmc.errors import InternalError, LlmcError
+
+
+class CandidateFailed(Exception):
+    """A candidate that does not compile, computes something wrong, crashes its process or takes too long. The text says which."""
+
+
+class Worker:
+    """A worker process for one call. It is started again after a candidate has ended it; candidates built before are gone then."""
+
+    def __init__(self, setup: dict[str, Any], *, build_seconds: float = 60.0, time_seconds: float = 20.0) -> None:
+        """``setup``: the first message (see the module). Raises the LlmcError that setting up raised in the process."""
+        self._setup, self._limits = setup, (build_seconds, time_seconds)
+        self._process: subprocess.Popen[str] | None = None
+        self._built: dict[str, int] = {}
+        self.device = ""
+        self._start()
+
+    def _start(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "llmc.tune.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            start_new_session=True,  # Ctrl-C is the parent's to handle
+        )  # fmt: skip
+        self._answers: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=_pump, args=(self._process.stdout, self._answers), daemon=True).start()
+        self._built = {}
+        try:
+            answer = self._ask(self._setup, 300.0)
+        except CandidateFailed as error:
+            raise InternalError(f"the tuning worker for {self._setup['family']} does not start: {error}") from error
+        if "refused" in answer:
+            raise LlmcError(answer["refused"])
+        self.device = answer["device"]
+
+    def _ask(self, message: dict[str, Any], seconds: float) -> dict[str, Any]:
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message) + "\n")
+            self._process.stdin.flush()
+            line = self._answers.get(timeout=seconds)
+        except queue.Empty:
+            self.close()
+            raise CandidateFailed(f"no answer within {seconds:g} s") from None
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            code = self._process.wait()
+            self.close()
+            raise CandidateFailed(f"the process ended with status {code}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def build(self, config: dict[str, Any], text: str) -> None:
+        """Build and check a candidate, named ``text`` from now on. Raises CandidateFailed."""
+        if self._process is None:
+            self._start()
+        answer = self._ask({"build": config}, self._limits[0])
+        if "failed" in answer:
+            raise CandidateFailed(answer["failed"])
+        self._built[text] = answer["number"]
+
+    def has(self, text: str) -> bool:
+        """Whether the candidate is built in the process as it is now."""
+        return text in self._built
+
+    def time(self, text: str) -> list[float]:
+        """Seconds of one call at each size, measured once. Raises CandidateFailed."""
+        answer = self._ask({"time": self._built[text]}, self._limits[1])
+        if "failed" in answer:
+            raise CandidateFailed(answer["failed"])
+        return list(answer["seconds"])
+
+    def close(self) -> None:
+        """End the process."""
+        process, self._process, self._built = self._process, None, {}
+        if process is not None:
+            process.kill()
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
+
+
+def _pump(stream: TextIO, answers: queue.Queue[str]) -> None:
+    """Lines to the queue; an empty one once the process has ended."""
+    try:
+        for line in stream:
+            answers.put(line)
+    except ValueError:
+        pass  # closed by the other thread
+    answers.put("")
+
+
+class _Server:
+    """The worker's side."""
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        from llmc import targets
+        from llmc.schedules.records import call_from_json
+        from llmc.tune import inputs
+        from llmc.tune.bench import Bench
+        from llmc.tune.build import family_named
+        from llmc.tune.devices import open_device
+
+        self.target = targets.parse(setup["target"])
+        self.family, self.call = family_named(setup["family"], self.target), call_from_json(setup["call"])
+        self.space = self.family.space(self.call, self.target)
+        sizes = setup["sizes"]
+        wanted = [inputs.expected(self.family, self.call, s, inputs.make(self.call, s)) for s in sizes]
+        self.device = open_device(self.target.kind)
+        self.bench = Bench(self.device, self.call, sizes, wanted)
+        self.timers: list[Any] = []
+
+    def answer(self, message: dict[str, Any]) -> dict[str, Any]:
+        try:
+            if "build" in message:
+                return self._build(message["build"])
+            return {"seconds": [timer() for timer in self.timers[message["time"]]]}
+        except Exception as error:  # a candidate may fail in any way
+            lines = str(error).strip().splitlines() or [""]
+            return {"failed": f"{type(error).__name__}: {lines[-1][:200]}"}
+
+    def _build(self, config: dict[str, Any]) -> dict[str, Any]:
+        from llmc.schedules.records import config_text, restore
+        from llmc.tune.build import compile_one
+
+        restored = restore(config_text(config), self.space)
+        if restored is None:
+            raise ValueError("the configuration is not in the family's space")
+        kernel = compile_one(self.family, self.call, self.target, restored)
+        error = self.bench.check(kernel)
+        self.timers.append(self.bench.timers(kernel))
+        return {"number": len(self.timers) - 1, "error": error}
+
+
+def serve(source: TextIO, sink: TextIO) -> None:
+    """Answer messages from ``source`` until it ends."""
+    server: _Server | None = None
+    for line in source:
+        message = json.loads(line)
+        if server is None:
+            try:
+                server = _Server(message)
+                answer: dict[str, Any] = {"device": server.device.name}
+            except LlmcError as error:
+                answer = {"refused": str(error)}
+        else:
+            answer = server.answer(message)
+        sink.write(json.dumps(answer) + "\n")
+        sink.flush()
+
+
+if __name__ == "__main__":
+    # What anything prints must not get between the answers: the real stdout is kept for them, stdout goes to stderr.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    serve(sys.stdin, answers)

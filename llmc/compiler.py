@@ -7,7 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ from llmc.importer.resolve import resolve
 from llmc.importer.source import ModelSource, TokenizerInfo
 from llmc.manifest import KernelChoice, Limits, Manifest, ModelInfo, TokenizerFiles
 from llmc.paths import records_folder
+from llmc.passes.quantize.options import QuantOptions
+from llmc.passes.quantize.report import Row, rows
 from llmc.progress import Phase, Progress, SilentProgress
 from llmc.targets.base import Target, folder_name
 from llmc.version import __version__
@@ -40,13 +42,15 @@ MAX_LOGIT_ROWS = 128
 
 @dataclass
 class CompileReport:
-    """What a compile did. ``seconds`` by phase; ``unused``: checkpoint tensors the graph does not read; ``bytes`` on disk."""
+    """What a compile did. ``seconds`` by phase; ``unused``: checkpoint tensors the graph does not read; ``bytes`` on disk.
+    ``weights``: how they are stored, a line for all of a kind."""
 
     manifest: Manifest
     out: Path
     bytes: int
     seconds: dict[str, float] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    weights: list[Row] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,7 @@ class Settings:
 
     storage_dtype: str
     kv_dtype: str
+    quantization: QuantOptions
     context: int
     max_batch: int
     page_size: int
@@ -82,6 +87,8 @@ def compile(
     target: str | Sequence[str] = "cpu",
     dtype: str | None = None,
     kv_dtype: str | None = None,
+    quant: str | None = None,
+    keep: Sequence[str] = (),
     context: int | None = None,
     max_batch: int = 8,
     page_size: int = 16,
@@ -93,11 +100,12 @@ def compile(
     """Compile ``model`` (a folder, a .gguf file, a known name or a hub id) for ``target`` into the folder ``out``.
 
     Several targets (``["cpu:x86-64-v3", "cuda:sm_80,sm_90a"]``) make variants of one artifact, which share the weights; the loader
-    takes the one that suits its machine best. ``dtype``: how matrices are stored (float32, bfloat16 or float16; None: as the checkpoint has them, float16 for quantized
-    blocks); sums are always float32. ``kv_dtype``: the same for the KV cache (None: as ``dtype``). ``context``: the most
-    positions a sequence may have (None: what the model was trained for). ``max_batch``: sequences in one decode step.
-    ``page_size``: positions of one KV page. ``records``: a folder of
-    tuning records to use beside llmc's own and those in the cache. ``dump_ir``: a folder for the IR after every pass.
+    takes the one that suits its machine best. ``dtype``: how matrices are stored (float32, bfloat16 or float16; None: as the
+    checkpoint has them, quantized ones included); sums are always float32. ``kv_dtype``: the same for the KV cache (None: as
+    ``dtype``). ``quant``: a scheme that matrices are rounded to (``"int4"``, ``"int8"``, ...; see :mod:`llmc.passes.quantize.scheme`), and
+    ``keep``: exceptions, each ``"NAME=SCHEME"`` with a regular expression for names and a scheme or ``none``. ``context``: the most positions a sequence may have (None: what the model was trained for). ``max_batch``: sequences
+    in one decode step. ``page_size``: positions of one KV page. ``records``: a folder of tuning records to use beside llmc's own
+    and those in the cache. ``dump_ir``: a folder for the IR after every pass.
 
     Raises an :class:`llmc.errors.LlmcError`; ``out`` is then as it was before.
     """
@@ -108,7 +116,7 @@ def compile(
     with ArtifactWriter(Path(out), force=force) as writer, explained(writer.out):
         with clock.phase("model") as phase:
             source = resolve(model, progress=phase.callback())
-        settings = _settings(source, dtype, kv_dtype, context, max_batch, page_size)
+        settings = _settings(source, dtype, kv_dtype, quant, keep, context, max_batch, page_size)
         return _compile(model, source, chosen, settings, _records(records), dump_ir, clock, writer)
 
 
@@ -118,6 +126,8 @@ def kernels(
     target: str = "cpu",
     dtype: str | None = None,
     kv_dtype: str | None = None,
+    quant: str | None = None,
+    keep: Sequence[str] = (),
     context: int | None = None,
     max_batch: int = 8,
     page_size: int = 16,
@@ -133,7 +143,7 @@ def kernels(
     _check_positive(max_batch=max_batch, page_size=page_size, context=context)
     with clock.phase("model") as phase:
         source = resolve(model, progress=phase.callback())
-    settings = _settings(source, dtype, kv_dtype, context, max_batch, page_size)
+    settings = _settings(source, dtype, kv_dtype, quant, keep, context, max_batch, page_size)
     with clock.phase("load compiler"):
         from llmc.schedules.records import Records
     imported = _import(source, chosen, settings, clock)
@@ -171,14 +181,22 @@ def default_context(config: Any) -> int:
 
 
 def _settings(
-    source: ModelSource, dtype: str | None, kv_dtype: str | None, context: int | None, max_batch: int, page_size: int
+    source: ModelSource,
+    dtype: str | None,
+    kv_dtype: str | None,
+    quant: str | None,
+    keep: Sequence[str],
+    context: int | None,
+    max_batch: int,
+    page_size: int,
 ) -> Settings:
     storage = dtype or source.dtype
     for name in (storage, kv_dtype or storage):
         if name not in STORAGE_DTYPES:
             raise UsageError(f"unknown dtype {name!r}: choose one of {', '.join(STORAGE_DTYPES)}")
     trained = default_context(source.config.get_text_config())
-    return Settings(storage, kv_dtype or storage, context or trained, max_batch, page_size)
+    quantization = QuantOptions(quant, tuple(keep), native=dtype is None)
+    return Settings(storage, kv_dtype or storage, quantization, context or trained, max_batch, page_size)
 
 
 def _compile(
@@ -196,18 +214,20 @@ def _compile(
         from llmc.variants import SharedWeights, build_variant
     limits = _limits(settings, chosen)
     weights = SharedWeights()
-    variants = []
+    variants, stored = [], []
     for target in chosen:
         ir_folder = dump_ir if dump_ir is None or len(chosen) == 1 else dump_ir / folder_name(target)
         imported = _import(source, target, settings, clock)
-        writer.check_room(imported.params.nbytes)
+        parameters = _count_parameters(imported.params)
         with clock.phase("passes") as phase:
             lowered = lower_model(imported, target, settings, limits, records, ir_folder, phase)
         with clock.phase("machine code"):
             variants.append(build_variant(lowered, target, weights.share(lowered.weights, imported.params), writer.root))
             _copy_runtime(target, writer.root)
+        stored += lowered.stored
     for note in records.notes:
         clock.progress.note(note)
+    writer.check_room(weights.table.nbytes)
     with clock.phase("weights", weights.table.nbytes, "B") as phase:
         from llmc.weights_file import write_weights
 
@@ -222,7 +242,7 @@ def _compile(
             source=model,
             fingerprint=source.fingerprint(),
             architecture=(source.config.architectures or [source.config.model_type])[0],
-            parameters=_count_parameters(imported.params),
+            parameters=parameters,
             vocab_size=imported.vocab_size,
             context=settings.context,
             trained_context=imported.trained_context,
@@ -230,17 +250,19 @@ def _compile(
         kv=_kv_info(settings, lowered.kv_layers),
         limits=limits,
         graph_sha256=lowered.graph_sha256,
-        options={"dtype": settings.storage_dtype, "kv_dtype": settings.kv_dtype},
+        options={"dtype": settings.storage_dtype, "kv_dtype": settings.kv_dtype, **settings.quantization.described()},
         variants=variants,
         tensors=written.tensors,
         tokenizer=tokenizer,
         files=written.files,
     )
-    (writer.root / "report.json").write_text(json.dumps({"unused": imported.unused}, indent=1) + "\n", encoding="utf-8")
+    lines = rows(stored)
+    report = {"unused": imported.unused, "weights": [asdict(line) for line in lines]}
+    (writer.root / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     with clock.phase("finish"):
         writer.commit(contents)
     total = sum(f.bytes for f in contents.files.values())
-    return CompileReport(contents, writer.out, total, clock.seconds, imported.unused)
+    return CompileReport(contents, writer.out, total, clock.seconds, imported.unused, lines)
 
 
 def _import(source: ModelSource, target: Target, settings: Settings, clock: _Clock) -> ImportedModel:
@@ -284,6 +306,7 @@ def lower_model(
         max_batch=limits.max_batch,
         max_rows=limits.max_rows,
         max_logit_rows=limits.max_logit_rows,
+        quantization=settings.quantization,
         records=records,
     )
     return lower(imported.mod, imported.params, target, options, dump_ir, phase.callback())

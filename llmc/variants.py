@@ -30,7 +30,7 @@ class SharedWeights:
                 return name
             number += 1
             name = f"{param.name}@{number}"
-        self.table.add(name, param.source, param.dtype)
+        self.table.add(name, param.source, param.dtype).scheme = param.scheme
         return name
 
 

@@ -7,8 +7,8 @@ before::                                  after::
     v = llmc.linear(x, wv)
 
 One pass over x and one kernel instead of three. The joined matrix is a :class:`~llmc.importer.params.Concat` in the parameter
-table: weights are never copied at run time. Layers merge if all have a bias or none has, the weights have one storage dtype,
-and nothing else reads them (a tied embedding does not merge).
+table: weights are never copied at run time. Layers merge if all have a bias or none has, the weights have one storage dtype
+and quantization scheme, and nothing else reads them (a tied embedding does not merge).
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class _Merge:
             if attrs["residual"] or attrs["activation"] != "none" or not all(self._owned(w) for w in owned):
                 continue
             param = self.params[value.args[1].name]
-            groups[value.args[0], attrs["bias"], param.dtype, param.source.dtype].append((var, value))
+            groups[value.args[0], attrs["bias"], param.dtype, param.source.dtype, param.scheme].append((var, value))
         return [g for g in groups.values() if len(g) > 1]
 
     def _owned(self, weight: relax.Expr) -> bool:
@@ -73,6 +73,7 @@ class _Merge:
         name = merged_name([w.name for w in weights])
         held = [self.params[w.name] for w in weights]
         param = self.params.add(name, Concat(tuple(p.source for p in held)), held[0].dtype)
+        param.scheme = held[0].scheme
         for w in weights:
             self.params.remove(w.name)
         var = relax.Var(name, TensorType(list(param.shape), param.dtype))

@@ -17,6 +17,7 @@ from tvm import relax
 
 from llmc.dialect.core import PREFIX, attrs_of
 from llmc.dialect.linear import ACTIVATIONS
+from llmc.dialect.quantized import ACTIVATION_DTYPES
 from llmc.errors import InternalError
 from llmc.importer.params import ParamTable
 from llmc.passes.rewrite import Graph, op_name
@@ -41,6 +42,22 @@ def _linear(s: Shapes, a: dict[str, Any]) -> str:
         (not a["residual"] or same_shape(s[-2], s[-1]), "the residual does not have the shape of the result"),
         (a["activation"] in ACTIVATIONS, f"unknown activation {a['activation']}"),
     )
+
+
+def _quantized_linear(s: Shapes, a: dict[str, Any]) -> str:
+    last, result = s[-2], s[-1]
+    return _expect(
+        (len(s) > 2 + a["bias"] + a["residual"], f"{len(s) - 1} operands for bias={a['bias']} and residual={a['residual']}"),
+        (same_dim(s[0][-1], a["k"]), f"x has {s[0][-1]} columns and the weight {a['k']}"),
+        (not a["bias"] or s[-2 - a["residual"]] == [a["o"]], "the bias is not one value per output"),
+        (not a["residual"] or same_shape(last, result), "the residual does not have the shape of the result"),
+        (a["activation"] in ACTIVATIONS, f"unknown activation {a['activation']}"),
+        (a["activations"] in ACTIVATION_DTYPES, f"unknown dtype of activations {a['activations']}"),
+    )
+
+
+def _quantized_take(s: Shapes, a: dict[str, Any]) -> str:
+    return _expect((len(s) > 2 and len(s[0]) == 1, f"ids of rank {len(s[0])} and {len(s) - 2} parts"))
 
 
 def _norm(operand_count: int) -> Check:
@@ -127,6 +144,8 @@ def _topk(s: Shapes, a: dict[str, Any]) -> str:
 
 CHECKS: dict[str, Check] = {
     "llmc.linear": _linear,
+    "llmc.quantized_linear": _quantized_linear,
+    "llmc.quantized_take": _quantized_take,
     "llmc.rms_norm": _norm(2),
     "llmc.layer_norm": _norm(3),
     "llmc.rope": _rope,

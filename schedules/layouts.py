@@ -52,4 +52,3 @@ def choose(scheme: Scheme, o: int, k: int, target: Target) -> tuple[WeightLayout
             return layout, ""
         reasons.append(why)
     return None, "; ".join(reasons) or f"{target.name} has no kernels for quantized weights"
-

@@ -96,6 +96,13 @@ def families(target: Target) -> Sequence[Any]:
     return FAMILIES
 
 
+def layouts(target: Target) -> Sequence[Any]:
+    """The layouts of quantized weights, in order of preference."""
+    from llmc.schedules.cpu import LAYOUTS
+
+    return LAYOUTS
+
+
 def schedule(function: Any, target: Target) -> Any:
     """Schedule a PrimFunc that Relax legalised and fused; see :mod:`llmc.schedules.cpu.elementwise`."""
     from llmc.schedules.cpu import elementwise

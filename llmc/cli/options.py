@@ -50,7 +50,17 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
         metavar="SPEC",
         help="cpu (this machine), cpu:x86-64-v3, cuda:sm_80,sm_90a, ...; may be repeated: one artifact for all (default: cpu)",
     )
-    group.add_argument("--dtype", choices=DTYPES, help="storage type of the weights (default: the model's own)")
+    group.add_argument("--dtype", choices=DTYPES, help="storage type of what is not quantized; for a quantized model, of everything (default: the model's own)")
+    group.add_argument(
+        "--quant", metavar="SCHEME", help="round matrices to int4, int8, int4_g128, fp8_e4m3, mxfp4, ... (default: as the model is)"
+    )
+    group.add_argument(
+        "--keep",
+        action="append",
+        default=[],
+        metavar="NAME=SCHEME",
+        help="other scheme, or none, for matrices whose name holds the regular expression NAME; may be repeated",
+    )
     group.add_argument("--kv-dtype", choices=DTYPES, help="storage type of the KV cache (default: follows --dtype)")
     group.add_argument("--max-batch", type=positive, default=8, metavar="N", help="sequences in one step (default: 8)")
     group.add_argument("--page-size", type=positive, default=16, metavar="N", help="positions in one KV page (default: 16)")
@@ -58,7 +68,7 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
 
 def compile_options(args: argparse.Namespace) -> dict[str, Any]:
     """The keyword arguments of ``llmc.compile`` that :func:`add_compile` read."""
-    chosen = {name: getattr(args, name) for name in ("dtype", "kv_dtype", "max_batch", "page_size")}
+    chosen = {name: getattr(args, name) for name in ("dtype", "kv_dtype", "quant", "keep", "max_batch", "page_size")}
     return {"target": args.target or ["cpu"], **chosen}
 
 

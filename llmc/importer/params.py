@@ -141,11 +141,15 @@ def transposed(source: Source) -> Mapped:
 
 @dataclass
 class Param:
-    """One parameter of the graph: its name, its source, and the dtype it is stored in by the artifact."""
+    """One parameter of the graph: its name, its source, and the dtype it is stored in by the artifact.
+
+    ``scheme`` names the quantization it is to be stored by, or is a part of; empty for plain numbers.
+    """
 
     name: str
     source: Source
     dtype: str
+    scheme: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -201,7 +201,19 @@ _PATTERN = re.compile(
 )
 _OFFSETS = {"": "none", "z": "minimum", "p": "zero_point"}
 _DTYPES = {None: "float16", "f16": "float16", "bf16": "bfloat16", "f32": "float32"}
-EXAMPLES = ("int4", "int4_g64", "int4_g128", "int4z_g32", "int8", "int8_g32", "int3_g32", "fp8_e4m3", "fp8_e4m3_b128", "mxfp4", "nf4")
+EXAMPLES = (
+    "int4",
+    "int4_g64",
+    "int4_g128",
+    "int4z_g32",
+    "int8",
+    "int8_g32",
+    "int3_g32",
+    "fp8_e4m3",
+    "fp8_e4m3_b128",
+    "mxfp4",
+    "nf4",
+)
 
 
 @lru_cache(maxsize=256)
@@ -222,7 +234,9 @@ def scheme(name: str) -> Scheme:
         return Scheme(full, "fp4_e2m1", 4, 32, "none", "bfloat16")
     group = int(found["group"] or 0)
     if not group and not found["row"] and full != "int8" and not (found["bits"] == "8"):
-        raise UsageError(f"the scheme {name!r} does not say how many columns share a scale: write {full}_g32, or {full}_row for all")
+        raise UsageError(
+            f"the scheme {name!r} does not say how many columns share a scale: write {full}_g32, or {full}_row for all"
+        )
     if found["group"] and group not in (16, 32, 64, 128, 256):
         raise UsageError(f"the scheme {name!r} has groups of {group} columns: use 16, 32, 64, 128 or 256, or _row for a whole row")
     kind, bits = ("table", 4) if found["nf4"] else ("int", int(found["bits"]))

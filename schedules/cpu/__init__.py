@@ -5,8 +5,25 @@ shape and position, never on how many rows the call has or which tile a row fall
 results alone, in a batch, in the decode phase and in the extend phase.
 """
 
-from llmc.schedules.cpu import append, attend, linear, moe, rope, rope_append, topk
+from llmc.schedules.cpu import (
+    append,
+    attend,
+    layout_plain,
+    linear,
+    moe,
+    quantized_linear_plain,
+    quantized_take_plain,
+    rope,
+    rope_append,
+    topk,
+)
 from llmc.schedules.cpu.norm import layer_norm, rms_norm
 
-FAMILIES = (linear, attend, append, moe, rms_norm, layer_norm, rope, rope_append, topk)
+FAMILIES = (
+    linear, quantized_linear_plain, quantized_take_plain,
+    attend, append, moe, rms_norm, layer_norm, rope, rope_append, topk,
+)  # fmt: skip
 """In order of preference; the first that matches takes a call."""
+
+LAYOUTS = (layout_plain,)
+"""How quantized weights are stored, in order of preference; the first that takes a matrix stores it."""

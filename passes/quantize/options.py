@@ -1,0 +1,70 @@
+"""What the user asks of quantization, checked: ``--quant`` and ``--keep``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from llmc.errors import UsageError
+from llmc.passes.quantize.scheme import scheme
+
+NATIVE = "native"
+"""As the checkpoint stores it: codes are kept, everything else stays a float."""
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class QuantOptions:
+    """How matrices are stored. Raises UsageError for a scheme or a regular expression that means nothing.
+
+    ``quant``: the scheme of all, ``"none"``, or None for the default. ``keep``: exceptions ``"NAME=SCHEME"``, where NAME is a
+    regular expression found in a matrix's name and SCHEME may be ``none``; the first that fits counts. ``native``: without
+    ``quant``, matrices that the checkpoint stores quantized stay as they are. ``activations``: see :mod:`llmc.dialect.quantized`;
+    empty for ``"int8"`` on a CPU and ``"compute"`` on a GPU.
+    """
+
+    quant: str | None = None
+    keep: tuple[str, ...] = ()
+    native: bool = False
+    activations: str = ""
+
+    def __post_init__(self) -> None:
+        _ = self.default, self.exceptions
+
+    @property
+    def default(self) -> str:
+        """The full name of a scheme, ``"native"`` or ``"none"``."""
+        if self.quant is None:
+            return NATIVE if self.native else NONE
+        return NONE if self.quant == NONE else _rounding(self.quant)
+
+    @property
+    def exceptions(self) -> list[tuple[str, str]]:
+        """``keep`` as pairs of a regular expression and what :attr:`default` may be."""
+        pairs = []
+        for text in self.keep:
+            pattern, equals, name = text.rpartition("=")
+            if not equals or not pattern:
+                raise UsageError(f"--keep takes NAME=SCHEME, such as lm_head=int8 or 'layers\\.0\\.=none', and {text!r} was given")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UsageError(f"--keep {text!r}: {pattern!r} is no regular expression ({error})") from error
+            pairs.append((pattern, name if name in (NONE, NATIVE) else _rounding(name)))
+        return pairs
+
+    def described(self) -> dict[str, Any]:
+        """For the manifest: what was asked, in full names."""
+        kept = {"keep": [f"{pattern}={name}" for pattern, name in self.exceptions]} if self.keep else {}
+        return {"quant": self.default, **kept}
+
+
+def _rounding(name: str) -> str:
+    """The full name of a scheme that weights can be rounded to."""
+    found = scheme(name)
+    if found.super_group:
+        raise UsageError(
+            f"weights cannot be rounded to {found.name}, a format that GGUF files come in: use int4z_g32, int6_g16 or the like"
+        )
+    return found.name

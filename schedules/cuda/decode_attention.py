@@ -12,7 +12,8 @@ The keys of the next chunk are requested when those of this one are consumed, th
 the blocks of a cluster through each other's (distributed shared memory): one launch, no workspace, no state between launches.
 Split softmax as in "Flash-Decoding" (Dao et al., 2023); fragment layouts: PTX ISA, "mma.m16n8k16".
 
-How a sequence is split depends on its length alone, so its row has the same bits in every batch.
+The size of the clusters is chosen at launch from the number of sequences: few sequences are cut up to fill the GPU, many are not.
+How a sequence is cut therefore depends on its length and on the size of the batch, and the last bits of its row with it.
 """
 
 from __future__ import annotations
@@ -67,12 +68,15 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
-    """``split``: blocks of a cluster; ``warps`` of a block; ``least``: chunks of 16 positions that are worth a block.
+    """``split``: most blocks of a cluster; ``fill``: blocks that keep the GPU busy, beyond which clusters get smaller.
 
-    ``min_blocks`` per multiprocessor limits registers (0: the compiler's choice); ``dependent_launch``: start early.
+    ``warps`` of a block; ``least``: chunks of 16 positions that are worth a block; ``min_blocks`` per multiprocessor limits
+    registers (0: the compiler's choice); ``dependent_launch``: start early.
     """
+    narrow = max(int(call.args[0].shape[2]), int(call.attr("v_dim"))) <= 128
     return {
-        "split": [8, 4, 2, 1], "warps": [4, 8, 2], "least": [8, 16, 4], "min_blocks": [0, 2, 3], "dependent_launch": [True, False],
+        "split": [8, 4, 2, 1], "fill": [264, 132, 396, 528], "warps": [8, 4, 2], "least": [8, 16, 4],
+        "min_blocks": [2, 0, 3] if narrow else [0], "dependent_launch": [True, False],
     }  # fmt: skip
 
 
@@ -85,7 +89,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     window, span, softcap = int(call.attr("window")), int(call.attr("chunk")), float(call.attr("softcap"))
     scale = float(call.attr("scale"))
 
-    split, warps, least, min_blocks = (int(config[axis]) for axis in ("split", "warps", "least", "min_blocks"))
+    most, fill, warps, least, min_blocks = (int(config[axis]) for axis in ("split", "fill", "warps", "least", "min_blocks"))
     dependent_launch = bool(config["dependent_launch"])
     threads, halves, page_chunks = 32 * warps, -(-group // 8), page_size // CHUNK
     # Registers of one row: a lane holds d / 4 elements of a key (two in a register), dv / 8 of a value.
@@ -95,6 +99,14 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     mma_type = hopper.PTX_TYPE[dtype]
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
     to_pair = hopper.packed_convert(dtype)
+
+    def cluster(sequences: Any) -> Any:
+        """Blocks of a cluster: the largest power of two that does not fill the GPU more than once."""
+        size: Any = T.int32(1)
+        for power in (2, 4, 8):
+            if power <= most:
+                size = T.if_then_else(sequences * (hk * power) <= fill, T.int32(power), size)
+        return size
 
     def element(tile: Any, lane_row: Any) -> Any:
         """The value's element in row ``lane_row`` of result tile ``tile``; row + 8 is the next one."""
@@ -123,8 +135,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         T.device_entry()
         if min_blocks > 0:
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": min_blocks})
-        if split > 1:  # a launch without clusters is one of clusters of one block
-            rank = T.cta_id_in_cluster([split])  # noqa: F841
+        split = T.meta_var(cluster(T.cast(b, "int32")))
+        rank = T.cta_id_in_cluster([split])  # noqa: F841
         part, head, sequence = T.cta_id([split, hk, T.cast(b, "int32")])
         thread = T.thread_id([threads])
         pool = T.SMEMPool()
@@ -149,6 +161,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         factor = T.alloc_local((1,), "float32")
         remote = T.alloc_local((1,), "uint32")
         fetched = T.alloc_local((3,), "float32")
+        blocks: T.int32 = split
         warp: T.int32 = thread // 32
         lane: T.int32 = thread % 32
         lane_row: T.int32 = lane // 4
@@ -301,7 +314,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             low = T.max(low, (length - 1) // span * span)
         chunks: T.int32 = (length + CHUNK - 1) // CHUNK
         first_chunk: T.int32 = low // CHUNK
-        per_block: T.int32 = T.max((chunks - first_chunk + split - 1) // split, least)
+        per_block: T.int32 = T.max((chunks - first_chunk + blocks - 1) // blocks, least)
         end: T.int32 = T.min(first_chunk + (part + 1) * per_block, chunks)
         chunk: T.int32 = first_chunk + part * per_block + warp
         page: T.int32 = 0
@@ -370,10 +383,11 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             sink: T.float32 = best
             all_weight: T.float32 = T.float32(0)
             all_result: T.float32 = T.float32(0)
-            for p in T.unroll(split):
-                fetch(0, p, b_top.ptr_to([h_out]))
-                fetch(1, p, b_total.ptr_to([h_out]))
-                fetch(2, p, b_sums.ptr_to([h_out, item % dv]))
+            block: T.int32 = 0
+            while block < blocks:
+                fetch(0, block, b_top.ptr_to([h_out]))
+                fetch(1, block, b_total.ptr_to([h_out]))
+                fetch(2, block, b_sums.ptr_to([h_out, item % dv]))
                 newest: T.float32 = T.max(best, fetched[0])
                 T.ptx["ex2.approx.ftz.f32"](factor[0], best - newest)
                 all_weight = all_weight * factor[0]
@@ -382,6 +396,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 all_weight = all_weight + fetched[1] * factor[0]
                 all_result = all_result + fetched[2] * factor[0]
                 best = newest
+                block = block + 1
             if has_sinks:
                 T.ptx["ex2.approx.ftz.f32"](factor[0], sink - best)
                 all_weight = all_weight + factor[0]
@@ -389,7 +404,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             if all_weight > T.float32(0):
                 all_result = all_result / all_weight
             out[sequence, head * group + h_out, item % dv] = T.cast(all_result, out_dtype)
-            item = item + split * threads
+            item = item + blocks * threads
         # No block may leave while another one still reads its shared memory.
         T.cuda.cluster_sync()
 

@@ -84,7 +84,7 @@ class Piece(NamedTuple):
 
 def _read(descriptor: int, buffer: np.ndarray, piece: Piece) -> None:
     """Fill ``buffer`` from the file. Raises ArtifactError if it ends before."""
-    view, done = memoryview(buffer), 0
+    view, done = buffer.data, 0
     while done < piece.nbytes:
         count = os.preadv(descriptor, [view[done:]], piece.offset + done)
         if count == 0:
@@ -136,13 +136,13 @@ class Cuda:
         return free.value, total.value
 
     def allocate(self, nbytes: int, zero: bool = False) -> int:
-        """The address of ``nbytes`` of device memory."""
+        """The address of ``nbytes`` of device memory, with ``zero`` filled with zeros in stream order."""
         address = ctypes.c_void_p()
         self._call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(max(nbytes, 1)))
         found = int(address.value or 0)
         self._allocations.append(found)
         if zero:
-            self._call("cudaMemset", address, 0, ctypes.c_size_t(nbytes))
+            self._call("cudaMemsetAsync", address, 0, ctypes.c_size_t(nbytes), ctypes.c_void_p(self.stream))
         return found
 
     def free(self, address: int) -> None:

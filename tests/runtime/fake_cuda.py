@@ -61,7 +61,7 @@ class FakeCuda:
         block = self.pinned(max(nbytes, 1))
         self.used += nbytes
         if zero:
-            block[:] = 0
+            self.enqueue(lambda: block.fill(0))
         return int(block.ctypes.data)
 
     def free(self, address: int) -> None:

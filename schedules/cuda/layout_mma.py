@@ -39,7 +39,7 @@ FORMATS = {"int": range(2, 9), "fp8_e4m3": (8,)}
 """Kinds of codes -> their bits."""
 
 SCALE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-_BYTE_PLACES = (0, 2, 1, 3)
+BYTE_PLACES = (0, 2, 1, 3)
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def _pack_codes(at: Tiles, codes: np.ndarray) -> np.ndarray:
         packed = v[..., 0] | v[..., 1] << 4
     else:
         v = codes.reshape(at.tiles, 2, 8, at.chunks, 4, 2, 4).transpose(0, 3, 2, 4, 1, 5, 6)  # tile chunk g t | h p | e
-        packed = v[..., np.argsort(_BYTE_PLACES)]
+        packed = v[..., np.argsort(BYTE_PLACES)]
     return np.ascontiguousarray(packed).view("<i4").reshape(at.tiles, at.chunks, LANES, 4).astype(np.int32, copy=False)
 
 
@@ -150,7 +150,7 @@ def _unpack_codes(at: Tiles, words: np.ndarray) -> np.ndarray:
         v = np.stack([packed & 15, packed >> 4], -1).reshape(at.tiles, at.chunks, 8, 4, 2, 2, 2, 4)
         v = v.transpose(0, 5, 2, 1, 4, 3, 7, 6)
     else:
-        v = packed.reshape(at.tiles, at.chunks, 8, 4, 2, 2, 4)[..., list(_BYTE_PLACES)].transpose(0, 4, 2, 1, 3, 5, 6)
+        v = packed.reshape(at.tiles, at.chunks, 8, 4, 2, 2, 4)[..., list(BYTE_PLACES)].transpose(0, 4, 2, 1, 3, 5, 6)
     return v.reshape(at.tiles * ROWS, at.columns)
 
 

@@ -1,0 +1,237 @@
+"""``llmc.quantized_linear`` on sm_90a: formats, sizes of an 8B and a 1B model, candidate configurations, next to the machine's limit.
+
+    python benchmarks/cuda_quantized.py build DIR [--only decode,extend]    with llmc and nvcc, no GPU: kernels.so and cases.json
+    python benchmarks/cuda_quantized.py run DIR                             on an sm_90a GPU with torch and the TVM runtime
+
+``run`` checks every kernel against torch in float32 on the unpacked weights, then times CUDA graphs over weights rotated past
+the L2 cache. A line is a format, a size and a number of rows: the time of moving every operand once at the copy bandwidth
+measured in the same run, cuBLAS's time on bfloat16 weights, and the configurations, the fastest first, each with microseconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+SIZES: dict[str, tuple[int, int, dict[str, int]]] = {
+    "8b_o": (4096, 4096, {"residual": 1}),
+    "8b_qkv": (6144, 4096, {}),
+    "8b_gate_up": (28672, 4096, {}),
+    "8b_down": (4096, 14336, {"residual": 1}),
+    "1b_o": (2048, 2048, {"residual": 1}),
+    "1b_gate_up": (16384, 2048, {}),
+    "1b_down": (2048, 8192, {"residual": 1}),
+}
+"""Label -> outputs, k, attributes."""
+
+FORMATS: dict[str, tuple[str, ...]] = {
+    "int4_g128_bf16": tuple(SIZES),
+    "int8": ("8b_o", "8b_gate_up", "8b_down"),
+    "fp8_e4m3": ("8b_gate_up", "8b_down"),
+    "int4_bf16": ("8b_gate_up",),
+    "int4z_g32_bf16": ("8b_gate_up",),
+}
+"""Scheme -> sizes it is measured at."""
+
+NARROW = [
+    {"warps": w, "tiles": t, "depth": d, "columns": c}
+    for w, t, d, c in [
+        (8, 1, 2, 8), (4, 1, 2, 8), (16, 1, 2, 8), (8, 1, 1, 8), (16, 1, 1, 8), (8, 2, 1, 8), (4, 2, 2, 8), (4, 1, 4, 8), (2, 1, 4, 8),
+        (8, 1, 1, 16), (8, 2, 1, 16), (4, 2, 1, 16), (8, 4, 1, 16), (4, 4, 1, 16), (16, 2, 1, 16),
+    ]
+]  # fmt: skip
+DECODE_ROWS = (1, 8, 16)
+EXTEND_ROWS = (32, 64, 256, 512, 2048)
+ROTATED_BYTES = 256 << 20
+TOLERANCE = {"decode": 8e-3, "extend": 1.2e-2}
+
+
+def build(folder: Path, only: list[str]) -> None:
+    """Compile every case with every configuration into one library."""
+    import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
+
+    # isort: split
+    import tvm
+
+    from llmc.passes.quantize.scheme import scheme
+    from llmc.schedules.cuda import quantized_gemv
+    from llmc.schedules.cuda.quantized_call import make, part_names, specs
+    from llmc.targets import cuda, cuda_tools
+    from llmc.targets.link import linker
+
+    target = cuda.parse("cuda:sm_90a")
+    families = {"decode": (quantized_gemv, NARROW)}
+    functions, cases = {}, []
+    for phase, (family, configs) in families.items():
+        if phase not in only:
+            continue
+        for name, sizes in FORMATS.items():
+            for size in sizes:
+                o, k, attrs = SIZES[size]
+                call = make(o, k, name, phase=phase, **attrs)
+                default = {axis: values[0] for axis, values in family.space(call, target).items()}
+                for config in configs:
+                    symbol = f"kernel_{len(cases)}"
+                    functions[symbol] = family.build(call, target, default | config).with_attr("global_symbol", symbol)
+                    how = scheme(name)
+                    cases.append({
+                        "symbol": symbol, "phase": phase, "scheme": name, "kind": how.kind, "bits": how.bits, "offset": how.offset,
+                        "size": size, "config": config, "parts": [[p, specs(call)[p].shape, specs(call)[p].dtype] for p in part_names(call)],
+                    })  # fmt: skip
+    cuda_tools.prepare()
+    with cuda.tvm_target(target) as tvm_target:
+        module = tvm.compile(tvm.IRModule(functions), target=tvm_target, tir_pipeline=cuda.PIPELINE)
+    folder.mkdir(parents=True, exist_ok=True)
+    module.export_library(str(folder / "kernels.so"), fcompile=linker(target))
+    (folder / "cases.json").write_text(json.dumps(cases), encoding="utf-8")
+    print(f"{len(cases)} kernels in {folder / 'kernels.so'}")
+
+
+def run(folder: Path) -> None:
+    os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
+    import torch
+    import tvm
+    import tvm.runtime
+    import tvm_ffi
+
+    if tvm_ffi.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is None:
+        ctypes.CDLL(str(Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"))
+    torch.manual_seed(0)
+    module = tvm.runtime.load_module(str(folder / "kernels.so"))
+    limit = _copy_bandwidth()
+    cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
+    print(f"{torch.cuda.get_device_name()}: copy {limit / 1e12:.2f} TB/s; configurations are warps.tiles.depth.columns")
+    keys = dict.fromkeys((c["phase"], c["scheme"], c["size"]) for c in cases)
+    for key in keys:
+        some = [c for c in cases if (c["phase"], c["scheme"], c["size"]) == key]
+        o, k, attrs = SIZES[key[2]]
+        parts = _random_parts(some[0])
+        weight = _unpack(some[0], parts, o, k)
+        for n in DECODE_ROWS if key[0] == "decode" else EXTEND_ROWS:
+            x, residual = torch.randn(n, k, device="cuda").bfloat16(), torch.randn(n, o, device="cuda").bfloat16()
+            inputs = [residual] if attrs.get("residual") else []
+            wanted = x.float() @ weight.T + sum(r.float() for r in inputs)
+            out = torch.full((n, o), float("nan"), device="cuda").bfloat16()
+            moved = sum(t.numel() * t.element_size() for t in (x, *parts, *inputs, out))
+            copies = max(2, min(12, ROTATED_BYTES // moved))
+            sets = [[tvm_ffi.from_dlpack(t) for t in (x, *(p.clone() for p in parts), *inputs, out)] for _ in range(copies)]
+            peer_weights = [torch.randn(o, k, device="cuda").bfloat16() for _ in range(max(2, min(6, ROTATED_BYTES // (2 * o * k))))]
+            peer = _graph_time([partial(torch.matmul, x, w.T) for w in peer_weights])
+            del peer_weights
+            results = []
+            for case in some:
+                if n > case["config"]["columns"] and key[0] == "decode":
+                    continue
+                out.fill_(float("nan"))
+                module[case["symbol"]](*sets[0])
+                torch.cuda.synchronize()
+                error = float((out.float() - wanted).norm() / wanted.norm())
+                label = ".".join(str(v) for v in case["config"].values())
+                if not error < TOLERANCE[key[0]]:
+                    print(f"WRONG {key} n={n} {label}: {error:.1e}")
+                    continue
+                results.append((_graph_time([partial(module[case["symbol"]], *s) for s in sets]), label))
+            best = "  ".join(f"{label} {time:.1f}" for time, label in sorted(results)[:6])
+            floor = moved / limit * 1e6
+            share = f"{floor / min(results)[0]:.0%}" if results else "-"
+            print(f"{key[1]:15} {key[2]:11} n={n:<5} floor {floor:6.1f} {share:>4} cuBLAS {peer:6.1f}  {best}", flush=True)
+
+
+def _random_parts(case: dict[str, Any]) -> list[Any]:
+    """Codes of random bits (no NaN among fp8's), scales that make weights of about 1 / sqrt k."""
+    import torch
+
+    parts = []
+    for name, shape, dtype in case["parts"]:
+        if name == "codes":
+            codes = torch.randint(-(2**31), 2**31, shape, device="cuda", dtype=torch.int64).to(torch.int32)
+            parts.append(codes & (~0x40404040 if case["kind"] == "fp8_e4m3" else -1))
+        elif name == "zeros":
+            parts.append(torch.randint(0, 1 << case["bits"], shape, device="cuda", dtype=torch.uint8))
+        else:
+            parts.append((torch.rand(shape, device="cuda") * 0.01 + 0.005).to(getattr(torch, dtype)))
+    return parts
+
+
+def _unpack(case: dict[str, Any], parts: list[Any], o: int, k: int) -> Any:
+    """The weight, float32 [o, k], from the parts of the layout ``cuda.mma`` (schedules/cuda/layout_mma.py)."""
+    import torch
+
+    named = {name: t for (name, _, _), t in zip(case["parts"], parts, strict=True)}
+    raw = named["codes"].contiguous().view(torch.uint8)
+    tiles, chunks = named["codes"].shape[:2]
+    if case["bits"] <= 4:
+        v = torch.stack([raw & 15, raw >> 4], -1).reshape(tiles, chunks, 8, 4, 2, 2, 2, 4).permute(0, 5, 2, 1, 4, 3, 7, 6)
+    else:
+        v = raw.reshape(tiles, chunks, 8, 4, 2, 2, 4)[..., [0, 2, 1, 3]].permute(0, 4, 2, 1, 3, 5, 6)
+    codes = v.reshape(tiles * 16, -1)[:o, :k].contiguous()
+    values = codes.view(torch.float8_e4m3fn).float() if case["kind"] == "fp8_e4m3" else codes.float()
+
+    def spread(t: Any) -> Any:
+        rows = t.float().permute(0, 4, 2, 1, 3).reshape(tiles * 16, -1)
+        return rows.repeat_interleave(128 // t.shape[3], 1)[:o, :k]
+
+    if case["kind"] == "int" and case["offset"] == "none":
+        values -= 1 << (case["bits"] - 1)
+    if "zeros" in named:
+        values -= spread(named["zeros"])
+    values *= named["scales"].float()[:o, None] if named["scales"].dim() == 1 else spread(named["scales"])
+    return values + spread(named["minima"]) if "minima" in named else values
+
+
+def _copy_bandwidth() -> float:
+    """Bytes read and written per second by a large copy."""
+    import torch
+
+    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.numel() / (_graph_time([lambda: b.copy_(a)], count=10) * 1e-6)
+
+
+def _graph_time(calls: list[Callable[[], Any]], count: int = 48, repeats: int = 5) -> float:
+    """Median microseconds of a call among ``count`` in a CUDA graph, which go round ``calls``."""
+    import torch
+    import tvm_ffi
+
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with tvm_ffi.use_torch_stream(torch.cuda.stream(side)):
+        graph.capture_begin(capture_error_mode="thread_local")
+        for i in range(count):
+            calls[i % len(calls)]()
+        graph.capture_end()
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3 / count)
+    return statistics.median(times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("step", choices=("build", "run"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--only", default="decode", help="phases to build, comma separated")
+    arguments = parser.parse_args()
+    if arguments.step == "build":
+        build(arguments.folder, arguments.only.split(","))
+    else:
+        run(arguments.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -3,9 +3,9 @@
 Every thread block stays on its multiprocessor and works through output tiles ``rows x columns`` in an order that keeps
 ``TILE_GROUP`` row tiles and their weights in the L2 cache. One warpgroup of it only copies: 128-byte-swizzled tiles of x and
 of the weight, ``stages`` deep, over mbarriers. The others multiply, 64 rows each, accumulate in float32 and finish:
-act(. + bias) + residual, rounded once, through shared memory to a TMA store that clips at the edges and overlaps the next
-tile. In a cluster of two blocks each loads half of the weight tile for both. The design is that of CUTLASS's persistent
-cooperative kernel (Thakkar et al., 2023).
+act(. + bias) + residual (gated as in ``gemm_split``), rounded once, through shared memory to a TMA store that clips at the
+edges and overlaps the next tile. In a cluster of two blocks each loads half of the weight tile for both. The design is that of
+CUTLASS's persistent cooperative kernel (Thakkar et al., 2023).
 
 Tiles that reach over an edge read zeros, so n is free, k and o only have to make rows of 16 bytes. The order of additions
 behind an output element does not depend on n.
@@ -19,7 +19,7 @@ from tvm.script import tirx as T
 
 from llmc.schedules.cuda import hopper, linear_call
 from llmc.schedules.cuda.emit import WIDTH
-from llmc.schedules.protocol import KernelCall, TensorSpec
+from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 
 NAME = "cuda.gemm_hopper"
@@ -40,15 +40,7 @@ ROW_BYTES = 16
 """Rows of x, weight and result are multiples of this: a tensor map's strides must be."""
 
 
-def _call(o: int, k: int, dtype: str = "bfloat16", out: str = "", bias_dtype: str = "", **attrs: Any) -> KernelCall:
-    args = [TensorSpec(("n", k), dtype), TensorSpec((o, k), dtype)]
-    if attrs.get("bias"):
-        args.append(TensorSpec((o,), bias_dtype or dtype))
-    if attrs.get("residual"):
-        args.append(TensorSpec(("n", o), dtype))
-    full = {"activation": "none", "bias": 0, "residual": 0, **attrs}
-    return KernelCall(OP, tuple(args), TensorSpec(("n", o), out or dtype), tuple(sorted(full.items())), "extend")
-
+_call = linear_call.sample
 
 SHAPES: dict[str, KernelCall] = {
     "square_4096": _call(4096, 4096),
@@ -63,25 +55,32 @@ SHAPES: dict[str, KernelCall] = {
     "relu2_72x320": _call(72, 320, activation="relu2"),
     "gelu_tanh_136x128": _call(136, 128, "float16", activation="gelu_tanh", residual=1),
     "logits_264x128": _call(264, 128, out="float32"),
+    "gated_656x136": _call(656, 136, activation="silu_gated"),
+    "gated_144x72_residual": _call(144, 72, activation="gelu_gated", bias=1, residual=1),
 }
 
 
-def matches(call: KernelCall, target: Target) -> str | None:
-    if call.op != OP or not hopper.is_hopper(target) or call.phase != "extend" or call.attr("activation") not in hopper.ACTIVATIONS:
-        return None
+def mismatch(call: KernelCall, target: Target) -> bool:
+    """Whether wgmma and TMA do not take a call: its dtypes, or rows that are no multiple of 16 bytes."""
+    if call.op != OP or not hopper.is_hopper(target) or linear_call.activation(call)[0] not in hopper.ACTIVATIONS:
+        return True
     x, weight = call.args[:2]
     o, k = weight.shape if len(weight.shape) == 2 else (None, None)
     if len(x.shape) != 2 or not isinstance(o, int) or not isinstance(k, int):
-        return None
+        return True
     if x.dtype not in hopper.PTX_TYPE or weight.dtype != x.dtype or call.result.dtype not in (x.dtype, "float32"):
-        return None
+        return True
     others = dict(zip(linear_call.operand_names(call)[2:-1], call.args[2:], strict=True))
     if others.get("bias", x).dtype not in WIDTH or others.get("residual", x).dtype != x.dtype:
-        return None
+        return True
     lanes = ROW_BYTES // WIDTH[x.dtype]
-    if o % lanes or k % lanes:
+    return bool(int(call.result.shape[1]) % lanes or k % lanes)
+
+
+def matches(call: KernelCall, target: Target) -> str | None:
+    if mismatch(call, target):
         return None
-    return f"{x.dtype} tensor cores (wgmma), float32 sums, persistent over tiles of the result"
+    return f"{call.args[0].dtype} tensor cores (wgmma), float32 sums, persistent over tiles of the result"
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
@@ -108,13 +107,18 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     specs = dict(zip(linear_call.operand_names(call), (*call.args, call.result), strict=True))
     dtype, out_dtype = specs["x"].dtype, specs["out"].dtype
     bias_dtype = specs["bias"].dtype if "bias" in specs else dtype
-    has_bias, has_residual, activation = "bias" in specs, "residual" in specs, call.attr("activation")
+    has_bias, has_residual = "bias" in specs, "residual" in specs
+    activation, gated = linear_call.activation(call)
 
     groups, depth = rows // 64, stages(rows, columns)
     threads, sums = 128 * (groups + 1), columns // 2
-    k_steps, column_tiles = -(-k // K_STEP), -(-o // columns)
+    halves = 2 if gated else 1
+    results, tile_results = o // halves, columns // halves
+    k_steps, column_tiles = -(-k // K_STEP), -(-results // tile_results)
     x_bytes, w_bytes = rows * K_STEP * 2, columns * K_STEP * 2
-    shared_columns, chunks = columns // cluster, columns // hopper.ATOM
+    box, chunks = columns // max(cluster, halves), tile_results // hopper.ATOM
+    # Rows of the weight from one box of a tile to the next.
+    apart = results if gated else box
     mma = f"wgmma.mma_async.sync.aligned.m64n{columns}k{WGMMA_K}.f32.{hopper.PTX_TYPE[dtype]}.{hopper.PTX_TYPE[dtype]}"
     producer_registers, consumer_registers = PRODUCER_REGISTERS[groups], CONSUMER_REGISTERS[groups]
     to_pair, staged = hopper.packed_convert(dtype), out_dtype == dtype
@@ -135,15 +139,15 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         x = T.match_buffer(x_ptr, (n, k), dtype, align=16)
         weight = T.match_buffer(weight_ptr, (o, k), dtype, align=16)
         bias = T.match_buffer(bias_ptr, (o,), bias_dtype, align=4)
-        residual = T.match_buffer(residual_ptr, (n, o), dtype, align=16)
-        out = T.match_buffer(out_ptr, (n, o), out_dtype, align=16)
+        residual = T.match_buffer(residual_ptr, (n, results), dtype, align=16)
+        out = T.match_buffer(out_ptr, (n, results), out_dtype, align=16)
         x_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         hopper.encode_tensor_map(x_map, dtype, x.data, columns=k, rows=n, box_rows=rows)
         weight_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        hopper.encode_tensor_map(weight_map, dtype, weight.data, columns=k, rows=o, box_rows=shared_columns)
+        hopper.encode_tensor_map(weight_map, dtype, weight.data, columns=k, rows=o, box_rows=box)
         if staged:
             out_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-            hopper.encode_tensor_map(out_map, dtype, out.data, columns=o, rows=n, box_rows=64)
+            hopper.encode_tensor_map(out_map, dtype, out.data, columns=results, rows=n, box_rows=64)
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
         if cluster > 1:
@@ -183,7 +187,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             if thread == 0:
                 while tile < row_tiles * column_tiles:
                     load_row: T.int32 = row_tile(tile, row_tiles) * (rows * cluster)
-                    load_column: T.int32 = column_tile(tile, row_tiles) * columns
+                    load_column: T.int32 = column_tile(tile, row_tiles) * tile_results
                     if cluster > 1:
                         load_row = load_row + rank * rows
                     load_step: T.int32 = 0
@@ -195,17 +199,15 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         )
                         if cluster > 1:
                             T.ptx[hopper.TMA_LOAD + ".multicast::cluster"](
-                                s_w.ptr_to([stage, rank * shared_columns, 0]), T.address_of(weight_map), load_step * K_STEP,
-                                load_column + rank * shared_columns, full.ptr_to([stage]), (1 << cluster) - 1,
+                                s_w.ptr_to([stage, rank * box, 0]), T.address_of(weight_map), load_step * K_STEP,
+                                load_column + rank * apart, full.ptr_to([stage]), (1 << cluster) - 1,
                             )  # fmt: skip
                         else:
-                            T.ptx[hopper.TMA_LOAD](
-                                s_w.ptr_to([stage, 0, 0]),
-                                T.address_of(weight_map),
-                                load_step * K_STEP,
-                                load_column,
-                                full.ptr_to([stage]),
-                            )
+                            for half in T.unroll(halves):
+                                T.ptx[hopper.TMA_LOAD](
+                                    s_w.ptr_to([stage, half * box, 0]), T.address_of(weight_map), load_step * K_STEP,
+                                    load_column + half * apart, full.ptr_to([stage]),
+                                )  # fmt: skip
                         stage = stage + 1
                         if stage == depth:
                             stage = 0
@@ -250,24 +252,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     row = T.meta_var(first_row + warp * 16 + lane // 4 + 8 * (i % 2))
                     column = T.meta_var(first_column + chunk * hopper.ATOM + i // 2 * 8 + lane % 4 * 2)
                     added[i] = T.uint32(0)
-                    if row < row_count and column < o:
+                    if row < row_count and column < results:
                         T.ptx["ld.global.b32"](added[i], residual.ptr_to([T.cast(row, "int64"), column]))
-
-            @T.inline
-            def activate(i) -> None:
-                if activation == "silu":
-                    hopper.sigmoid(gate[0], acc[i])
-                    acc[i] = acc[i] * gate[0]
-                elif activation == "gelu_tanh":
-                    hopper.sigmoid(gate[0], hopper.gelu_tanh_argument(acc[i]))
-                    acc[i] = acc[i] * gate[0]
-                elif activation == "gelu":
-                    hopper.normal_cdf(gate, acc[i])
-                    acc[i] = acc[i] * gate[0]
-                elif activation == "relu":
-                    acc[i] = T.max(acc[i], T.float32(0))
-                elif activation == "relu2":
-                    acc[i] = T.max(acc[i], T.float32(0)) * T.max(acc[i], T.float32(0))
 
             @T.inline
             def complete(chunk, first_column) -> None:
@@ -276,8 +262,12 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     j = T.meta_var(chunk * 32 + i)
                     if has_bias:
                         column = T.meta_var(first_column + chunk * hopper.ATOM + i // 4 * 8 + lane % 4 * 2 + i % 2)
-                        acc[j] = acc[j] + T.cast(bias[T.min(column, o - 1)], "float32")
-                    activate(j)
+                        acc[j] = acc[j] + T.cast(bias[T.min(column, results - 1)], "float32")
+                        if gated:
+                            acc[sums // 2 + j] = acc[sums // 2 + j] + T.cast(bias[T.min(results + column, o - 1)], "float32")
+                    hopper.activate(activation, acc, j, gate)
+                    if gated:
+                        acc[j] = acc[j] * acc[sums // 2 + j]
                     if has_residual:
                         half = T.meta_var(T.cast(T.shift_right(added[i // 2], T.uint32(16 * (i % 2))), "uint16"))
                         acc[j] = acc[j] + T.cast(T.reinterpret(dtype, half), "float32")
@@ -313,14 +303,14 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 for i in T.unroll(16):
                     row = T.meta_var(first_row + warp * 16 + lane // 4 + 8 * (i % 2))
                     column = T.meta_var(first_column + chunk * hopper.ATOM + i // 2 * 8 + lane % 4 * 2)
-                    if row < row_count and column < o:
+                    if row < row_count and column < results:
                         T.ptx["st.global.v2.f32"](
                             out.ptr_to([T.cast(row, "int64"), column]), acc[chunk * 32 + i * 2], acc[chunk * 32 + i * 2 + 1]
                         )
 
             while tile < row_tiles * column_tiles:
                 first_row: T.int32 = row_tile(tile, row_tiles) * (rows * cluster) + group * 64
-                first_column: T.int32 = column_tile(tile, row_tiles) * columns
+                first_column: T.int32 = column_tile(tile, row_tiles) * tile_results
                 if cluster > 1:
                     first_row = first_row + rank * rows
                 if has_residual:

@@ -15,6 +15,7 @@ The order of additions behind an output element does not depend on n.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from tvm.script import tirx as T
@@ -22,13 +23,16 @@ from tvm.script import tirx as T
 from llmc.schedules.cuda import hopper, linear_call
 from llmc.schedules.cuda.emit import WIDTH
 from llmc.schedules.cuda.math import ACTIVATIONS, activate
-from llmc.schedules.protocol import KernelCall, TensorSpec
+from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 
 NAME = "cuda.gemv"
 OP = "llmc.linear"
 LANE_K = 8
 """Elements of k that a lane loads at once: 16 bytes."""
+
+MULTIPROCESSORS = 132
+"""Of an H100 SXM or H200."""
 
 CHUNK = 32
 """Elements of k that the four lanes of a row load at once: two mma steps."""
@@ -38,15 +42,7 @@ PREFETCH = "cp.async.bulk.prefetch.L2.global"
 LOAD_X = "ld.global.nc.v4.b32"
 
 
-def _call(o: int, k: int, dtype: str = "bfloat16", out: str = "", bias_dtype: str = "", **attrs: Any) -> KernelCall:
-    args = [TensorSpec(("n", k), dtype), TensorSpec((o, k), dtype)]
-    if attrs.get("bias"):
-        args.append(TensorSpec((o,), bias_dtype or dtype))
-    if attrs.get("residual"):
-        args.append(TensorSpec(("n", o), dtype))
-    full = {"activation": "none", "bias": 0, "residual": 0, **attrs}
-    return KernelCall(OP, tuple(args), TensorSpec(("n", o), out or dtype), tuple(sorted(full.items())), "decode")
-
+_call = partial(linear_call.sample, phase="decode")
 
 SHAPES: dict[str, KernelCall] = {
     "square_4096": _call(4096, 4096),
@@ -59,34 +55,60 @@ SHAPES: dict[str, KernelCall] = {
     "gelu_tanh_16x16": _call(16, 16, "float16", activation="gelu_tanh"),
     "relu_8x1040": _call(8, 1040, activation="relu", bias=1),
     "logits_100x64": _call(100, 64, out="float32"),
+    "gated_48x320": _call(48, 320, activation="silu_gated"),
+    "gated_38x72_f16": _call(38, 72, "float16", activation="gelu_tanh_gated", bias=1, residual=1),
 }
 
 
-def matches(call: KernelCall, target: Target) -> str | None:
-    if call.op != OP or not hopper.is_hopper(target) or call.phase != "decode" or call.attr("activation") not in ACTIVATIONS:
-        return None
+def mismatch(call: KernelCall, target: Target) -> bool:
+    """Whether the kernel does not take a call in any phase: its dtypes, or rows of the weight that are no multiple of 16 bytes."""
+    if call.op != OP or not hopper.is_hopper(target) or linear_call.activation(call)[0] not in ACTIVATIONS:
+        return True
     x, weight = call.args[:2]
     o, k = weight.shape if len(weight.shape) == 2 else (None, None)
     if len(x.shape) != 2 or not isinstance(o, int) or not isinstance(k, int) or k % LANE_K:
+        return True
+    return x.dtype not in hopper.PTX_TYPE or weight.dtype != x.dtype or any(s.dtype not in WIDTH for s in (*call.args, call.result))
+
+
+def matches(call: KernelCall, target: Target) -> str | None:
+    if call.phase != "decode" or mismatch(call, target):
         return None
-    if x.dtype not in hopper.PTX_TYPE or weight.dtype != x.dtype or any(s.dtype not in WIDTH for s in (*call.args, call.result)):
-        return None
-    return f"{x.dtype} tensor cores with the stored weights as the wide operand, float32 sums, k split over warps"
+    return f"{call.args[0].dtype} tensor cores with the stored weights as the wide operand, float32 sums, k split over warps"
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
-    """``warps`` that split k, ``tiles`` of 16 outputs, ``depth`` (blocks of 32 of k in flight), ``columns`` (rows of x at once).
+    """``warps`` that split k, ``tiles`` of 16 weight rows, ``depth`` (blocks of 32 of k in flight), ``columns`` (rows of x).
 
     ``min_blocks`` per multiprocessor limits registers (0: the compiler's choice); ``dependent_launch``: start early, and fetch
     ``prefetch`` bytes of each output's weights to the L2 cache meanwhile (of one wave of thread blocks a third of the cache).
     """
-    k = int(call.args[1].shape[1])
-    useful = -(-k // (4 * CHUNK))
-    warps = sorted([8, 4, 2, 1, 16], key=lambda w: (w > useful, w == 16, -w))
+    warps, depth = default_split(call, 8)
     return {
-        "warps": warps, "depth": [4, 2, 8], "tiles": [1, 2], "columns": [8, 16, 32], "min_blocks": [0, 2, 3],
-        "dependent_launch": [True, False], "prefetch": [2048, 0, 1024, 4096, 8192],
+        "warps": _first(warps, [4, 8, 16, 2, 1]), "depth": _first(depth, [4, 8, 2, 1]), "tiles": [1, 2], "columns": [8, 16, 32],
+        "min_blocks": [0, 2, 3], "dependent_launch": [True, False], "prefetch": [2048, 0, 1024, 4096, 8192],
     }  # fmt: skip
+
+
+def default_split(call: KernelCall, columns: int) -> tuple[int, int]:
+    """``warps`` and ``depth`` for up to 8 or up to 16 rows.
+
+    Few tiles want many loads in flight and to be resident all at once; many take turns, and small blocks do so more evenly.
+    Measured on an H200 at the shapes of an 8B model.
+    """
+    o, k = (int(d) for d in call.args[1].shape)
+    per_multiprocessor = -(-o // 16) / MULTIPROCESSORS
+    busy = 0 if per_multiprocessor <= 2 else 1 if per_multiprocessor <= 3 else 2
+    warps, depth = ([(8, 8), (8, 4), (4, 4)] if columns <= 8 else [(16, 2), (4, 8), (4, 4)])[busy]
+    while depth > 1 and CHUNK * depth > k:
+        depth //= 2
+    while warps > 1 and CHUNK * depth * (warps // 2) >= k:
+        warps //= 2
+    return warps, depth
+
+
+def _first(value: int, values: list[int]) -> list[int]:
+    return [value, *(v for v in values if v != value)]
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
@@ -95,13 +117,16 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     dtype, out_dtype = specs["x"].dtype, specs["out"].dtype
     bias_dtype = specs["bias"].dtype if "bias" in specs else dtype
     residual_dtype = specs["residual"].dtype if "residual" in specs else dtype
-    has_bias, has_residual, activation = "bias" in specs, "residual" in specs, call.attr("activation")
+    has_bias, has_residual = "bias" in specs, "residual" in specs
+    activation, gated = linear_call.activation(call)
 
     warps, depth, tiles, blocks = (int(config[axis]) for axis in ("warps", "depth", "tiles", "min_blocks"))
     column_tiles = int(config["columns"]) // 8
     dependent_launch = bool(config["dependent_launch"])
-    outputs, columns, step, threads = 16 * tiles, 8 * column_tiles, CHUNK * depth, 32 * warps
-    whole_k, whole_o = k % step == 0, o % outputs == 0
+    # Results of a tile of 16 weight rows, and the distance of its upper and lower 8.
+    results, tile_results, apart = (o // 2, 8, o // 2) if gated else (o, 16, 8)
+    outputs, columns, step, threads = tile_results * tiles, 8 * column_tiles, CHUNK * depth, 32 * warps
+    whole_k, whole_o = k % step == 0, results % outputs == 0
     ahead = min(int(config["prefetch"]) // 2, k - warps * step) if dependent_launch else 0
     mma_type = hopper.PTX_TYPE[dtype]
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
@@ -112,14 +137,14 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         x = T.match_buffer(x_ptr, (n, k), dtype, align=16)
         weight = T.match_buffer(weight_ptr, (o, k), dtype, align=16)
         bias = T.match_buffer(bias_ptr, (o,), bias_dtype, align=4)
-        residual = T.match_buffer(residual_ptr, (n, o), residual_dtype, align=4)
-        out = T.match_buffer(out_ptr, (n, o), out_dtype, align=4)
+        residual = T.match_buffer(residual_ptr, (n, results), residual_dtype, align=4)
+        out = T.match_buffer(out_ptr, (n, results), out_dtype, align=4)
         T.device_entry()
         if blocks > 0:
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": blocks})
-        column_block, output_block = T.cta_id([T.cast((n + columns - 1) // columns, "int32"), -(-o // outputs)])
+        column_block, output_block = T.cta_id([T.cast((n + columns - 1) // columns, "int32"), -(-results // outputs)])
         thread = T.thread_id([threads])
-        partial = T.alloc_buffer((warps, tiles, column_tiles, 32, 4), "float32", scope="shared", align=16)
+        s_sums = T.alloc_buffer((warps, tiles, column_tiles, 32, 4), "float32", scope="shared", align=16)
         acc = T.alloc_local((tiles * column_tiles * 4,), "float32")
         w_regs = T.alloc_local((depth * tiles * 8,), "uint32")
         x_regs = T.alloc_local((depth * column_tiles * 4,), "uint32")
@@ -137,7 +162,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             """Beyond the last output or the end of k some other weight: x is zero there, or the sum is not stored."""
             for h in T.unroll(2):
                 base = T.meta_var((u * tiles + r) * 8 + h)
-                line = T.meta_var(first + r * 16 + h * 8 + group)
+                line = T.meta_var(first + r * tile_results + h * apart + group)
                 column = T.meta_var(start + u * CHUNK + member * LANE_K)
                 T.ptx[LOAD_WEIGHT](
                     w_regs[base], w_regs[base + 2], w_regs[base + 4], w_regs[base + 6],
@@ -180,8 +205,10 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             for u in T.unroll(depth):
                 for r in T.unroll(tiles):
                     load_weight(u, r, at)
-        if ahead > 0 and thread < outputs and first + thread < o:
-            T.ptx[PREFETCH](weight.ptr_to([first + thread, warps * step]), T.uint32(2 * ahead))
+        if ahead > 0 and thread < 16 * tiles:
+            line: T.int32 = first + thread // 16 * tile_results + thread % 16 // 8 * apart + thread % 8
+            if line < o:
+                T.ptx[PREFETCH](weight.ptr_to([line, warps * step]), T.uint32(2 * ahead))
         if dependent_launch:
             T.ptx.griddepcontrol.wait()
         if at < k:
@@ -201,25 +228,32 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         for r in T.unroll(tiles):
             for c in T.unroll(column_tiles):
                 for i in T.unroll(4):
-                    partial[warp, r, c, lane, i] = acc[(r * column_tiles + c) * 4 + i]
+                    s_sums[warp, r, c, lane, i] = acc[(r * column_tiles + c) * 4 + i]
         T.cuda.cta_sync()
         # Neighbouring threads finish neighbouring outputs of a row: their stores coalesce.
         item: T.int32 = thread
         while item < outputs * columns:
-            inside: T.int32 = item % 16
-            tile: T.int32 = item // 16 % tiles
+            inside: T.int32 = item % tile_results
+            tile: T.int32 = item // tile_results % tiles
             row: T.int32 = item // outputs
-            output: T.int32 = first + tile * 16 + inside
-            if row < rows and output < o:
+            output: T.int32 = first + tile * tile_results + inside
+            if row < rows and output < results:
                 # The accumulator fragment: lane (inside % 8) * 4 + row % 8 / 2 holds rows 2i and 2i + 1 of outputs g and g + 8.
                 owner: T.int32 = inside % 8 * 4 + row % 8 // 2
                 slot: T.int32 = inside // 8 * 2 + row % 2
                 total: T.float32 = T.float32(0)
+                factor: T.float32 = T.float32(0)
                 for w in T.unroll(warps):
-                    total = total + partial[w, tile, row // 8, owner, slot]
+                    total = total + s_sums[w, tile, row // 8, owner, slot]
+                    if gated:
+                        factor = factor + s_sums[w, tile, row // 8, owner, slot + 2]
                 if has_bias:
                     total = total + T.cast(bias[output], "float32")
+                    if gated:
+                        factor = factor + T.cast(bias[results + output], "float32")
                 total = activate(activation, total)
+                if gated:
+                    total = total * factor
                 if has_residual:
                     total = total + T.cast(residual[T.cast(first_row + row, "int64"), output], "float32")
                 out[T.cast(first_row + row, "int64"), output] = T.cast(total, out_dtype)

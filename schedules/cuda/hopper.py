@@ -118,3 +118,21 @@ ACTIVATIONS = ("none", "silu", "relu", "relu2", "gelu", "gelu_tanh")
 def gelu_tanh_argument(x: Expr) -> Expr:
     """2u with gelu_tanh(x) = x · sigmoid(2u), u = sqrt(2/π) (x + 0.044715 x³): tanh(u) = 2 sigmoid(2u) - 1."""
     return x * (tirx.const(2 * sqrt(2 / pi), "float32") + x * x * tirx.const(2 * sqrt(2 / pi) * 0.044715, "float32"))
+
+
+@T.inline
+def activate(activation: Any, values: Any, i: Any, scratch: Any) -> None:
+    """values[i] = activation(values[i]) in float32 registers, by name (:data:`ACTIVATIONS`); ``scratch``: two registers."""
+    if activation == "silu":
+        sigmoid(scratch[0], values[i])
+        values[i] = values[i] * scratch[0]
+    elif activation == "gelu_tanh":
+        sigmoid(scratch[0], gelu_tanh_argument(values[i]))
+        values[i] = values[i] * scratch[0]
+    elif activation == "gelu":
+        normal_cdf(scratch, values[i])
+        values[i] = values[i] * scratch[0]
+    elif activation == "relu":
+        values[i] = T.max(values[i], T.float32(0))
+    elif activation == "relu2":
+        values[i] = T.max(values[i], T.float32(0)) * T.max(values[i], T.float32(0))

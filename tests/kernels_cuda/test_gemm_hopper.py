@@ -26,6 +26,8 @@ ROWS = {
     "relu2_72x320": 33,
     "gelu_tanh_136x128": 129,
     "logits_264x128": 70,
+    "gated_656x136": 131,
+    "gated_144x72_residual": 65,
 }
 
 
@@ -38,6 +40,7 @@ def test_reference(name: str) -> None:
     assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
 
 
+@pytest.mark.parametrize("name", ["residual_328x136_gelu", "gated_656x136"])
 @pytest.mark.parametrize(
     "config",
     [
@@ -48,8 +51,8 @@ def test_reference(name: str) -> None:
         {"tile": (64, 128), "cluster": 2, "blocks": 2},
     ],
 )
-def test_configurations(config: dict[str, Any]) -> None:
-    case, symbols = family.SHAPES["residual_328x136_gelu"], {"n": 150}
+def test_configurations(name: str, config: dict[str, Any]) -> None:
+    case, symbols = family.SHAPES[name], {"n": 150}
     arrays = random_arrays(case, symbols, seed=1)
     result = call(family, case, TARGET, arrays, symbols, BLOCKS | config)
     assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
@@ -65,7 +68,7 @@ def test_rows_do_not_depend_on_the_batch() -> None:
 
 def test_what_it_does_not_take() -> None:
     case = family.SHAPES["small_256x192"]
-    assert family.matches(replace(case, phase="decode"), TARGET) is None
+    assert family.matches(replace(case, op="llmc.moe"), TARGET) is None
     assert family.matches(case, cuda.parse("cuda:sm_90")) is None
     assert family.matches(family._call(20, 64), TARGET) is None
     assert family.matches(family._call(64, 20), TARGET) is None

@@ -16,7 +16,7 @@ TARGET = cuda.parse("cuda:sm_90a")
 SMALL = [name for name, case in gemv.SHAPES.items() if case.args[1].shape[0] <= 128]
 
 
-@pytest.mark.parametrize(("name", "n"), [(name, n) for name, n in zip(SMALL, [1, 5, 9, 8, 1, 2, 17], strict=True)])
+@pytest.mark.parametrize(("name", "n"), [(name, n) for name, n in zip(SMALL, [1, 5, 9, 8, 1, 2, 17, 3, 10], strict=True)])
 def test_reference(name: str, n: int) -> None:
     case = gemv.SHAPES[name]
     assert gemv.matches(case, TARGET)
@@ -31,6 +31,7 @@ def test_reference(name: str, n: int) -> None:
         ("tail_48x1360_bias", {"warps": 2, "tiles": 2, "depth": 2, "columns": 16}),
         ("odd_19x72_f16_silu", {"warps": 4, "tiles": 2, "depth": 8, "columns": 32, "dependent_launch": False}),
         ("even_64x256", {"warps": 1, "depth": 8, "min_blocks": 2}),
+        ("gated_48x320", {"warps": 2, "tiles": 2, "columns": 16}),
     ],
 )
 def test_configurations(name: str, config: dict[str, int]) -> None:

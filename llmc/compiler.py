@@ -18,9 +18,9 @@ from llmc.extras import require
 from llmc.importer.resolve import resolve
 from llmc.importer.source import ModelSource, TokenizerInfo
 from llmc.manifest import KernelChoice, Limits, Manifest, ModelInfo, TokenizerFiles
-from llmc.paths import records_folder
 from llmc.passes.quantize.options import QuantOptions
 from llmc.passes.quantize.report import Row, rows
+from llmc.paths import records_folder
 from llmc.progress import Phase, Progress, SilentProgress
 from llmc.targets.base import Target, folder_name
 from llmc.version import __version__
@@ -102,8 +102,9 @@ def compile(
     Several targets (``["cpu:x86-64-v3", "cuda:sm_80,sm_90a"]``) make variants of one artifact, which share the weights; the loader
     takes the one that suits its machine best. ``dtype``: how matrices are stored (float32, bfloat16 or float16; None: as the
     checkpoint has them, quantized ones included); sums are always float32. ``kv_dtype``: the same for the KV cache (None: as
-    ``dtype``). ``quant``: a scheme that matrices are rounded to (``"int4"``, ``"int8"``, ...; see :mod:`llmc.passes.quantize.scheme`), and
-    ``keep``: exceptions, each ``"NAME=SCHEME"`` with a regular expression for names and a scheme or ``none``. ``context``: the most positions a sequence may have (None: what the model was trained for). ``max_batch``: sequences
+    ``dtype``). ``quant``: a scheme that matrices are rounded to (``"int4"``, ``"int8"``, ...: see
+    :mod:`llmc.passes.quantize.scheme`); ``keep``: exceptions ``"NAME=SCHEME"`` with a regular expression for names and a scheme or
+    ``none``. ``context``: the most positions a sequence may have (None: what the model was trained for). ``max_batch``: sequences
     in one decode step. ``page_size``: positions of one KV page. ``records``: a folder of tuning records to use beside llmc's own
     and those in the cache. ``dump_ir``: a folder for the IR after every pass.
 

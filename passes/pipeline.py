@@ -34,6 +34,10 @@ from llmc.passes.memory import kernel_calls, lower_vm, plan_memory, storage_size
 from llmc.passes.merge_projections import merge_projections
 from llmc.passes.paged_attention import paged_attention
 from llmc.passes.phases import phases
+from llmc.passes.quantize.options import QuantOptions
+from llmc.passes.quantize.plan import Plan, assign
+from llmc.passes.quantize.quantize_weights import quantize_weights
+from llmc.passes.quantize.report import Stored
 from llmc.passes.rewrite import Graph
 from llmc.passes.sampling import FUNCTIONS as SAMPLING
 from llmc.passes.sampling import add_sampling, samples_on_device
@@ -55,6 +59,7 @@ class Options:
 
     ``page_size``: positions in a page; ``kv_dtype``: of stored keys and values; ``context``: most positions of a sequence;
     ``max_batch``: sequences in a step; ``max_rows``: tokens in an extend step; ``max_logit_rows``: rows with logits in one;
+    ``quantization``: how weights are stored;
     ``records``: the measurements that kernels get their configurations from.
     """
 
@@ -64,6 +69,7 @@ class Options:
     max_batch: int = 8
     max_rows: int = 512
     max_logit_rows: int = 64
+    quantization: QuantOptions = field(default_factory=QuantOptions)
     records: Records | None = None
 
     def upper_bounds(self, phase: str) -> dict[str, int]:
@@ -79,6 +85,7 @@ class Lowered:
     """``mod`` is ready for ``relax.build(mod, tvm_target, relax_pipeline=None)``.
 
     ``weights`` names the weight arguments of both phases in order; ``timings``: seconds per pass in order.
+    ``stored``: how each weight is stored; rounding errors are known once the weights have been read.
     """
 
     mod: tvm.IRModule
@@ -88,6 +95,7 @@ class Lowered:
     kernels: list[KernelChoice]
     graph_sha256: str
     timings: list[tuple[str, float]]
+    stored: list[Stored]
 
 
 @dataclass
@@ -98,6 +106,7 @@ class _State:
     params: ParamTable
     target: Target
     options: Options
+    plan: Plan
     tvm_target: Any = None
     module: tvm.IRModule | None = None
     kv_layers: list[KvLayer] = field(default_factory=list)
@@ -183,10 +192,12 @@ PASSES: list[tuple[str, Callable[[_State], None]]] = [
     ("sink_permutes", lambda s: sink_permutes(s.graphs[0])),
     ("simplify_layouts", lambda s: simplify(s.graphs[0], s.params)),
     ("fuse_bias", lambda s: fuse_bias(s.graphs[0])),
+    ("assign_schemes", lambda s: assign(s.graphs[0], s.params, s.plan)),
     ("merge_projections", lambda s: merge_projections(s.graphs[0], s.params)),
     ("fuse_epilogue", lambda s: fuse_epilogue(s.graphs[0])),
     ("simplify_slices", lambda s: simplify(s.graphs[0], s.params)),
     ("widen", lambda s: widen(s.graphs[0])),
+    ("quantize", lambda s: quantize_weights(s.graphs[0], s.params, s.plan, s.target)),
     ("paged_attention", _paged_attention),
     ("phases", _phases),
     ("fuse_append", _fuse_append),
@@ -215,7 +226,7 @@ def lower(
     graph = Graph.of("main", mod["main"])
     digest = graph_sha256(graph)
     graph.remove_unused_params(params)
-    state = _State([graph], params, target, options)
+    state = _State([graph], params, target, options, Plan(options.quantization))
     verifier = Verifier(params)
     timings: list[tuple[str, float]] = []
     verifier.graph("import", graph)
@@ -232,7 +243,7 @@ def lower(
         _write(dump_ir / "timing.json", json.dumps(dict(timings), indent=1) + "\n")
     if progress is not None:
         progress(len(PASSES), len(PASSES), "done")
-    return Lowered(state.module, state.kv_layers, state.weights, state.functions, state.kernels, digest, timings)
+    return Lowered(state.module, state.kv_layers, state.weights, state.functions, state.kernels, digest, timings, state.plan.stored)
 
 
 def _verify(verifier: Verifier, name: str, state: _State) -> None:

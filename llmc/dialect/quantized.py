@@ -15,8 +15,9 @@ result      [n, o] compute dtype        or float32, if ``out_dtype`` says so
 ``quantized_take``: ids [n] int32, parts -> the rows of W as ``out_dtype`` [n, k].
 
 Attributes of both: ``scheme`` and ``layout`` name what the parts are (:mod:`llmc.passes.quantize.scheme`,
-:mod:`llmc.schedules.layouts`); ``o`` and ``k`` are the weight's shape, which parts may pad. ``activations``: ``"int8"`` lets a kernel
-round x to 8 bits, ``"compute"`` keeps it as it is. ``activation``, ``bias`` and ``residual`` are as in ``llmc.linear``.
+:mod:`llmc.schedules.layouts`); ``o`` and ``k`` are the weight's shape, which parts may pad. Of the linear layer: ``activations``
+``"int8"`` lets a kernel round x to 8 bits, ``"compute"`` keeps it as it is; ``activation``, ``bias`` and ``residual`` are as in
+``llmc.linear``.
 """
 
 from __future__ import annotations

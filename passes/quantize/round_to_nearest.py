@@ -1,8 +1,8 @@
 """Round-to-nearest quantization, with the clipping of each group searched for the least squared error.
 
 For a group w of a row and candidate clippings r, codes are q = round(w / (r · s)), clamped; the scale that then fits best is the
-regression of w on q, ``Σ w q / Σ q²``, with error ``Σ w² - (Σ w q)² / Σ q²``. The candidate with the least error gives the scale, which
-is rounded to its storage dtype before the codes are taken for good. A symmetric code reaches one further on the negative
+regression of w on q, ``Σ w q / Σ q²``, with error ``Σ w² - (Σ w q)² / Σ q²``. The candidate with the least error gives the scale,
+which is rounded to its storage dtype before the codes are taken for good. A symmetric code reaches one further on the negative
 side, so s carries the sign that puts the largest value there (as in GGUF's Q4_0). A minimum is fitted with the scale, by the
 regression with an intercept.
 

@@ -131,7 +131,7 @@ class QuantizedTensor:
         """The values, float32 [o, k]: one product and one sum in float32 each."""
         if self.super_scales is not None:
             return self.flat().dequantize()
-        o, k = self.codes.shape
+        k = self.codes.shape[1]
         how, group = self.scheme, self.scheme.group or k
         values = how.values()[self.codes]
         if self.zeros is not None:
@@ -234,9 +234,7 @@ def scheme(name: str) -> Scheme:
         return Scheme(full, "fp4_e2m1", 4, 32, "none", "bfloat16")
     group = int(found["group"] or 0)
     if not group and not found["row"] and full != "int8" and not (found["bits"] == "8"):
-        raise UsageError(
-            f"the scheme {name!r} does not say how many columns share a scale: write {full}_g32, or {full}_row for all"
-        )
+        raise UsageError(f"the scheme {name!r} does not say how many columns share a scale: use {full}_g32, or {full}_row for all")
     if found["group"] and group not in (16, 32, 64, 128, 256):
         raise UsageError(f"the scheme {name!r} has groups of {group} columns: use 16, 32, 64, 128 or 256, or _row for a whole row")
     kind, bits = ("table", 4) if found["nf4"] else ("int", int(found["bits"]))

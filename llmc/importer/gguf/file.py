@@ -19,7 +19,9 @@ import numpy as np
 from llmc.errors import ModelError, UnsupportedError
 from llmc.importer.file_tensor import FileTensor, mapped_bytes, printable
 from llmc.importer.gguf.blocks import BLOCK_TYPES, dequantize
+from llmc.importer.gguf.quantized import unpack
 from llmc.importer.params import DTYPES
+from llmc.passes.quantize.scheme import QuantizedTensor
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -81,6 +83,15 @@ class GGUFSource:
         rows = self.shape[:-1]
         raw = mapped_bytes(self.file, self.offset, prod(rows) * self.bytes_per_row, self.describe())
         return raw.reshape(*rows, self.bytes_per_row)
+
+    @property
+    def quantization(self) -> str:
+        """The scheme's name; only matrices have one."""
+        return self.scheme.lower() if len(self.shape) == 2 else ""
+
+    def quantized(self) -> QuantizedTensor:
+        """The matrix with its codes, bit for bit."""
+        return unpack(self.blocks(), self.scheme)
 
     def read(self) -> np.ndarray:
         """The values, float32."""

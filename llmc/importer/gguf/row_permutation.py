@@ -9,6 +9,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from llmc.importer.params import Source
+from llmc.passes.quantize.scheme import QuantizedTensor
 
 
 @runtime_checkable
@@ -17,6 +18,13 @@ class BlockSource(Source, Protocol):
 
     def blocks(self) -> np.ndarray:
         """The stored bytes, uint8 ``[*shape[:-1], bytes_per_row]``."""
+
+    @property
+    def quantization(self) -> str:
+        """The name of the scheme that :meth:`quantized` gives, or an empty string."""
+
+    def quantized(self) -> QuantizedTensor:
+        """The matrix with its codes, bit for bit."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +51,13 @@ class RowPermuted:
 
     def blocks(self) -> np.ndarray:
         return np.ascontiguousarray(self.source.blocks()[self.permutation])
+
+    @property
+    def quantization(self) -> str:
+        return self.source.quantization
+
+    def quantized(self) -> QuantizedTensor:
+        return self.source.quantized().take(self.permutation)
 
     def describe(self) -> str:
         return f"rows_permuted({self.source.describe()})"

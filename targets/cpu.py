@@ -28,6 +28,7 @@ from tvm.target import codegen
 
 from llmc.errors import UsageError
 from llmc.targets.base import Target
+from llmc.targets.cpu_pipeline import PIPELINE
 from llmc.targets.link import linker
 
 KIND = "cpu"
@@ -118,7 +119,7 @@ def compute_dtype(storage: str) -> str:
 def build(module: tvm.IRModule, target: Target) -> Any:
     """The executable, machine code included."""
     with tvm_target(target) as tvm_t:
-        return relax.build(module, tvm_t, relax_pipeline=None)
+        return relax.build(module, tvm_t, relax_pipeline=None, tir_pipeline=PIPELINE)
 
 
 def runtime_libraries(target: Target) -> Sequence[str]:

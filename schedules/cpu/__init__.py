@@ -8,10 +8,13 @@ results alone, in a batch, in the decode phase and in the extend phase.
 from llmc.schedules.cpu import (
     append,
     attend,
+    layout_panel,
     layout_plain,
     linear,
     moe,
+    quantized_linear,
     quantized_linear_plain,
+    quantized_take,
     quantized_take_plain,
     rope,
     rope_append,
@@ -20,10 +23,10 @@ from llmc.schedules.cpu import (
 from llmc.schedules.cpu.norm import layer_norm, rms_norm
 
 FAMILIES = (
-    linear, quantized_linear_plain, quantized_take_plain,
+    linear, quantized_linear, quantized_take, quantized_linear_plain, quantized_take_plain,
     attend, append, moe, rms_norm, layer_norm, rope, rope_append, topk,
 )  # fmt: skip
 """In order of preference; the first that matches takes a call."""
 
-LAYOUTS = (layout_plain,)
+LAYOUTS = (layout_panel, layout_plain)
 """How quantized weights are stored, in order of preference; the first that takes a matrix stores it."""

@@ -189,8 +189,10 @@ class Simd:
 
     def load(self, buffer: Expr, *index: Expr, lanes: int = 1) -> Expr:
         """Load ``lanes`` elements of float32, float16 or bfloat16 as float32."""
-        value = read(buffer, *index, lanes=lanes)
-        dtype = str(buffer.ty.dtype)
+        return self.widen(read(buffer, *index, lanes=lanes), str(buffer.ty.dtype), lanes)
+
+    def widen(self, value: Expr, dtype: str, lanes: int) -> Expr:
+        """``lanes`` values of float32, float16 or bfloat16 as float32."""
         if dtype == "float32":
             return value
         if dtype == "float16" and not self.has_half:

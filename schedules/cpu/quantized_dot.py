@@ -1,0 +1,144 @@
+"""Integer dot products of unsigned weight codes with int8 activations, per instruction set.
+
+One vector holds four consecutive codes (a quad) of as many rows as it has 32-bit lanes; :meth:`Dot.products` multiplies the
+quads of a stretch of k with the activations' quads, each broadcast to all rows, and returns one int32 sum per row.
+
+=================== ===========================================================================================
+AVX512-VNNI,        ``vpdpbusd``: unsigned · signed bytes, four products added to a 32-bit lane
+AVX-VNNI
+AVX2, AVX-512BW     ``vpmaddubsw`` adds two products in 16 bits, as many steps as cannot overflow, then ``vpmaddwd``
+                    by ones; 8-bit codes would saturate, so their even and odd bytes are widened for ``vpmaddwd``
+SSE2                even and odd bytes widened, ``pmaddwd``
+NEON dotprod        ``sdot``: signed · signed; 8-bit codes are moved to -128..127 by flipping a bit
+others              32-bit multiplications
+=================== ===========================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tvm import tirx
+
+from llmc.schedules.cpu.emit import Simd, bind, read, vector
+from llmc.schedules.cpu.layout_panel import PLANES, ROWS
+from llmc.targets.base import Target
+
+Expr = Any
+VNNI = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256"}
+MADD_BYTES = {16: "llvm.x86.avx512.pmaddubs.w.512", 8: "llvm.x86.avx2.pmadd.ub.sw"}
+MADD_WORDS = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}
+SDOT = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+
+
+class Dot:
+    """The instruction set's way. ``lanes``: rows in a vector; ``parts``: vectors that make a panel."""
+
+    def __init__(self, simd: Simd, target: Target, bits: int) -> None:
+        self.simd, self.bits = simd, bits
+        self.lanes = min(simd.lanes, ROWS)
+        self.parts = ROWS // self.lanes
+        self.how = self._instructions(target)
+        self.bias = 128 if self.how == "sdot" and bits == 8 else 0
+        """What was subtracted from the codes: the products are those of code - bias."""
+
+    def _instructions(self, target: Target) -> str:
+        has = set(target.features)
+        if target.triple.startswith("x86_64"):
+            if self.lanes in VNNI and ("avx512_vnni" in has or (self.lanes == 8 and "avx_vnni" in has)):
+                return "vnni"
+            return "bytes" if self.lanes in MADD_BYTES and self.bits < 8 else "words"
+        if "asimddp" in has:
+            return "sdot"
+        return "multiply"
+
+    def codes(self, panels: Expr, panel: Expr, block: Expr, part: int) -> list[Expr]:
+        """The eight quads of the block at byte ``block`` of a panel, for the rows of vector ``part``."""
+        width = 4 * self.lanes
+        quads: list[Expr] = []
+        low = start = 0
+        for plane in PLANES[self.bits]:
+            fields: list[Expr] = []
+            for v in range(plane):
+                value = bind(read(panels, panel, block + (start + 64 * v + part * width), lanes=width))
+                for f in range(8 // plane):
+                    bits = value >> _bytes(f * plane, width) if f else value
+                    fields.append(bits & _bytes((1 << plane) - 1, width) if plane < 8 and f < 8 // plane - 1 else bits)
+            quads = [a | (b << _bytes(low, width)) for a, b in zip(quads, fields, strict=True)] if quads else fields
+            low, start = low + plane, start + 64 * plane
+        if self.bias:
+            quads = [q ^ _bytes(self.bias, width) for q in quads]
+        return [bind(q) for q in quads]
+
+    def products(self, start: Expr, quads: Sequence[Expr], codes: Expr, at: Expr) -> Expr:
+        """``start`` (int32) + the sum over ``quads`` of their products with the activations int8 ``codes[at:]``."""
+        xs = [_broadcast(codes, at + 4 * i, self.lanes) for i in range(len(quads))]
+        return {"vnni": self._vnni, "bytes": self._madd_bytes, "words": self._madd_words, "sdot": self._sdot,
+                "multiply": self._multiply}[self.how](start, quads, xs)  # fmt: skip
+
+    def _vnni(self, total: Expr, quads: Sequence[Expr], xs: Sequence[Expr]) -> Expr:
+        for q, x in zip(quads, xs, strict=True):
+            total = bind(_call(f"int32x{self.lanes}", VNNI[self.lanes], total, q, _as(x, "int8", 4 * self.lanes)))
+        return total
+
+    def _madd_bytes(self, total: Expr, quads: Sequence[Expr], xs: Sequence[Expr]) -> Expr:
+        words, name = 2 * self.lanes, MADD_BYTES[self.lanes]
+        steps = min(len(quads), 32767 // (2 * 127 * ((1 << self.bits) - 1)))
+        ones = tirx.Broadcast(tirx.const(1, "int16"), words)
+        for first in range(0, len(quads), steps):
+            pairs = [
+                _call(f"int16x{words}", name, q, _as(x, "int8", 4 * self.lanes))
+                for q, x in zip(quads[first : first + steps], xs[first : first + steps], strict=True)
+            ]
+            pair = pairs[0]
+            for other in pairs[1:]:
+                pair = pair + other
+            total = bind(total + _call(f"int32x{self.lanes}", MADD_WORDS[self.lanes], pair, ones))
+        return total
+
+    def _madd_words(self, total: Expr, quads: Sequence[Expr], xs: Sequence[Expr]) -> Expr:
+        words, name = 2 * self.lanes, MADD_WORDS[self.lanes]
+        eight = tirx.Broadcast(tirx.const(8, "int16"), words)
+        for q, x in zip(quads, xs, strict=True):
+            w, a = bind(_as(q, "uint16", words)), bind(_as(x, "int16", words))
+            even = _as(w & tirx.Broadcast(tirx.const(255, "uint16"), words), "int16", words)
+            odd = _as(w >> tirx.Broadcast(tirx.const(8, "uint16"), words), "int16", words)
+            total = total + _call(f"int32x{self.lanes}", name, even, (a << eight) >> eight)
+            total = bind(total + _call(f"int32x{self.lanes}", name, odd, a >> eight))
+        return total
+
+    def _sdot(self, total: Expr, quads: Sequence[Expr], xs: Sequence[Expr]) -> Expr:
+        for q, x in zip(quads, xs, strict=True):
+            total = bind(_call("int32x4", SDOT, total, _as(q, "int8", 16), _as(x, "int8", 16)))
+        return total
+
+    def _multiply(self, total: Expr, quads: Sequence[Expr], xs: Sequence[Expr]) -> Expr:
+        for q, x in zip(quads, xs, strict=True):
+            w = bind(_as(q, "uint32", self.lanes))
+            for byte in range(4):
+                code = (w >> _words(8 * byte, self.lanes)) & _words(255, self.lanes)
+                up, down = (tirx.Broadcast(tirx.const(s, "int32"), self.lanes) for s in (24 - 8 * byte, 24))
+                total = bind(total + _as(code, "int32", self.lanes) * ((x << up) >> down))
+        return total
+
+
+def _broadcast(codes: Expr, at: Expr, lanes: int) -> Expr:
+    """Four int8 activations as one int32, in every lane."""
+    return tirx.Broadcast(tirx.reinterpret("int32", read(codes, at, lanes=4)), lanes)
+
+
+def _call(dtype: str, name: str, *args: Expr) -> Expr:
+    return tirx.call_llvm_pure_intrin(dtype, name, *args)
+
+
+def _as(value: Expr, dtype: str, lanes: int) -> Expr:
+    return tirx.reinterpret(vector(dtype, lanes), value)
+
+
+def _bytes(value: int, lanes: int) -> Expr:
+    return tirx.Broadcast(tirx.const(value, "uint8"), lanes)
+
+
+def _words(value: int, lanes: int) -> Expr:
+    return tirx.Broadcast(tirx.const(value, "uint32"), lanes)

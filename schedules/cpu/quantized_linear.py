@@ -1,0 +1,282 @@
+"""``llmc.quantized_linear`` on a CPU: int8 activations times integer codes, for weights of :mod:`.layout_panel`.
+
+x is rounded to int8 once per call, with a scale for every 32 columns (:mod:`.quantized_rows`); the products of a block of 32
+columns are exact integers; block sums are scaled and added in float32, in the order of k. So a row's result depends neither on
+the number of rows nor on the tile it falls into.
+
+The work is cut into (row block × panel) tasks. With few rows a task streams its panel once from memory; with many rows a
+block's codes are unpacked into registers once for a tile of rows, whose activations come as broadcasts from the caches.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from llmc.passes.quantize.scheme import scheme
+from llmc.schedules.cpu import layout_panel, quantized_rows
+from llmc.schedules.cpu.emit import (
+    Simd,
+    Symbols,
+    arguments,
+    bind,
+    ceildiv,
+    elements,
+    f32,
+    function,
+    i64,
+    local,
+    read,
+    shuffle,
+    store,
+    vector,
+    when,
+)
+from llmc.schedules.cpu.layout_panel import BLOCK, QUADS, ROWS, Panels, geometry
+from llmc.schedules.cpu.math import ACTIVATIONS, Math
+from llmc.schedules.cpu.quantized_dot import Dot
+from llmc.schedules.protocol import KernelCall, TensorSpec
+from llmc.targets.base import Target
+
+Expr = Any
+NAME = "cpu.quantized_linear"
+OP = "llmc.quantized_linear"
+CACHE = 192 << 10
+"""Bytes of rounded activations that a row block may have: part of a second-level cache."""
+
+
+def _call(o: int, k: int, name: str, phase: str = "extend", **attrs: Any) -> KernelCall:
+    args = [TensorSpec(("n", k), "float32"), *layout_panel.parts(scheme(name), o, k).values()]
+    if attrs.get("bias"):
+        args.append(TensorSpec((o,), "float32"))
+    if attrs.get("residual"):
+        args.append(TensorSpec(("n", o), "float32"))
+    full = {"activation": "none", "bias": 0, "residual": 0, "scheme": name, "layout": layout_panel.NAME, "o": o, "k": k, **attrs}
+    return KernelCall(OP, tuple(args), TensorSpec(("n", o), "float32"), tuple(sorted(full.items())), phase)
+
+
+SHAPES: dict[str, KernelCall] = {
+    "qkv_960x576_q4_1": _call(960, 576, "q4_1", phase="decode"),
+    "down_576x1536_q4_0_residual": _call(576, 1536, "q4_0", residual=1),
+    "square_256_int4_g64": _call(256, 256, "int4_g64"),
+    "square_256_int4_g128_bias": _call(256, 256, "int4_g128", bias=1),
+    "odd_19x100_int4z_g32_silu": _call(19, 100, "int4z_g32", activation="silu", bias=1, residual=1),
+    "odd_37x200_int4_g128": _call(37, 200, "int4_g128"),
+    "odd_33x70_int8": _call(33, 70, "int8", phase="decode"),
+    "int8_g32_64x96": _call(64, 96, "int8_g32", activation="gelu"),
+    "q8_0_48x64": _call(48, 64, "q8_0", activation="relu"),
+    "q5_0_40x96": _call(40, 96, "q5_0", activation="gelu_tanh"),
+    "q5_1_16x64": _call(16, 64, "q5_1", residual=1),
+    "zero_points_24x128_int4p_g64": _call(24, 128, "int4p_g64"),
+    "zero_points_24x128_int8p_g32": _call(24, 128, "int8p_g32"),
+    "six_bits_16x80_int6_g16_f32": _call(16, 80, "int6_g16_f32", bias=1),
+    "three_bits_17x64_int3z_g32_bf16": _call(17, 64, "int3z_g32_bf16"),
+    "one_output_q4_0": _call(1, 32, "q4_0", activation="relu2"),
+}
+
+
+def matches(call: KernelCall, target: Target) -> str | None:
+    if call.op != OP or target.kind != "cpu" or call.attr("layout") != layout_panel.NAME:
+        return None
+    if any(a.dtype != "float32" for i, a in enumerate((*call.args, call.result)) if i != 1):
+        return None
+    if call.attr("activation") not in ACTIVATIONS or call.attr("activations", "int8") != "int8" or len(call.args[0].shape) != 2:
+        return None
+    dot = Dot(Simd(target), target, scheme(call.attr("scheme")).bits)
+    return f"int8 activations, {call.attr('scheme')} panels of {ROWS} rows, {dot.how} on {target.vector_bits}-bit vectors"
+
+
+def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
+    """``rows``: rows of a register tile. ``row_block``: rows that share one pass over a panel."""
+    tiles = [12, 8, 16, 4] if Simd(target).registers >= 32 else [4, 2, 6]
+    fits = max(1, CACHE // _geometry(call).columns // tiles[0]) * tiles[0]
+    return {"rows": tiles, "row_block": [min(fits, 480), 48, 96, 192]}
+
+
+def _geometry(call: KernelCall) -> Panels:
+    return geometry(scheme(call.attr("scheme")), int(call.attr("o")), int(call.attr("k")))
+
+
+def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
+    simd, symbols, at = Simd(target), Symbols(), _geometry(call)
+    specs = dict(zip(_names(call), (*call.args, call.result), strict=True))
+    block = int(config["row_block"])
+    with function(f"quantized_linear_{at.o}x{at.k}") as done:
+        buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
+        n = symbols.dim(call.args[0].shape[0])
+        rows = quantized_rows.workspace(n, at.columns, min(at.record // at.sets, BLOCK))
+        quantized_rows.quantize(simd, buffers["x"], n, at.k, rows)
+        tile = _Tile(call, target, simd, buffers, rows, at)
+
+        def task(t: Expr) -> None:
+            low = bind(tirx.floordiv(t, at.panels) * block)
+            high = bind(tirx.min(low + block, n))
+            panel = bind(tirx.floormod(t, at.panels))
+            for count in sorted({int(config["rows"]), min(int(config["rows"]), 4), 1}, reverse=True):
+                tiles = bind(tirx.floordiv(high - low, count))
+                with T.serial(0, tiles) as i:
+                    tile.emit(panel, bind(low + i64(i) * count), count)
+                low = bind(low + tiles * count)
+
+        with T.parallel(0, ceildiv(n, block) * at.panels) as t:
+            task(i64(t))
+    return done()
+
+
+class _Tile:
+    """The products of a panel with a tile of rows."""
+
+    def __init__(
+        self, call: KernelCall, target: Target, simd: Simd, buffers: dict[str, Expr], rows: quantized_rows.Rows, at: Panels
+    ) -> None:
+        self.call, self.simd, self.buffers, self.rows, self.at = call, simd, buffers, rows, at
+        self.scheme = scheme(call.attr("scheme"))
+        self.dot = Dot(simd, target, at.bits)
+        self.lanes = self.dot.lanes
+        self.subtract = (1 << (at.bits - 1)) - self.dot.bias if self.scheme.offset == "none" else -self.dot.bias
+
+    def emit(self, panel: Expr, first: Expr, count: int) -> None:
+        at, dot = self.at, self.dot
+        acc = [[self._cleared() for _ in range(count)] for _ in range(dot.parts)]
+        # With several blocks to a scale, a group's sum is kept apart until it is complete.
+        group = acc if at.blocks == 1 else [[self._cleared() for _ in range(count)] for _ in range(dot.parts)]
+        with T.serial(0, at.records) as r:
+            record = bind(i64(r) * at.record_bytes)
+            for part in range(dot.parts):
+                offsets = [self._offsets(panel, record, part, s) for s in range(at.sets)]
+
+                def block(b: Expr, part: int = part, record: Expr = record, r: Expr = r, offsets: list[Expr] = offsets) -> None:
+                    codes = dot.codes(self.buffers["panels"], panel, record + b * at.block_bytes, part)
+                    column = bind(i64(r) * at.blocks + b)
+                    for i in range(count):
+                        self._row(panel, record, part, codes, first + i, column, offsets, acc[part][i], group[part][i])
+
+                if at.blocks == 1:
+                    block(i64(0))
+                    continue
+                with T.serial(0, at.blocks) as b:
+                    block(i64(b))
+                scales = bind(self._scales(panel, record, part, 0))
+                for i in range(count):
+                    total, part_sum = acc[part][i], group[part][i]
+                    self._put(total, self.simd.fma(self._get(part_sum), scales, self._get(total)))
+                    self._put(part_sum, self.simd.splat(0.0, self.lanes))
+        for i in range(count):
+            self._finish([self._get(acc[part][i]) for part in range(dot.parts)], first + i, panel)
+
+    def _row(
+        self,
+        panel: Expr,
+        record: Expr,
+        part: int,
+        codes: list[Expr],
+        row: Expr,
+        column: Expr,
+        offsets: list[Expr],
+        acc: Expr,
+        group: Expr,
+    ) -> None:
+        """One row of x times one block: its scaled products to ``group`` and what the weights' minima add to ``acc``."""
+        at, rows, simd = self.at, self.rows, self.simd
+        block = bind(row * (at.columns // BLOCK) + column)
+        scale = bind(read(rows.scales, block))
+        for s in range(at.sets):
+            quads = QUADS // at.sets
+            total = bind(read(rows.sums, block * at.sets + s))
+            start = total * tirx.const(-self.subtract, "int32") if self.subtract else tirx.const(0, "int32")
+            where = block * BLOCK + s * 4 * quads
+            integers = self.dot.products(tirx.Broadcast(start, self.lanes), codes[s * quads : (s + 1) * quads], rows.codes, where)
+            value = bind(tirx.Cast(vector("float32", self.lanes), integers))
+            if self.scheme.offset == "zero_point":
+                zeros = simd.splat(f32(0.0) - tirx.Cast("float32", total), self.lanes)
+                value = bind(simd.fma(offsets[s], zeros, value))
+            if at.blocks == 1:
+                weight = bind(self._scales(panel, record, part, s) * simd.splat(scale, self.lanes))
+                self._put(acc, simd.fma(value, weight, self._get(acc)))
+            else:
+                self._put(group, simd.fma(value, simd.splat(scale, self.lanes), self._get(group)))
+            if self.scheme.offset == "minimum":
+                weight = simd.splat(bind(scale * tirx.Cast("float32", total)), self.lanes)
+                self._put(acc, simd.fma(offsets[s], weight, self._get(acc)))
+
+    def _cleared(self) -> Expr:
+        register = local(self.lanes)
+        self._put(register, self.simd.splat(0.0, self.lanes))
+        return register
+
+    def _get(self, register: Expr) -> Expr:
+        return read(register, 0, lanes=self.lanes)
+
+    def _put(self, register: Expr, value: Expr) -> None:
+        store(register, value, 0, lanes=self.lanes)
+
+    def _scales(self, panel: Expr, record: Expr, part: int, s: int) -> Expr:
+        size = self.at.scale_bytes
+        return self._floats(panel, record + self.at.scales_at + (s * ROWS + part * self.lanes) * size)
+
+    def _offsets(self, panel: Expr, record: Expr, part: int, s: int) -> Expr:
+        at = self.at
+        start = record + at.offsets_at + (s * ROWS + part * self.lanes) * at.offset_bytes
+        if self.scheme.offset == "minimum":
+            return bind(self._floats(panel, start))
+        if self.scheme.offset == "zero_point":
+            return bind(tirx.Cast(vector("float32", self.lanes), read(self.buffers["panels"], panel, start, lanes=self.lanes)))
+        return None
+
+    def _floats(self, panel: Expr, start: Expr) -> Expr:
+        """A vector of scales or minima as float32."""
+        raw = read(self.buffers["panels"], panel, start, lanes=self.at.scale_bytes * self.lanes)
+        return self.simd.widen(tirx.reinterpret(vector(self.at.scale_dtype, self.lanes), raw), self.at.scale_dtype, self.lanes)
+
+    def _finish(self, values: list[Expr], row: Expr, panel: Expr) -> None:
+        """Bias, activation, residual and the store; of the last panel only the rows that exist."""
+        rest = self.at.o % ROWS
+
+        def whole() -> None:
+            for part, value in enumerate(values):
+                self._store(value, row, panel * ROWS + part * self.lanes, self.lanes)
+
+        def short() -> None:
+            for start, width in elements(rest, self.lanes):
+                part, lane = divmod(start, self.lanes)
+                piece = values[part] if width == self.lanes else shuffle([values[part]], range(lane, lane + width))
+                self._store(piece, row, panel * ROWS + start, width)
+
+        if rest == 0:
+            whole()
+        elif self.at.panels == 1:
+            short()
+        else:
+            when(panel < self.at.panels - 1, whole, short)
+
+    def _store(self, value: Expr, row: Expr, first: Expr, lanes: int) -> None:
+        call, simd, buffers = self.call, self.simd, self.buffers
+        if call.attr("bias"):
+            value = value + simd.load(buffers["bias"], first, lanes=lanes)
+        value = Math(simd, lanes).activate(call.attr("activation"), value)
+        if call.attr("residual"):
+            value = value + simd.load(buffers["residual"], row, first, lanes=lanes)
+        store(buffers["out"], value, row, first, lanes=lanes)
+
+
+def _names(call: KernelCall) -> list[str]:
+    optional = [name for name in ("bias", "residual") if call.attr(name)]
+    return ["x", "panels", *optional, "out"]
+
+
+def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
+    from llmc.dialect.linear import reference as linear_reference
+
+    named = dict(zip(_names(call), arrays, strict=False))
+    weight = layout_panel.unpack({"panels": named.pop("panels")}, scheme(call.attr("scheme")), call.attr("o"), call.attr("k"))
+    return linear_reference(weight=weight.dequantize(), **named, activation=call.attr("activation"))
+
+
+def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
+    sizes = {"float32": 4, "uint8": 1}
+    moved = sum(int(np.prod(s.bind(symbols))) * sizes[s.dtype] for s in (*call.args, call.result))
+    n, k = call.args[0].bind(symbols)
+    return moved, 2 * n * k * int(call.attr("o"))

@@ -1,0 +1,184 @@
+"""Quantized weights on a CPU: layout, integer kernels for every instruction set that this machine has, and batch invariance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmc import targets
+from llmc.passes.quantize.scheme import QuantizedTensor, scheme, stored
+from llmc.schedules.cpu import layout_panel, quantized_linear, quantized_rows, quantized_take
+from llmc.schedules.protocol import KernelCall
+from llmc.targets.base import Target
+from tests.kernels.harness import build, error, run
+
+LEVELS = {"x86-64": "cpu:x86-64", "avx2": "cpu:x86-64-v3", "avx512": "cpu:skylake-avx512", "host": "cpu"}
+SCHEMES = (
+    "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "int8", "int2_g32", "int3_g64", "int4_g128",
+    "int4p_g32", "int6_g16", "int7_g32", "int4z_g64_bf16",
+)  # fmt: skip
+SMALL = (
+    "odd_19x100_int4z_g32_silu", "odd_33x70_int8", "q5_0_40x96", "six_bits_16x80_int6_g16_f32", "zero_points_24x128_int8p_g32",
+)  # fmt: skip
+
+
+def quantized(name: str, o: int, k: int, seed: int = 0) -> QuantizedTensor:
+    """A random matrix of the scheme: every code, scales of both signs, all zero points."""
+    how, rng = scheme(name), np.random.default_rng(seed)
+    codes = rng.integers(0, 1 << how.bits, (o, k)).astype(np.uint8)
+    groups = (o, how.groups(k))
+    scales = stored((rng.uniform(0.5, 1.5, groups) * rng.choice([-0.01, 0.01], groups)).astype(np.float32), how.scale_dtype)
+    zeros = rng.integers(0, 1 << how.bits, groups).astype(np.uint8) if how.offset == "zero_point" else None
+    minima = stored(rng.normal(0, 0.1, groups).astype(np.float32), how.scale_dtype) if how.offset == "minimum" else None
+    return QuantizedTensor(how, codes, scales, zeros, minima)
+
+
+def same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
+    return b is None if a is None else b is not None and a.dtype == b.dtype and np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize(("o", "k"), [(16, 128), (19, 100), (1, 3), (33, 257)])
+def test_unpack_is_the_inverse_of_pack(name: str, o: int, k: int) -> None:
+    matrix = quantized(name, o, k)
+    assert layout_panel.takes(matrix.scheme, o, k, targets.parse("cpu")) is None
+    parts = layout_panel.pack(matrix)
+    specs = layout_panel.parts(matrix.scheme, o, k)
+    assert {n: (a.shape, str(a.dtype)) for n, a in parts.items()} == {n: (s.shape, s.dtype) for n, s in specs.items()}
+    back = layout_panel.unpack(parts, matrix.scheme, o, k)
+    assert all(same(getattr(matrix, n), getattr(back, n)) for n in ("codes", "scales", "zeros", "minima"))
+
+
+def test_a_panel_is_four_bits_and_its_scales() -> None:
+    """What the layout's docstring says, byte by byte, for one code."""
+    matrix = quantized("q4_1", 20, 64)
+    matrix.codes[:] = 0
+    matrix.codes[17, 32 + 4 * 5 + 3] = 9  # panel 1, row 1, block 1, quad 5 is vector 2's upper half, column 3 of it
+    panels = layout_panel.pack(matrix)["panels"]
+    record = panels[1, 320:]
+    assert record[2 * 64 + 4 * 1 + 3] == 9 << 4 and record[:256].sum() == 9 << 4
+    np.testing.assert_array_equal(record[256:288].view(np.float16)[:4], matrix.scales[16:, 1])
+    np.testing.assert_array_equal(record[288:320].view(np.float16)[:4], matrix.minima[16:, 1])  # type: ignore[index]
+
+
+def test_what_the_layout_does_not_take_has_a_reason() -> None:
+    cpu, cuda = targets.parse("cpu"), targets.parse("cuda:sm_80")
+    assert "not for" in str(layout_panel.takes(scheme("int4_g32"), 16, 64, cuda))
+    assert "integer codes" in str(layout_panel.takes(scheme("nf4_g64"), 16, 64, cpu))
+    assert "one level" in str(layout_panel.takes(scheme("q4_k"), 16, 256, cpu))
+
+
+def usable(target: Target) -> bool:
+    return set(target.features) <= set(targets.parse("cpu").features)
+
+
+@pytest.fixture(scope="module", params=list(LEVELS))
+def machine(request: Any) -> tuple[Any, Target]:
+    """Kernels for one instruction set; all shapes on the host's own, a few on the others."""
+    target = targets.parse(LEVELS[request.param])
+    assert request.param != "host" or usable(target)
+    labels = quantized_linear.SHAPES if request.param == "host" else SMALL
+    return build({label: (quantized_linear, quantized_linear.SHAPES[label]) for label in labels}, target), target
+
+
+def arrays_of(call: KernelCall, n: int, seed: int, exact: bool) -> list[np.ndarray]:
+    """Operands of a call; ``exact``: activations that int8 holds, with the largest code in every block."""
+    rng = np.random.default_rng(seed)
+    o, k = call.attr("o"), call.attr("k")
+    x = rng.standard_normal((n, k)).astype(np.float32)
+    if exact:
+        x = rng.integers(-127, 128, (n, k)).astype(np.float32)
+        x[:, ::32] = 127
+        x *= np.float32(0.03125)
+    more = [rng.standard_normal(s.bind({"n": n})).astype(np.float32) for s in call.args[2:]]
+    return [x, layout_panel.pack(quantized(call.attr("scheme"), o, k, seed))["panels"], *more]
+
+
+@pytest.mark.parametrize("n", [1, 3, 17, 50])
+def test_products_of_exact_activations_are_exact_to_float32(machine: tuple[Any, Target], n: int) -> None:
+    module, target = machine
+    if not usable(target):
+        pytest.fail(f"this machine cannot run {target.name}: it lacks {set(target.features) - set(targets.parse('cpu').features)}")
+    for label, call in quantized_linear.SHAPES.items():
+        if target.name != targets.parse("cpu").name and label not in SMALL:
+            continue
+        arrays = arrays_of(call, n, seed=n, exact=True)
+        if call.attr("activation").startswith("relu") and call.attr("o") == 1:
+            arrays[0] *= np.sign(quantized_linear.reference(_plain(call), *arrays))  # the one output is not to be cut to zero
+        assert error(run(module, label, call, arrays, {"n": n}), quantized_linear.reference(call, *arrays)) < 2e-6, label
+
+
+def _plain(call: KernelCall) -> KernelCall:
+    attrs = tuple((name, "none" if name == "activation" else value) for name, value in call.attrs)
+    return KernelCall(call.op, call.args, call.result, attrs, call.phase)
+
+
+@pytest.fixture(scope="module")
+def module() -> Any:
+    return build({label: (quantized_linear, call) for label, call in quantized_linear.SHAPES.items()}, targets.parse("cpu"))
+
+
+@pytest.mark.parametrize("label", [name for name, c in quantized_linear.SHAPES.items() if c.attr("activation") == "none"])
+@pytest.mark.parametrize("n", [1, 37])
+def test_rounding_of_activations_is_the_only_error(module: Any, label: str, n: int) -> None:
+    """Half a step of every activation, times its weight, is the most a product may be off; the rounded one is met closely."""
+    call = quantized_linear.SHAPES[label]
+    arrays = arrays_of(call, n, seed=n, exact=False)
+    result = run(module, label, call, arrays, {"n": n}).astype(np.float64)
+    expected = quantized_linear.reference(call, *arrays)
+    x, k = arrays[0].astype(np.float64), call.attr("k")
+    weight = layout_panel.unpack({"panels": arrays[1]}, scheme(call.attr("scheme")), call.attr("o"), k).dequantize()
+    largest = np.repeat(np.maximum.reduceat(np.abs(x), np.arange(0, k, 32), axis=1), 32, axis=1)[:, :k]
+    bound = (largest / 127 * 0.5001) @ np.abs(weight.astype(np.float64)).T
+    assert (np.abs(result - expected) <= bound + 1e-6 * np.abs(expected).max()).all()
+    assert error(result, quantized_linear.reference(call, quantized_rows.reference(arrays[0]), *arrays[1:])) < 1e-3
+
+
+@pytest.mark.parametrize("label", list(quantized_linear.SHAPES))
+def test_a_row_has_the_same_bits_in_every_batch(module: Any, label: str) -> None:
+    call = quantized_linear.SHAPES[label]
+    arrays = arrays_of(call, 29, seed=3, exact=False)
+    rows = [i for i, spec in enumerate(call.args) if spec.shape[0] == "n"]
+    together = run(module, label, call, arrays, {"n": 29})
+    for r in (0, 1, 12, 26, 28):
+        alone = [a[r : r + 1] if i in rows else a for i, a in enumerate(arrays)]
+        np.testing.assert_array_equal(run(module, label, call, alone, {"n": 1})[0], together[r])
+
+
+@pytest.mark.parametrize("config", [{"rows": 4, "row_block": 8}, {"rows": 16, "row_block": 48}])
+def test_the_tile_does_not_change_the_bits(module: Any, config: dict[str, int]) -> None:
+    label = "odd_19x100_int4z_g32_silu"
+    call = quantized_linear.SHAPES[label]
+    arrays = arrays_of(call, 40, seed=8, exact=False)
+    other = build({"other": (quantized_linear, call)}, targets.parse("cpu"), {"other": config})
+    np.testing.assert_array_equal(run(other, "other", call, arrays, {"n": 40}), run(module, label, call, arrays, {"n": 40}))
+
+
+def test_rows_of_zeros_and_of_large_values_stay_finite(module: Any) -> None:
+    label = "qkv_960x576_q4_1"
+    call = quantized_linear.SHAPES[label]
+    arrays = arrays_of(call, 3, seed=1, exact=False)
+    arrays[0][0], arrays[0][1, :32], arrays[0][2] = 0, 1e-38, 1e30
+    result = run(module, label, call, arrays, {"n": 3})
+    assert not result[0].any() and np.isfinite(result).all()
+
+
+@pytest.mark.parametrize("label", list(quantized_take.SHAPES))
+def test_take_gives_the_dequantized_rows(label: str) -> None:
+    call = quantized_take.SHAPES[label]
+    o, k = call.attr("o"), call.attr("k")
+    panels = layout_panel.pack(quantized(call.attr("scheme"), o, k))["panels"]
+    ids = np.random.default_rng(1).permutation(o).astype(np.int32)
+    result = run(build({"take": (quantized_take, call)}, targets.parse("cpu")), "take", call, [ids, panels], {"n": o})
+    assert error(result, quantized_take.reference(call, ids, panels)) < 1e-6
+
+
+@pytest.mark.parametrize("spec", ["cpu:aarch64+neon", "cpu:aarch64+dotprod"])
+def test_arm_code_is_generated(spec: str) -> None:
+    target = targets.parse(spec)
+    call = quantized_linear.SHAPES["odd_33x70_int8"]
+    module = build({"linear": (quantized_linear, call)}, target)
+    assembly = module.mod.inspect_source("asm") if hasattr(module, "mod") else module.inspect_source("asm")
+    assert ("sdot" in assembly) == ("dotprod" in spec)

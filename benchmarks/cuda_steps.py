@@ -61,6 +61,18 @@ def drop_runtime(artifact: Path) -> None:
     path.write_text(json.dumps(contents, indent=1, sort_keys=True) + "\n")
 
 
+class HostSampling:
+    """An executor as it is without a pipeline: logits go to the host for every token."""
+
+    pipeline = None
+
+    def __init__(self, executor: Any) -> None:
+        self._executor = executor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._executor, name)
+
+
 class Runs:
     """An artifact on the GPU. ``load_seconds``: from nothing to weights on the device."""
 
@@ -73,9 +85,10 @@ class Runs:
         start = time.perf_counter()
         self.executor = CudaExecutor(opened, batch * (-(-(PROMPT + TOKENS + 8) // opened.manifest.kv.page_size) + 1))
         self.load_seconds = time.perf_counter() - start
-        self.model = Model(opened.manifest, self.executor, artifact)
+        self.models = {True: Model(opened.manifest, self.executor, artifact)}
+        self.models[False] = Model(opened.manifest, HostSampling(self.executor), artifact)
         self.vocab = opened.manifest.model.vocab_size
-        self.pipeline = self.executor.pipeline
+        self.depth = self.executor.pipeline.depth
         self.timer = StepTimer(self.executor.cuda)
 
     def prompts(self, batch: int) -> list[list[int]]:
@@ -83,14 +96,12 @@ class Runs:
         return [[int(t) for t in rng.integers(0, self.vocab, PROMPT)] for _ in range(batch)]
 
     def tokens(self, batch: int, on_device: bool, **options: Any) -> list[list[int]]:
-        self.executor.pipeline = self.pipeline if on_device else None  # type: ignore[assignment]
-        found = self.model.generate(self.prompts(batch), max_tokens=TOKENS, ignore_eos=True, **options)
+        found = self.models[on_device].generate(self.prompts(batch), max_tokens=TOKENS, ignore_eos=True, **options)
         return [c.token_ids for c in (found if isinstance(found, list) else [found])]
 
     def step_times(self, batch: int, on_device: bool, **options: Any) -> tuple[float, float]:
         """Seconds of a decode step by the wall clock and by the device's. The prompts' steps are left out, and the first ones."""
-        self.executor.pipeline = self.pipeline if on_device else None  # type: ignore[assignment]
-        events = self.model.generate(self.prompts(batch), max_tokens=TOKENS, ignore_eos=True, stream=True, **options)
+        events = self.models[on_device].generate(self.prompts(batch), max_tokens=TOKENS, ignore_eos=True, stream=True, **options)
         for _ in range(8 * batch):
             next(events)
         self.executor.timer = self.timer
@@ -102,7 +113,7 @@ class Runs:
         assert last.finish_reason == "length"
         device = self.timer.seconds()
         self.executor.timer = None
-        ahead = self.pipeline.depth if on_device else 0  # steps that were in flight when the clock started are not counted
+        ahead = self.depth if on_device else 0  # steps that were in flight when the clock started are not counted
         return wall / (TOKENS - 8), device / (TOKENS - 8 - ahead)
 
     def choice_time(self, batch: int, **options: Any) -> float:
@@ -136,7 +147,7 @@ def run(folder: Path, batches: list[int]) -> int:
                 lines.append(
                     f"| {artifact.name} | {batch} | {way} | {same}/{batch} | {timed} | {choice:.1f} | {runs.load_seconds:.2f} |"
                 )
-        runs.model.close()
+        runs.executor.close()
     print("| model | batch | sampling | same | host ms/step | wall ms/step | device ms/step | gap | tok/s | choice us | load s |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     print("\n".join(lines))

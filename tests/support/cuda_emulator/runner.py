@@ -39,7 +39,18 @@ CLUSTER = ("clusterCtaIdx.x", "clusterCtaIdx.y", "clusterCtaIdx.z")
 BLOCK = ("threadIdx.x", "threadIdx.y", "threadIdx.z")
 DYNAMIC_SHARED = "tirx.use_dyn_shared_memory"
 
-_WIDTH = {"float": 4, "int": 4, "uint": 4, "half": 2, "ushort": 2, "nv_bfloat16": 2, "uchar": 1, "signed": 1, "int64_t": 8}
+_WIDTH = {
+    "double": 8,
+    "float": 4,
+    "int": 4,
+    "uint": 4,
+    "half": 2,
+    "ushort": 2,
+    "nv_bfloat16": 2,
+    "uchar": 1,
+    "signed": 1,
+    "int64_t": 8,
+}
 _PROLOGUE_END = "#define ushort unsigned short\n#endif"
 _HELPER = re.compile(r"(__forceinline__ __device__ [\w ]+? )(tvm_builtin_\w+|ptx_\w+)\(([^)]*)\) \{\n(.*?)\n\}", re.S)
 _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) |__cluster_dims__\([^)]*\) )*(\w+)\(([^)]*)\)')

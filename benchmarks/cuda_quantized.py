@@ -32,11 +32,11 @@ SIZES: dict[str, tuple[int, int, dict[str, int]]] = {
 """Label -> outputs, k, attributes."""
 
 FORMATS: dict[str, tuple[str, ...]] = {
-    "int4_g128_bf16": tuple(SIZES),
-    "int8": ("8b_o", "8b_gate_up", "8b_down"),
-    "fp8_e4m3": ("8b_gate_up", "8b_down"),
-    "int4_bf16": ("8b_gate_up",),
-    "int4z_g32_bf16": ("8b_gate_up",),
+    "int4_g128": ("8b_o", "8b_gate_up", "8b_down", "1b_gate_up"),
+    "int8": ("8b_o", "8b_gate_up"),
+    "fp8_e4m3": ("8b_gate_up",),
+    "int4_g32": ("8b_gate_up",),
+    "q4_1": ("8b_gate_up",),
 }
 """Scheme -> sizes it is measured at."""
 

@@ -104,6 +104,13 @@ def families(target: Target) -> Sequence[Any]:
     return FAMILIES
 
 
+def layouts(target: Target) -> Sequence[Any]:
+    """The layouts of quantized weights, in order of preference."""
+    from llmc.schedules.cuda import LAYOUTS
+
+    return LAYOUTS
+
+
 def schedule(function: Any, target: GpuTarget) -> Any:
     """Schedule a PrimFunc that Relax legalised and fused; see :mod:`llmc.schedules.cuda.elementwise`."""
     from llmc.schedules.cuda import elementwise

@@ -11,9 +11,13 @@ from llmc.schedules.cuda import (
     decode_attention,
     gemm_hopper,
     gemv,
+    layout_mma,
     linear_simple,
     moe,
     prefill_attention,
+    quantized_gemv,
+    quantized_simple,
+    quantized_take,
     rope,
     rope_append,
     sample,
@@ -23,8 +27,11 @@ from llmc.schedules.cuda import (
 from llmc.schedules.cuda.norm import layer_norm, rms_norm
 
 FAMILIES = (
-    gemv, gemm_hopper, linear_simple, decode_attention, prefill_attention, attend_simple,
+    gemv, gemm_hopper, linear_simple, quantized_gemv, quantized_simple, quantized_take, decode_attention, prefill_attention, attend_simple,
     append, moe, rms_norm, layer_norm, rope, rope_append, topk,
     sample_stats, sample, advance,
 )  # fmt: skip
 """In order of preference; the first that matches takes a call."""
+
+LAYOUTS = (layout_mma,)
+"""Of quantized weights, in order of preference."""

@@ -13,7 +13,6 @@ from typing import Any
 from tvm.script import tirx as T
 
 from llmc.passes.quantize.scheme import Scheme
-from llmc.schedules.cuda import hopper
 
 Expr = Any
 SELECT = 0xEA
@@ -21,6 +20,13 @@ SELECT = 0xEA
 
 ONES = {"bfloat16": 0x3F803F80, "float16": 0x3C003C00}
 """A pair of ones."""
+
+
+NEGATIVE = 0x80008000
+"""The sign bits of a pair; a pair of negative zeros, which a product keeps its sign by."""
+
+MULTIPLY_ADD = {"bfloat16": "fma.rn.bf16x2", "float16": "fma.rn.f16x2"}
+"""Sums and products are spelled as a fused multiply-add, which bfloat16 has from sm_80 on; a plain one only from sm_90 on."""
 
 
 def both(bits: int) -> int:
@@ -48,9 +54,9 @@ def decoder(how: Scheme, dtype: str) -> Any:
 
 def _decode_nibbles(how: Scheme, dtype: str) -> Any:
     # 128 + c in bfloat16, 1024 + c in float16: c in the last bits.
-    base_bits, base = {"bfloat16": (0x4300, 0x4300), "float16": (0x6400, 0x6400)}[dtype]
-    magic, subtract = T.uint32(both(base_bits)), T.uint32(both(base + middle(how)))
-    minus = f"sub.{hopper.PTX_TYPE[dtype]}x2"
+    base = {"bfloat16": 0x4300, "float16": 0x6400}[dtype]
+    magic, taken_off, one = T.uint32(both(base)), T.uint32(both(base + middle(how)) | NEGATIVE), T.uint32(ONES[dtype])
+    multiply_add = MULTIPLY_ADD[dtype]
 
     @T.inline
     def decode(fragment: Expr, words: Expr, base: Expr, s: Expr, p: Expr) -> None:
@@ -58,13 +64,13 @@ def _decode_nibbles(how: Scheme, dtype: str) -> Any:
             T.ptx["lop3.b32"](
                 fragment[j], words[base + s * 2 + j % 2] >> T.uint32(4 * (2 * p + j // 2)), T.uint32(0x000F000F), magic, SELECT
             )
-            T.ptx[minus](fragment[j], fragment[j], subtract)
+            T.ptx[multiply_add](fragment[j], fragment[j], one, taken_off)
 
     return decode
 
 
 def _decode_bytes_f16(how: Scheme) -> Any:
-    subtract = T.uint32(both(0x6400 + middle(how)))
+    taken_off, one = T.uint32(both(0x6400 + middle(how)) | NEGATIVE), T.uint32(ONES["float16"])
 
     @T.inline
     def decode(fragment: Expr, words: Expr, base: Expr, s: Expr, p: Expr) -> None:
@@ -72,7 +78,7 @@ def _decode_bytes_f16(how: Scheme) -> Any:
             T.ptx["prmt.b32"](
                 fragment[j], words[base + j % 2 * 2 + p], T.uint32(0x64646464), T.uint32(0x4240 + 0x0101 * (j // 2))
             )
-            T.ptx["sub.f16x2"](fragment[j], fragment[j], subtract)
+            T.ptx[MULTIPLY_ADD["float16"]](fragment[j], fragment[j], one, taken_off)
 
     return decode
 
@@ -98,7 +104,7 @@ def _decode_bytes_bf16(how: Scheme) -> Any:
 def _decode_e4m3(dtype: str) -> Any:
     # The seven bits of exponent and significand end up at the wider type's, which ends 3 bits (f16: 1) below the sign.
     shift, mask, scale = {"bfloat16": (4, 0x07F0, 0x7B80), "float16": (1, 0x3F80, 0x5C00)}[dtype]
-    times = f"mul.{hopper.PTX_TYPE[dtype]}x2"
+    multiply_add = MULTIPLY_ADD[dtype]
 
     @T.inline
     def decode(fragment: Expr, words: Expr, base: Expr, s: Expr, p: Expr) -> None:
@@ -107,7 +113,7 @@ def _decode_e4m3(dtype: str) -> Any:
             T.ptx["lop3.b32"](
                 fragment[j], word >> T.uint32(shift), T.uint32(both(mask)), word & T.uint32(0x80008000), SELECT
             )
-            T.ptx[times](fragment[j], fragment[j], T.uint32(both(scale)))
+            T.ptx[multiply_add](fragment[j], fragment[j], T.uint32(both(scale)), T.uint32(NEGATIVE))
 
     return decode
 

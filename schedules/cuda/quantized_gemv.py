@@ -1,4 +1,4 @@
-"""``llmc.quantized_linear`` for a few rows on sm_90a: the decode phase, where reading the weights is all the time there is.
+"""``llmc.quantized_linear`` for a few rows on any GPU from sm_80 on: the decode phase, where reading the weights is all the time there is.
 
 As :mod:`.gemv`: the weights are the A operand of the tensor cores (16 outputs x k), x is the B operand (k x 8 rows), the warps of a
 thread block split k, and each has the loads of its whole next step in flight. Weights lie in the layout :mod:`.layout_mma`; a lane's
@@ -57,7 +57,7 @@ SHAPES: dict[str, KernelCall] = {
 
 
 def matches(call: KernelCall, target: Target) -> str | None:
-    if not quantized_call.is_ours(call, target) or not hopper.is_hopper(target) or call.phase != "decode":
+    if not quantized_call.is_ours(call, target) or call.phase != "decode":
         return None
     x = call.args[0]
     others = [s for name, s in quantized_call.specs(call).items() if name in ("bias", "residual", "out")]
@@ -71,14 +71,14 @@ def matches(call: KernelCall, target: Target) -> str | None:
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """``warps`` that split k, ``tiles`` of 16 outputs, ``depth`` (blocks of 128 of k in flight), ``columns`` (rows of x at once).
 
-    ``min_blocks`` per multiprocessor limits registers (0: the compiler's choice); ``dependent_launch``: start early.
+    ``min_blocks`` per multiprocessor limits registers (0: the compiler's choice); ``dependent_launch``: start early, on sm_90a.
     """
     blocks = layout_mma.geometry(quantized_call.how(call), call.attr("o"), call.attr("k")).blocks
     depth = 2 if blocks > 1 and quantized_call.how(call).bits <= 4 else 1
     warps = sorted([8, 4, 2, 1, 16], key=lambda w: (w > -(-blocks // depth), w == 16, -w))
     return {
         "warps": warps, "depth": [depth, 3 - depth, 4], "tiles": [1, 2, 4], "columns": [8, 16, 32], "min_blocks": [0, 2, 3],
-        "dependent_launch": [True, False],
+        "dependent_launch": [True, False] if hopper.is_hopper(target) else [False],
     }  # fmt: skip
 
 

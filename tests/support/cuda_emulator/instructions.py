@@ -42,11 +42,13 @@ def _half_pair(_: re.Match[str], a: Args) -> str:
     return f"half h[2]={{(half){a[2]},(half){a[1]}}};memcpy(&{a[0]},h,4);"
 
 
-def _half_arithmetic(m: re.Match[str], a: Args) -> str:
-    operation = {"mul": "*", "sub": "-"}[m[1]]
+def _pair_multiply_add(m: re.Match[str], a: Args) -> str:
+    """On pairs of 16-bit numbers, each rounded once."""
+    kind, widen, narrow = ("half", "(float)h", "(half)") if m[1] == "f16" else ("uint16_t", "b2f(h)", "f2b")
     return (
-        f"half p[2],q[2];uint32_t u={a[1]},v={a[2]};memcpy(p,&u,4);memcpy(q,&v,4);"
-        f"half r[2]={{(half)((float)p[0]{operation}(float)q[0]),(half)((float)p[1]{operation}(float)q[1])}};memcpy(&{a[0]},r,4);"
+        f"{kind} p[3][2];uint32_t u[3]={{{a[1]},{a[2]},{a[3]}}};memcpy(p,u,12);{kind} r[2];"
+        f"auto w=[]({kind} h){{return {widen};}};"
+        f"for(int i=0;i<2;i++)r[i]={narrow}((float)((double)w(p[0][i])*w(p[1][i])+w(p[2][i])));memcpy(&{a[0]},r,4);"
     )
 
 
@@ -115,7 +117,7 @@ TABLE: list[tuple[str, Body]] = [
     (r"ptx_lop3_b32_(\d+)", lambda m, a: f"{a[0]}=emu_lop3({a[1]},{a[2]},{a[3]},{m[1]});"),
     (r"ptx_mul_half_bf16x2", lambda m, a: f"{a[0]}=emu_bf2({a[1]},{a[2]},'*');"),
     (r"ptx_sub_half_bf16x2", lambda m, a: f"{a[0]}=emu_bf2({a[1]},{a[2]},'-');"),
-    (r"ptx_(mul|sub)_half_f16x2", _half_arithmetic),
+    (r"ptx_fma_half_rn_(f16|bf16)x2", _pair_multiply_add),
     (r"ptx_prmt", lambda m, a: f"emu_prmt({a[0]},{a[1]},{a[2]},{a[3]});"),
     (r"ptx_cvt_bf16x2_f32", lambda m, a: f"{a[0]}=((uint32_t)f2b({a[1]})<<16)|f2b({a[2]});"),
     (r"ptx_cvt_f16x2_f32", _half_pair),

@@ -5,8 +5,8 @@
     python benchmarks/tuning.py quality RESULTS.jsonl          how much of the best a search finds in a tenth of a space
     python benchmarks/tuning.py gains RESULTS.jsonl            the best of every kernel beside its default
 
-``pack`` holds the whole space of five kernels (rows of x in a tile fixed at 8, the only sensible number for up to 8 rows), all
-tiles of the large matrix products, and a spread of the others. ``quality`` replays searches against those times: a search asks
+``pack`` holds the whole space of five kernels, cut where :data:`FIXED` says, and a spread of the others. Kernels are compiled from
+the sources as they are on disk: let nobody edit them meanwhile. ``quality`` replays searches against those times: a search asks
 for the times of a batch of configurations, as it would of a device.
 """
 
@@ -32,15 +32,18 @@ from llmc.tune.search import Config, enumerate_space, propose, unlike
 from llmc.tune.task import Task, tasks_of
 
 TARGET = "cuda:sm_90a"
-WHOLE = ("gemv_6144x4096", "gemv_4096x4096", "gemv_28672x4096", "gemv_4096x14336", "gemv_2048x2048", "decode_attention_32x8x128")
-SPREAD = 36
+WHOLE = ("gemv_6144x4096", "gemv_4096x4096", "gemv_28672x4096", "gemv_4096x14336", "gemv_16384x2048")
+FIXED: dict[str, list[Any]] = {"columns": [8], "dependent_launch": [True]}
+"""Values that the spaces are cut to, so that all of five fit one folder: for up to 8 rows more columns only cost."""
+
+SPREAD = 24
 """Configurations of a kernel whose space is not packed whole."""
 
 SEEDS = 20
 
 
-def pack(folder: Path) -> None:
-    """Compile the candidates of both models."""
+def pack(folder: Path, kernels: str = "*") -> None:
+    """Compile the candidates of both models, of the kernels that the pattern fits."""
     from cuda_smoke import MODELS, write_model
 
     from llmc.tune import pack as packing
@@ -52,7 +55,7 @@ def pack(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as source:
             write_model(Path(source) / name, MODELS[name], zeros=True)
             choices = compiler.kernels(str(Path(source) / name), target=TARGET, dtype="bfloat16", max_batch=16)
-        for task in tasks_of(choices, target):
+        for task in tasks_of(choices, target, kernels):
             found.setdefault(task.call, task)
     problems = packing.write(
         folder, target, [(task, _candidates(task, rng)) for task in found.values()], versions(),
@@ -63,10 +66,9 @@ def pack(folder: Path) -> None:
 
 def _candidates(task: Task, rng: random.Random) -> list[Config]:
     """The default first."""
-    everything = [c for c in enumerate_space(task.space, rng) if c.get("columns", 8) == 8]
-    if task.family.NAME == "cuda.gemm_hopper":
-        return [c for c in everything if c["dependent_launch"]]
-    if len(everything) <= SPREAD or task.label in WHOLE:
+    cut = {axis: [v for v in values if axis not in FIXED or v in FIXED[axis]] for axis, values in task.space.items()}
+    everything = enumerate_space(cut, rng)
+    if len(everything) <= SPREAD or task.label.startswith(WHOLE):
         return everything
     return [task.default, *unlike(everything, [task.default], SPREAD, rng)]
 
@@ -168,8 +170,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["pack", "quality", "gains"])
     parser.add_argument("path", type=Path)
+    parser.add_argument("--kernels", default="*", help="pack: only kernels that this pattern fits")
     options = parser.parse_args()
-    {"pack": pack, "quality": quality, "gains": gains}[options.action](options.path)
+    if options.action == "pack":
+        pack(options.path, options.kernels)
+    else:
+        {"quality": quality, "gains": gains}[options.action](options.path)
 
 
 if __name__ == "__main__":

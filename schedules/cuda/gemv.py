@@ -202,10 +202,6 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             for u in T.unroll(depth):
                 for r in T.unroll(tiles):
                     load_weight(u, r, at)
-        if ahead > 0 and thread < 16 * tiles:
-            line: T.int32 = first + thread // 16 * tile_results + thread % 16 // 8 * apart + thread % 8
-            if line < o:
-                T.ptx[PREFETCH](weight.ptr_to([line, warps * step]), T.uint32(2 * ahead))
         if dependent_launch:
             T.ptx.griddepcontrol.wait()
         if at < k:

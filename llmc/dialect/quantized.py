@@ -8,8 +8,8 @@ operand     type                        meaning
 x           [n, k] compute dtype        activations
 parts       as the layout says          one or more tensors, in the layout's order
 bias        [o]                         present iff ``bias = 1``
-residual    [n, o] compute dtype        added last; present iff ``residual = 1``
-result      [n, o] compute dtype        or float32, if ``out_dtype`` says so
+residual    [n, r] compute dtype        added last; present iff ``residual = 1``
+result      [n, r] compute dtype        or float32, if ``out_dtype`` says so; r = o, or o / 2 if gated
 ==========  ==========================  =========================================================
 
 ``quantized_take``: ids [n] int32, parts -> the rows of W as ``out_dtype`` [n, k].
@@ -29,6 +29,7 @@ from tvm import relax
 from tvm.relax import TensorType
 
 from llmc.dialect.core import attrs_of, call, register
+from llmc.dialect.linear import is_gated
 
 LINEAR = "llmc.quantized_linear"
 TAKE = "llmc.quantized_take"
@@ -64,7 +65,8 @@ def quantized_take(
 
 def _linear_type(c: relax.Call, _: relax.BlockBuilder) -> TensorType:
     x, attrs = c.args[0].ty, attrs_of(c)
-    return TensorType([*list(x.shape)[:-1], attrs["o"]], attrs.get("out_dtype", x.dtype))
+    results = attrs["o"] // 2 if is_gated(attrs["activation"]) else attrs["o"]
+    return TensorType([*list(x.shape)[:-1], results], attrs.get("out_dtype", x.dtype))
 
 
 def _take_type(c: relax.Call, _: relax.BlockBuilder) -> TensorType:

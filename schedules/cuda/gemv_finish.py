@@ -6,6 +6,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
+from llmc.schedules.cuda import linear_call
 from llmc.schedules.cuda.math import activate
 from llmc.schedules.protocol import KernelCall
 
@@ -13,23 +14,25 @@ Expr = Any
 
 
 def finisher(
-    call: KernelCall, *, o: int, warps: int, tiles: int, column_tiles: int, out_dtype: str, scaled: bool = False
+    call: KernelCall, *, results: int, warps: int, tiles: int, column_tiles: int, out_dtype: str, scaled: bool = False
 ) -> Any:
     """``finish(partial, acc, thread, first, first_row, rows, scales, bias, residual, out)`` for a block of ``warps`` warps.
 
-    ``acc``: each warp's m16n8 accumulators [tiles · column_tiles · 4] over its share of k; ``partial``: shared float32 [warps, tiles,
-    column_tiles, 32, 4]. The block has the outputs from ``first`` and ``rows`` rows of x from ``first_row``. Stores act(sum · scale +
-    bias) + residual; ``scales`` [o or more] where ``scaled``, bias and residual where the call has them.
+    The block has ``tiles`` tiles of 16 results from ``first`` on, of ``results`` in a row, and ``rows`` rows of x from ``first_row``.
+    ``acc``: each warp's m16n8 accumulators [tiles · sides · column_tiles · 4] over its share of k, where a gated linear has two
+    sides, gate and factor, else one; ``partial``: shared float32 [warps, tiles · sides, column_tiles, 32, 4]. Stores act(sum · scale +
+    bias) (· factor) + residual; ``scales`` [results · sides or more] where ``scaled``, bias and residual where the call has them.
     """
-    outputs, columns, threads = 16 * tiles, 8 * column_tiles, 32 * warps
-    has_bias, has_residual, activation = bool(call.attr("bias")), bool(call.attr("residual")), call.attr("activation")
+    activation, gated = linear_call.activation(call)
+    sides, outputs, columns, threads = 1 + gated, 16 * tiles, 8 * column_tiles, 32 * warps
+    has_bias, has_residual = bool(call.attr("bias")), bool(call.attr("residual"))
 
     @T.inline
     def finish(
         partial: Expr, acc: Expr, thread: Expr, first: Expr, first_row: Expr, rows: Expr, scales: Expr, bias: Expr, residual: Expr,
         out: Expr,
     ) -> None:  # fmt: skip
-        for r in T.unroll(tiles):
+        for r in T.unroll(tiles * sides):
             for c in T.unroll(column_tiles):
                 for i in T.unroll(4):
                     partial[thread // 32, r, c, thread % 32, i] = acc[(r * column_tiles + c) * 4 + i]
@@ -41,18 +44,27 @@ def finisher(
             tile: T.int32 = item // 16 % tiles
             row: T.int32 = item // outputs
             output: T.int32 = first + tile * 16 + inside
-            if row < rows and output < o:
+            if row < rows and output < results:
                 # The accumulator fragment: lane (inside % 8) * 4 + row % 8 / 2 holds rows 2i and 2i + 1 of outputs g and g + 8.
                 owner: T.int32 = inside % 8 * 4 + row % 8 // 2
                 slot: T.int32 = inside // 8 * 2 + row % 2
                 total: T.float32 = T.float32(0)
+                factor: T.float32 = T.float32(0)
                 for w in T.unroll(warps):
-                    total = total + partial[w, tile, row // 8, owner, slot]
+                    total = total + partial[w, tile * sides, row // 8, owner, slot]
+                    if gated:
+                        factor = factor + partial[w, tile * sides + 1, row // 8, owner, slot]
                 if scaled:
                     total = total * T.cast(scales[output], "float32")
+                    if gated:
+                        factor = factor * T.cast(scales[results + output], "float32")
                 if has_bias:
                     total = total + T.cast(bias[output], "float32")
+                    if gated:
+                        factor = factor + T.cast(bias[results + output], "float32")
                 total = activate(activation, total)
+                if gated:
+                    total = total * factor
                 if has_residual:
                     total = total + T.cast(residual[T.cast(first_row + row, "int64"), output], "float32")
                 out[T.cast(first_row + row, "int64"), output] = T.cast(total, out_dtype)

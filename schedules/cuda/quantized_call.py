@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from llmc.dialect.linear import is_gated
+from llmc.dialect.linear import reference as linear_reference
 from llmc.passes.quantize.scheme import Scheme, scheme
 from llmc.schedules.cuda import layout_mma
 from llmc.schedules.protocol import KernelCall, TensorSpec
 
 OP = "llmc.quantized_linear"
-SUFFIXES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
 BYTES = {"int32": 4, "uint8": 1, "float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -19,13 +20,14 @@ def make(
     o: int, k: int, name: str, dtype: str = "bfloat16", phase: str = "decode", out: str = "", bias_dtype: str = "", **attrs: Any
 ) -> KernelCall:
     """A call for a family's ``SHAPES``."""
-    args = [TensorSpec(("n", k), dtype), *layout_mma.parts(scheme(name), o, k).values()]
-    if attrs.get("bias"):
-        args.append(TensorSpec((o,), bias_dtype or dtype))
-    if attrs.get("residual"):
-        args.append(TensorSpec(("n", o), dtype))
     full = {"activation": "none", "bias": 0, "residual": 0, "scheme": name, "layout": layout_mma.NAME, "o": o, "k": k, **attrs}
-    return KernelCall(OP, tuple(args), TensorSpec(("n", o), out or dtype), tuple(sorted(full.items())), phase)
+    results = o // 2 if is_gated(full["activation"]) else o
+    args = [TensorSpec(("n", k), dtype), *layout_mma.parts(scheme(name), o, k).values()]
+    if full["bias"]:
+        args.append(TensorSpec((o,), bias_dtype or dtype))
+    if full["residual"]:
+        args.append(TensorSpec(("n", results), dtype))
+    return KernelCall(OP, tuple(args), TensorSpec(("n", results), out or dtype), tuple(sorted(full.items())), phase)
 
 
 def operand_names(call: KernelCall) -> list[str]:
@@ -60,8 +62,6 @@ def is_ours(call: KernelCall, target: Any) -> bool:
 
 def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
     """The linear over the dequantized matrix, in float64 NumPy."""
-    from llmc.dialect.linear import reference as linear_reference
-
     named: dict[str, Any] = dict(zip(operand_names(call), arrays, strict=False))
     parts = {name: named.pop(name) for name in part_names(call)}
     weight = layout_mma.unpack(parts, how(call), call.attr("o"), call.attr("k")).dequantize()

@@ -15,7 +15,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from llmc.schedules.cuda import gemv_finish, hopper, layout_mma, quantized_call, quantized_codes
+from llmc.schedules.cuda import gemv_finish, hopper, layout_mma, linear_call, quantized_call, quantized_codes
 from llmc.schedules.cuda.emit import WIDTH
 from llmc.schedules.cuda.layout_mma import BLOCK, LANES, UNIT
 from llmc.schedules.cuda.math import ACTIVATIONS
@@ -52,6 +52,8 @@ SHAPES: dict[str, KernelCall] = {
     "fp8_f16_17x264": make(17, 264, "fp8_e4m3_t", "float16"),
     "fp8_blocks_32x392": make(32, 392, "fp8_e4m3_b128"),
     "int4_f32_scales_16x256": make(16, 256, "int4z_g32_f32"),
+    "gated_96x256_int4": make(96, 256, "int4z_g32", activation="silu_gated"),
+    "gated_64x136_int8_bias": make(64, 136, "int8", "float16", activation="gelu_gated", bias=1, residual=1),
     "logits_100x64_int4": make(100, 64, "int4", out="float32"),
 }
 
@@ -61,7 +63,10 @@ def matches(call: KernelCall, target: Target) -> str | None:
         return None
     x = call.args[0]
     others = [s for name, s in quantized_call.specs(call).items() if name in ("bias", "residual", "out")]
-    if call.attr("activation") not in ACTIVATIONS or x.dtype not in hopper.PTX_TYPE or call.attr("k") % UNIT:
+    activation, gated = linear_call.activation(call)
+    if gated and call.attr("o") % (2 * layout_mma.ROWS):
+        return None
+    if activation not in ACTIVATIONS or x.dtype not in hopper.PTX_TYPE or call.attr("k") % UNIT:
         return None
     if any(s.dtype not in WIDTH for s in others):
         return None
@@ -69,7 +74,7 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
-    """``warps`` that split k, ``tiles`` of 16 outputs, ``depth`` (blocks of 128 of k in flight), ``columns`` (rows of x at once).
+    """``warps`` that split k, ``tiles`` of 16 results, ``depth`` (blocks of 128 of k in flight), ``columns`` (rows of x at once).
 
     ``min_blocks`` per multiprocessor limits registers (0: the compiler's choice); ``dependent_launch``: start early, on sm_90a.
     """
@@ -93,12 +98,15 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
     warps, depth, tiles, min_blocks = (int(config[axis]) for axis in ("warps", "depth", "tiles", "min_blocks"))
     column_tiles, dependent_launch = int(config["columns"]) // 8, bool(config["dependent_launch"])
-    outputs, columns, step, threads = 16 * tiles, 8 * column_tiles, BLOCK * depth, 32 * warps
+    # A gated linear's block has a tile of the gate and, next to it, the one of the other factor.
+    sides = 1 + linear_call.activation(call)[1]
+    result_tiles, slots = at.tiles // sides, tiles * sides
+    columns, step, threads = 8 * column_tiles, BLOCK * depth, 32 * warps
     chunk, blocks, groups, row_wise = at.chunk, at.blocks, BLOCK // (at.group or BLOCK), at.group == 0
     chunks_of_block, pieces = BLOCK // chunk, chunk // 32
     loads = depth * chunks_of_block
     """Chunks of a tile in flight."""
-    whole_k, whole_blocks, whole_tiles = k % step == 0, blocks % depth == 0, at.tiles % tiles == 0
+    whole_k, whole_blocks, whole_tiles = k % step == 0, blocks % depth == 0, result_tiles % tiles == 0
     has_zeros, has_minima = how.offset == "zero_point", how.offset == "minimum"
     has_offset, half = has_zeros or has_minima, float(quantized_codes.middle(how))
     scale_words = groups * (2 if scale_dtype == "float32" else 1)
@@ -108,7 +116,13 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     mma_type = hopper.PTX_TYPE[dtype]
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
     decode = quantized_codes.decoder(how, dtype)
-    finish = gemv_finish.finisher(call, o=o, warps=warps, tiles=tiles, column_tiles=column_tiles, out_dtype=out_dtype, scaled=row_wise)
+    results = o // sides
+    finish = gemv_finish.finisher(call, results=results, warps=warps, tiles=tiles, column_tiles=column_tiles, out_dtype=out_dtype, scaled=row_wise)
+
+    def tile_of(first: Any, r: Any) -> Any:
+        """Slot ``r``'s tile of the matrix; a slot beyond the last has the last one's, whose sums are not stored again."""
+        inside = first + r // sides
+        return (inside if whole_tiles else T.min(inside, result_tiles - 1)) + r % sides * result_tiles
 
     def stored_float(regs: Any, base: int, group: int, row_half: int) -> Any:
         """A scale or minimum of a block's ``group`` for row g + 8 * row_half, float32."""
@@ -128,22 +142,22 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         zeros = T.match_buffer(zeros_ptr, scale_shape, "uint8", align=16)
         minima = T.match_buffer(minima_ptr, scale_shape, scale_dtype, align=16)
         bias = T.match_buffer(bias_ptr, (o,), bias_dtype, align=4)
-        residual = T.match_buffer(residual_ptr, (n, o), residual_dtype, align=4)
-        out = T.match_buffer(out_ptr, (n, o), out_dtype, align=4)
+        residual = T.match_buffer(residual_ptr, (n, results), residual_dtype, align=4)
+        out = T.match_buffer(out_ptr, (n, results), out_dtype, align=4)
         T.device_entry()
         if min_blocks > 0:
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": min_blocks})
-        column_block, output_block = T.cta_id([T.cast((n + columns - 1) // columns, "int32"), -(-at.tiles // tiles)])
+        column_block, output_block = T.cta_id([T.cast((n + columns - 1) // columns, "int32"), -(-result_tiles // tiles)])
         thread = T.thread_id([threads])
-        partial = T.alloc_buffer((warps, tiles, column_tiles, 32, 4), "float32", scope="shared", align=16)
-        acc = T.alloc_local((tiles * column_tiles * 4,), "float32")
-        group_acc = T.alloc_local((tiles * column_tiles * 4,), "float32")
+        partial = T.alloc_buffer((warps, slots, column_tiles, 32, 4), "float32", scope="shared", align=16)
+        acc = T.alloc_local((slots * column_tiles * 4,), "float32")
+        group_acc = T.alloc_local((slots * column_tiles * 4,), "float32")
         group_sum = T.alloc_local((column_tiles * 4,), "float32")
-        w_regs = T.alloc_local((loads * tiles * 4,), "uint32")
+        w_regs = T.alloc_local((loads * slots * 4,), "uint32")
         x_regs = T.alloc_local((depth * column_tiles * 16,), "uint32")
-        scale_regs = T.alloc_local((depth * tiles * scale_words,), "uint32")
-        minimum_regs = T.alloc_local((depth * tiles * scale_words,), "uint32")
-        zero_regs = T.alloc_local((depth * tiles * groups * 2,), "float32")
+        scale_regs = T.alloc_local((depth * slots * scale_words,), "uint32")
+        minimum_regs = T.alloc_local((depth * slots * scale_words,), "uint32")
+        zero_regs = T.alloc_local((depth * slots * groups * 2,), "float32")
         fragment = T.alloc_local((4,), "uint32")
         warp: T.int32 = thread // 32
         lane: T.int32 = thread % 32
@@ -157,8 +171,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         @T.inline
         def load_codes(u, r, start) -> None:
             """Chunk ``u`` of a step. Beyond the last tile or block some other: x is zero there, or the sum is not stored."""
-            base = T.meta_var((u * tiles + r) * 4)
-            tile = T.meta_var(first_tile + r if whole_tiles else T.min(first_tile + r, at.tiles - 1))
+            base = T.meta_var((u * slots + r) * 4)
+            tile = T.meta_var(tile_of(first_tile, r))
             piece = T.meta_var(start * chunks_of_block + u)
             T.ptx[LOAD_CODES](
                 w_regs[base], w_regs[base + 1], w_regs[base + 2], w_regs[base + 3],
@@ -180,15 +194,15 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         @T.inline
         def load_scales(b, r, start) -> None:
             """Scales and offsets of block ``b`` of a step."""
-            tile = T.meta_var(first_tile + r if whole_tiles else T.min(first_tile + r, at.tiles - 1))
+            tile = T.meta_var(tile_of(first_tile, r))
             line = T.meta_var(start + b if whole_blocks else T.min(start + b, blocks - 1))
             for v in T.unroll(scale_words // vector):
-                load_words(scale_regs, scales, (b * tiles + r) * scale_words, tile, line, v)
+                load_words(scale_regs, scales, (b * slots + r) * scale_words, tile, line, v)
                 if has_minima:
-                    load_words(minimum_regs, minima, (b * tiles + r) * scale_words, tile, line, v)
+                    load_words(minimum_regs, minima, (b * slots + r) * scale_words, tile, line, v)
             if has_zeros:
                 for i in T.unroll(groups * 2):
-                    zero_regs[(b * tiles + r) * groups * 2 + i] = T.cast(zeros[tile, line, group, i // 2, i % 2], "float32")
+                    zero_regs[(b * slots + r) * groups * 2 + i] = T.cast(zeros[tile, line, group, i // 2, i % 2], "float32")
 
         @T.inline
         def load_x(b, start) -> None:
@@ -229,9 +243,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 for p in T.unroll(2):
                     for c in T.unroll(column_tiles):
                         multiply(group_sum, c * 4, (b * column_tiles + c) * 16 + q * 4 + p * 2, starts and p == 0)
-            for r in T.unroll(tiles):
+            for r in T.unroll(slots):
                 for p in T.unroll(2):
-                    decode(fragment, w_regs, ((b * chunks_of_block + q // pieces) * tiles + r) * 4, q % pieces, p)
+                    decode(fragment, w_regs, ((b * chunks_of_block + q // pieces) * slots + r) * 4, q % pieces, p)
                     for c in T.unroll(column_tiles):
                         if row_wise:
                             multiply(acc, (r * column_tiles + c) * 4, (b * column_tiles + c) * 16 + q * 4 + p * 2, False)
@@ -241,13 +255,13 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         @T.inline
         def add_group(b, j) -> None:
             """The finished sums of group ``j`` of a block times its scale, and the offset times the sum of x."""
-            for r in T.unroll(tiles):
-                base = T.meta_var((b * tiles + r) * scale_words)
+            for r in T.unroll(slots):
+                base = T.meta_var((b * slots + r) * scale_words)
                 for c in T.unroll(column_tiles):
                     for i in T.unroll(4):
                         s = T.meta_var((r * column_tiles + c) * 4 + i)
                         if has_zeros:
-                            zero = T.meta_var(zero_regs[((b * tiles + r) * groups + j) * 2 + i // 2])
+                            zero = T.meta_var(zero_regs[((b * slots + r) * groups + j) * 2 + i // 2])
                             group_acc[s] = group_acc[s] + (T.float32(half) - zero) * group_sum[c * 4 + i]
                         if has_minima:
                             group_acc[s] = group_acc[s] + T.float32(half) * group_sum[c * 4 + i]
@@ -256,12 +270,12 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
         if dependent_launch:
             T.ptx.griddepcontrol.launch_dependents()
-        for i in T.unroll(tiles * column_tiles * 4):
+        for i in T.unroll(slots * column_tiles * 4):
             acc[i] = T.float32(0)
         for i in T.unroll(depth * column_tiles * 16):
             x_regs[i] = T.uint32(0)
         if block < blocks:
-            for r in T.unroll(tiles):
+            for r in T.unroll(slots):
                 for u in T.unroll(loads):
                     load_codes(u, r, block)
                 if not row_wise:
@@ -280,14 +294,14 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     # A chunk that is used up makes room for the next step's.
                     if q % pieces == pieces - 1:
                         if following < blocks:
-                            for r in T.unroll(tiles):
+                            for r in T.unroll(slots):
                                 load_codes(b * chunks_of_block + q // pieces, r, following)
                     if not row_wise:
                         if (q + 1) * 32 % at.group == 0:
                             add_group(b, (q + 1) * 32 // at.group - 1)
                 if following < blocks:
                     if not row_wise:
-                        for r in T.unroll(tiles):
+                        for r in T.unroll(slots):
                             load_scales(b, r, following)
                     load_x(b, following)
             block = following

@@ -21,6 +21,7 @@ from llmc.targets.base import Target
 
 Expr = Any
 TMA_LOAD = "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes"
+TMA_LOAD_3D = "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
 TMA_STORE = "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group"
 SWIZZLE_128B = 3
 """``CU_TENSOR_MAP_SWIZZLE_128B``, and the swizzle field of :func:`T.cuda.wgmma.encode_matrix_descriptor`."""

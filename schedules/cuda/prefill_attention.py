@@ -1,12 +1,15 @@
 """``llmc.attend`` in the extend phase on sm_90a: flash attention over pages with TMA and wgmma, for rows of any raggedness.
 
-A thread block takes 128 rows of one sequence and one query head. One warp copies: the tile of queries once, then keys and
-values tile by tile, each lane the boxes of one page. Two warpgroups compute, 64 rows each: S = QK', online softmax in
-registers, O += PV with P from registers. QK' of tile j is issued before PV of tile j - 1, so that the softmax runs while the
-tensor cores work (Shah et al., 2024, "FlashAttention-3").
+A thread block takes 128 rows of one sequence: of a few tokens, all the query heads that share a KV head (a row is a token's
+head, heads fastest), so that a step of single tokens needs a block for each KV head and not for each query head, and reads
+their keys once. One warp copies: the tile of queries once, then keys and values tile by tile, each lane the boxes of one page.
+Two warpgroups compute, 64 rows each: S = QK', online softmax in registers, O += PV with P from registers. QK' of tile j is issued
+before PV of tile j - 1, so that the softmax runs while the tensor cores work (Shah et al., 2024, "FlashAttention-3").
 
-The grid is an upper bound made of n and b alone, ``n // 128 + b`` tiles: nothing is computed on the host, and every block
-finds its rows in ``q_indptr``; blocks too many leave at once. Rows behind ``q_indptr[b]`` (padding) are not written.
+A head is copied in boxes of 64 columns, what is behind its end as zeros, which no multiplication reads.
+
+The grid is an upper bound made of n and b alone, ``n // tokens + b`` tiles: nothing is computed on the host, and every block
+finds its rows in ``q_indptr``; blocks too many leave at once. Tokens behind ``q_indptr[b]`` (padding) are not written.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 ROWS = 128
 """Query rows of a thread block: 64 for each of two warpgroups."""
 
-HEAD_DIMS = (64, 128, 192, 256)
+MAX_HEAD_DIM = 256
 PAGE_SIZES = (8, 16, 32, 64)
 """A page's rows are whole swizzle periods of 8, and a key tile is made of whole pages."""
 
@@ -61,6 +64,9 @@ SHAPES: dict[str, KernelCall] = {
     "sinks_4x2x64": _call(4, 2, 64, sinks=1, page_size=8, window=70),
     "chunked_2x1x128_f16": _call(2, 1, 128, chunk=48, dtype="float16"),
     "small_1x1x192": _call(1, 1, 192, page_size=64),
+    "group_3_80": _call(6, 2, 80, page_size=32),
+    "group_8_96_f16": _call(8, 1, 96, dtype="float16"),
+    "group_7_48_window": _call(7, 1, 48, window=40, sinks=1),
 }
 
 
@@ -70,13 +76,19 @@ def matches(call: KernelCall, target: Target) -> str | None:
     q, pages = call.args[:2]
     hq, d = q.shape[1:]
     hk, page_size = pages.shape[1], int(call.attr("page_size"))
-    if d not in HEAD_DIMS or d != call.attr("v_dim") or not isinstance(hq, int) or not isinstance(hk, int) or hq % hk:
+    if not isinstance(d, int) or d % 16 or d > MAX_HEAD_DIM or d != call.attr("v_dim") or not isinstance(hq, int) or not isinstance(hk, int) or hq % hk:
         return None
     if q.dtype not in hopper.PTX_TYPE or {pages.dtype, call.result.dtype} != {q.dtype}:
         return None
     if page_size not in PAGE_SIZES or call.attr("scale") <= 0 or any(s.dtype not in WIDTH for s in call.args[5:]):
         return None
-    return f"{q.dtype} tensor cores (wgmma), online softmax, {page_size}-position pages by TMA"
+    heads = packed_heads(hq // hk)
+    return f"{q.dtype} tensor cores (wgmma), online softmax, {heads} heads share their keys, {page_size}-position pages by TMA"
+
+
+def packed_heads(group: int) -> int:
+    """How many of the ``group`` query heads of a KV head share a tile: the most, up to 16, that leave few of its rows empty."""
+    return max(h for h in range(1, 17) if group % h == 0 and ROWS // h * h >= ROWS - 8)
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
@@ -99,9 +111,11 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     rules = Rules(*(call.attr(name) for name in ("scale", "softcap", "window", "chunk")))
     keys, depth, dependent_launch = int(config["keys"]), int(config["stages"]), bool(config["dependent_launch"])
 
-    group_size, tile_pages, atoms = hq // hk, keys // page_size, d // hopper.ATOM
+    packed = packed_heads(hq // hk)
+    tokens, bundles = ROWS // packed, hq // hk // packed
+    tile_pages, atoms = keys // page_size, -(-d // hopper.ATOM)
     q_atom_bytes, kv_atom_bytes = ROWS * 128, keys * 128
-    q_bytes, kv_bytes = q_atom_bytes * atoms, kv_atom_bytes * atoms
+    q_bytes, kv_bytes = tokens * packed * 128 * atoms, kv_atom_bytes * atoms
     scores, values, fragments = keys // 2, d // 2, keys // 4
     types = f"f32.{hopper.PTX_TYPE[dtype]}.{hopper.PTX_TYPE[dtype]}"
     qk_mma = f"wgmma.mma_async.sync.aligned.m64n{keys}k16.{types}"
@@ -130,13 +144,16 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         sinks = T.match_buffer(sinks_ptr, (hq,), sinks_dtype, align=4)
         out = T.match_buffer(out_ptr, (n, hq, d), dtype, align=16)
         q_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        hopper.encode_tensor_map(q_map, dtype, q.data, columns=hq * d, rows=n, box_rows=ROWS)
+        T.call_packed(
+            "runtime.cuTensorMapEncodeTiled", q_map, dtype, 3, q.data, d, hq, n, d * 2, hq * d * 2, hopper.ATOM, packed, tokens,
+            1, 1, 1, 0, hopper.SWIZZLE_128B, hopper.L2_PROMOTION_128B, 0,
+        )  # fmt: skip
         # A page of a head is 2 * page_size rows of d: its keys, then its values.
         kv_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         hopper.encode_tensor_map(kv_map, dtype, kv_pages.data, columns=d, rows=num_pages * (hk * 2 * page_size), box_rows=page_size)
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
-        head, block = T.cta_id([hq, T.cast(n // ROWS + b, "int32")])
+        bundle, block = T.cta_id([hq // packed, T.cast(n // tokens + b, "int32")])
         thread = T.thread_id([384])
         pool = T.SMEMPool()
         s_q = pool.alloc((atoms, ROWS, hopper.ATOM), dtype, align=1024)
@@ -173,7 +190,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         while candidate < batch:
             tiles: T.int32 = 0
             if candidate + lane < batch:
-                tiles = (q_indptr[candidate + lane + 1] - q_indptr[candidate + lane] + (ROWS - 1)) // ROWS
+                tiles = (q_indptr[candidate + lane + 1] - q_indptr[candidate + lane] + (tokens - 1)) // tokens
             end: T.int32 = tiles
             for i in T.unroll(5):
                 lower: T.int32 = hopper.shuffle(end, T.max(lane - (1 << i), 0))
@@ -198,11 +215,11 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             row_count: T.int32 = q_indptr[sequence + 1] - first_row
             length: T.int32 = seq_lens[sequence]
             # The last rows see most: they start first.
-            tile: T.int32 = (row_count + (ROWS - 1)) // ROWS - 1 - tile_in_sequence
-            position: T.int32 = length - row_count + tile * ROWS
+            tile: T.int32 = (row_count + (tokens - 1)) // tokens - 1 - tile_in_sequence
+            position: T.int32 = length - row_count + tile * tokens
             low: T.int32 = T.max(rules.first_visible(position), 0)
             first_tile: T.int32 = low // keys
-            end_tile: T.int32 = (T.min(length, position + ROWS) + (keys - 1)) // keys
+            end_tile: T.int32 = (T.min(length, position + tokens) + (keys - 1)) // keys
             stage: T.int32 = 0
             phase: T.int32 = 0
             if warpgroup == 0:
@@ -226,9 +243,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     if lane == 0:
                         T.ptx.mbarrier.arrive.expect_tx.shared.b64(q_full.ptr_to([0]), T.uint32(q_bytes))
                         for a in T.unroll(atoms):
-                            T.ptx[hopper.TMA_LOAD](
-                                s_q.ptr_to([a, 0, 0]), T.address_of(q_map), head * d + a * hopper.ATOM, first_row + tile * ROWS,
-                                q_full.ptr_to([0]),
+                            T.ptx[hopper.TMA_LOAD_3D](
+                                s_q.ptr_to([a, 0, 0]), T.address_of(q_map), a * hopper.ATOM, bundle * packed,
+                                first_row + tile * tokens, q_full.ptr_to([0]),
                             )  # fmt: skip
                     key_tile: T.int32 = first_tile
                     while key_tile < end_tile:
@@ -238,7 +255,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         if lane < tile_pages:
                             own: T.int32 = T.max(T.min(key_tile * tile_pages + lane, (length - 1) // page_size), low // page_size)
                             page = block_table[sequence, own]
-                        row: T.int32 = (page * hk + head // group_size) * (2 * page_size)
+                        row: T.int32 = (page * hk + bundle // bundles) * (2 * page_size)
                         copy_pages(s_k, k_full, k_empty, row)
                         copy_pages(s_v, v_full, v_empty, row + page_size)
                         stage = stage + 1
@@ -263,6 +280,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 group: T.int32 = warpgroup - 1
                 local: T.int32 = thread % 128
                 own_row: T.int32 = group * 64 + local // 32 * 16 + lane // 4
+                positions = T.alloc_local((2,), "int32")
+                for r in T.unroll(2):
+                    positions[r] = position + (own_row + 8 * r) // packed
                 T.cuda.wgmma.encode_matrix_descriptor(
                     T.address_of(q_descriptor[0]), s_q.ptr_to([0, group * 64, 0]), 1, 64, hopper.SWIZZLE_128B
                 )
@@ -298,7 +318,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     """Scores of key tile ``at`` to weights, as the A operand of the next multiplication."""
                     if rules.capped:
                         cap(s, scores, rules)
-                    mask(s, scores, rules, at * keys, position + group * 64, own_row - group * 64, lane)
+                    mask(s, scores, rules, at * keys, position + group * 64 // packed, 63 // packed + 2, positions, lane)
                     accumulate(s, scores, rules, largest, shift, decay, total)
 
                 @T.inline
@@ -366,13 +386,15 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         # A sink is one more score without a value. Far above all scores it makes the sum infinite, the result 0.
                         T.ptx["ex2.approx.ftz.f32"](
                             decay[r],
-                            T.cast(sinks[head], "float32") * T.float32(hopper.LOG2E) - largest[r] * T.float32(rules.to_log2),
+                            T.cast(sinks[bundle * packed + (own_row + 8 * r) % packed], "float32") * T.float32(hopper.LOG2E) - largest[r] * T.float32(rules.to_log2),
                         )
                         total[r] = total[r] + decay[r]
                     total[r] = T.float32(1) / total[r]
                 for r in T.unroll(2):
-                    if tile * ROWS + own_row + 8 * r < row_count:
-                        to_row = T.meta_var(T.cast(first_row + tile * ROWS + own_row + 8 * r, "int64"))
+                    token: T.int32 = (own_row + 8 * r) // packed
+                    if token < tokens and tile * tokens + token < row_count:
+                        to_row = T.meta_var(T.cast(first_row + tile * tokens + token, "int64"))
+                        head = T.meta_var(bundle * packed + (own_row + 8 * r) % packed)
                         for i in T.unroll(d // 8):
                             T.ptx[to_pair](p[0], o[i * 4 + r * 2 + 1] * total[r], o[i * 4 + r * 2] * total[r])
                             T.ptx["st.global.b32"](out.ptr_to([to_row, head, i * 8 + lane % 4 * 2]), p[0])

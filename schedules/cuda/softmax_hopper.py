@@ -65,13 +65,14 @@ def cap(s: Any, count: Any, rules: Any) -> None:
 
 
 @T.inline
-def mask(s: Any, count: Any, rules: Any, first_column: Any, first_position: Any, own_row: Any, lane: Any) -> None:
-    """Hide what the rows must not see; ``first_position`` is that of the warpgroup's first row, ``own_row`` counts from it."""
-    if rules.may_hide(first_column, count * 2, first_position, 64):
+def mask(s: Any, count: Any, rules: Any, first_column: Any, first_position: Any, span: Any, positions: Any, lane: Any) -> None:
+    """Hide what the rows must not see: those of the tile are at ``span`` positions from ``first_position`` on, the thread's two
+    at ``positions``.
+    """
+    if rules.may_hide(first_column, count * 2, first_position, span):
         for i in T.unroll(count):
             column = T.meta_var(first_column + i // 4 * 8 + lane % 4 * 2 + i % 2)
-            position = T.meta_var(first_position + own_row + 8 * (i // 2 % 2))
-            s[i] = T.if_then_else(rules.visible(column, position), s[i], T.float32(MASKED))
+            s[i] = T.if_then_else(rules.visible(column, positions[i // 2 % 2]), s[i], T.float32(MASKED))
 
 
 @T.inline

@@ -22,6 +22,9 @@ CASES = {
     "sinks_4x2x64": ([200, 8, 64], [130, 8, 3]),
     "chunked_2x1x128_f16": ([140, 48], [139, 1]),
     "small_1x1x192": ([1, 200], [1, 70]),
+    "group_3_80": ([150, 3, 61], [90, 3, 1]),
+    "group_8_96_f16": ([140, 33, 20], [40, 1, 1]),
+    "group_7_48_window": ([5, 150], [5, 30]),
 }
 
 
@@ -61,10 +64,16 @@ def test_what_it_does_not_take() -> None:
     case = family.SHAPES["small_2x1x128"]
     assert family.matches(replace(case, phase="decode"), TARGET) is None
     assert family.matches(case, cuda.parse("cuda:sm_90")) is None
-    assert family.matches(family._call(2, 1, 80), TARGET) is None
+    assert family.matches(family._call(2, 1, 72), TARGET) is None
+    assert family.matches(family._call(2, 1, 272), TARGET) is None
     assert family.matches(family._call(2, 1, 128, page_size=20), TARGET) is None
     assert family.matches(family._call(2, 1, 128, dtype="float32"), TARGET) is None
     assert family.matches(family._call(2, 1, 128, v_dim=64), TARGET) is None
+
+
+@pytest.mark.parametrize(("group", "packed"), [(1, 1), (3, 3), (4, 4), (8, 8), (16, 16), (32, 16), (7, 7), (71, 1), (13, 1)])
+def test_heads_of_a_tile(group: int, packed: int) -> None:
+    assert family.packed_heads(group) == packed
 
 
 def test_roofline() -> None:

@@ -66,12 +66,12 @@ def test_a_family_takes_its_own_shapes(family: Any) -> None:
         assert moved > 0 and flops > 0
 
 
-@pytest.mark.parametrize("vocab", [37, 4097])
-def test_every_draw_is_the_host_samplers(vocab: int) -> None:
+@pytest.mark.parametrize(("vocab", "rounds"), [(37, 2), (4097, 1)])
+def test_every_draw_is_the_host_samplers(vocab: int, rounds: int) -> None:
     logits = scenes(vocab)
     counts = np.zeros((7, vocab), np.int16)
     records, positions, samplers = [], [], []
-    for i, params in enumerate([*PARAMS, PENALIZED, GREEDY_PENALIZED] * 3):
+    for i, params in enumerate([*PARAMS, PENALIZED, GREEDY_PENALIZED] * rounds):
         seed, stream = i * 0x123456789ABCDEF % 2**64, i % 3
         params = SamplingParams(**{**vars(params), "seed": seed})
         penalties = params.repetition_penalty != 1
@@ -105,11 +105,11 @@ def test_penalties_follow_a_sequence() -> None:
         prompt = [7, 7, 3]
         host = Sampler(params, prompt, vocab, stream=2)
         counts = token_counts(vocab, prompt, [])[None]
-        for step in range(8):
+        for step in range(5):
             record = pack(params, 5, 2, 0, step)[None]
             token, counts = choose(logits, record, np.array([3 + step], np.int32), counts)
             assert token[0] == host.sample(logits[step], 3 + step)
-        assert (counts[0] & MOST).sum() == 8
+        assert (counts[0] & MOST).sum() == 5
         assert sorted(np.flatnonzero(counts[0] & np.int16(IN_PROMPT)).tolist()) == [3, 7]
 
 

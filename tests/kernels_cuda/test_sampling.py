@@ -97,20 +97,18 @@ def test_every_draw_is_the_host_samplers(vocab: int, rounds: int) -> None:
 
 
 def test_penalties_follow_a_sequence() -> None:
-    vocab = 40
-    rng = np.random.default_rng(3)
-    logits = rng.normal(size=(8, vocab)).astype(np.float32) * 2
-    for params in (PENALIZED, GREEDY_PENALIZED):
-        params = SamplingParams(**{**vars(params), "seed": 5})
-        prompt = [7, 7, 3]
-        host = Sampler(params, prompt, vocab, stream=2)
-        counts = token_counts(vocab, prompt, [])[None]
-        for step in range(5):
-            record = pack(params, 5, 2, 0, step)[None]
-            token, counts = choose(logits, record, np.array([3 + step], np.int32), counts)
-            assert token[0] == host.sample(logits[step], 3 + step)
-        assert (counts[0] & MOST).sum() == 5
-        assert sorted(np.flatnonzero(counts[0] & np.int16(IN_PROMPT)).tolist()) == [3, 7]
+    vocab, steps, prompt = 40, 4, [7, 7, 3]
+    logits = np.random.default_rng(3).normal(size=(steps, vocab)).astype(np.float32) * 2
+    both = [SamplingParams(**{**vars(params), "seed": 5}) for params in (PENALIZED, GREEDY_PENALIZED)]
+    hosts = [Sampler(params, prompt, vocab, stream=2) for params in both]
+    counts = np.stack([token_counts(vocab, prompt, [])] * 2)
+    for step in range(steps):
+        records = np.stack([pack(params, 5, 2, slot, step) for slot, params in enumerate(both)])
+        tokens, counts = choose(logits, records, np.full(2, 3 + step, np.int32), counts)
+        assert tokens.tolist() == [host.sample(logits[step], 3 + step) for host in hosts]
+    assert ((counts & MOST).sum(axis=1) == steps).all()
+    for row in counts:
+        assert sorted(np.flatnonzero(row & np.int16(IN_PROMPT)).tolist()) == [3, 7]
 
 
 def test_a_token_count_stops_at_its_largest_value() -> None:
@@ -129,10 +127,9 @@ def test_logits_that_are_not_finite_give_no_token() -> None:
     logits[0, 4099] = np.nan
     logits[1, 7] = np.inf
     logits[2] = -np.inf
-    for temperature in (0.0, 1.0):
-        records = np.stack([pack(SamplingParams(temperature=temperature), 1, 0, -1, i) for i in range(4)])
-        tokens, _ = choose(logits, records, np.arange(4, dtype=np.int32), np.zeros((1, 4100), np.int16))
-        assert tokens[:3].tolist() == [-1, -1, -1] and tokens[3] >= 0
+    records = np.stack([pack(SamplingParams(temperature=t), 1, 0, -1, i) for t in (0.0, 1.0) for i in range(4)])
+    tokens, _ = choose(logits, records, np.arange(8, dtype=np.int32), np.zeros((1, 4100), np.int16))
+    assert tokens.reshape(2, 4)[:, :3].tolist() == [[-1] * 3] * 2 and (tokens.reshape(2, 4)[:, 3] >= 0).all()
 
 
 def test_draws_of_a_large_vocabulary() -> None:

@@ -81,17 +81,35 @@ class Runs:
     def __init__(self, artifact: Path, batch: int) -> None:
         from llmc.runtime.artifact import open_artifact
         from llmc.runtime.cuda import CudaExecutor, StepTimer
+        from llmc.runtime.footprint import footprint
         from llmc.runtime.model import Model
 
         opened = open_artifact(artifact)
+        m = opened.manifest
+        self.free = self._free_memory()
+        pages = batch * (-(-(PROMPT + TOKENS + 8) // m.kv.page_size) + 1)
+        self.planned = footprint(m, opened.variant).total + pages * m.kv.page_size * m.kv.bytes_per_token
         start = time.perf_counter()
-        self.executor = CudaExecutor(opened, batch * (-(-(PROMPT + TOKENS + 8) // opened.manifest.kv.page_size) + 1))
+        self.executor = CudaExecutor(opened, pages)
         self.load_seconds = time.perf_counter() - start
         self.models = {True: Model(opened.manifest, self.executor, artifact)}
         self.models[False] = Model(opened.manifest, HostSampling(self.executor), artifact)
         self.vocab = opened.manifest.model.vocab_size
         self.depth = self.executor.pipeline.depth
         self.timer = StepTimer(self.executor.cuda)
+
+    @staticmethod
+    def _free_memory() -> int:
+        from llmc.runtime.cudart import Cuda
+
+        cuda = Cuda(0)
+        free = cuda.memory()[0]
+        cuda.close()
+        return free
+
+    def used(self) -> int:
+        """Bytes of the device that the artifact has taken."""
+        return self.free - self._free_memory()
 
     def prompts(self, batch: int) -> list[list[int]]:
         rng = np.random.default_rng(batch)
@@ -130,7 +148,7 @@ class Runs:
 
 def run(folder: Path, batches: list[int]) -> int:
     """Check and time every artifact of ``folder``; 1 if tokens differ."""
-    lines, wrong = [], 0
+    lines, memory, wrong = [], [], 0
     for artifact in sorted(p for p in folder.iterdir() if (p / "manifest.json").is_file()):
         fill_weights(artifact)
         runs = Runs(artifact, max(batches))
@@ -149,10 +167,11 @@ def run(folder: Path, batches: list[int]) -> int:
                 line = f"| {artifact.name} | {batch} | {way} | {same}/{batch} | {timed} | {choice:.1f} | {runs.load_seconds:.2f} |"
                 print(line, flush=True)  # something is known even if what follows fails
                 lines.append(line)
+        memory.append(f"{artifact.name}: {runs.planned / 1e6:.0f} MB planned, {runs.used() / 1e6:.0f} MB taken")
         runs.executor.close()
     print("| model | batch | sampling | same | host ms/step | wall ms/step | device ms/step | gap | tok/s | choice us | load s |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
-    print("\n".join(lines))
+    print("\n".join([*lines, "", *memory]))
     return int(wrong > 0)
 
 

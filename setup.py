@@ -31,7 +31,7 @@ COMPILE = [
     "sentencepiece>=0.2",
 ]
 CUDA = ["nvidia-cuda-nvrtc==13.*", "nvidia-cuda-runtime==13.*", "nvidia-cuda-cccl==13.*"]
-TUNE = ["xgboost>=3,<4"]
+TUNE = ["xgboost>=3,<4", "scipy>=1.11"]
 DEV = ["pytest>=9", "pytest-xdist>=3.8", "pytest-timeout>=2.4", "ruff==0.17.6", "mypy==2.4.1", "psutil>=6"]
 
 PACKAGE_DIRS = {"llmc.passes": "passes", "llmc.schedules": "schedules", "llmc.targets": "targets"}

@@ -33,10 +33,10 @@ from llmc.tune.task import Task, tasks_of
 
 TARGET = "cuda:sm_90a"
 WHOLE = ("gemv_6144x4096", "gemv_4096x4096", "gemv_28672x4096", "gemv_4096x14336", "gemv_16384x2048")
-FIXED: dict[str, list[Any]] = {"columns": [8], "dependent_launch": [True]}
+FIXED: dict[str, list[Any]] = {"columns": [8], "min_blocks": [0, 2], "dependent_launch": [True]}
 """Values that the spaces are cut to, so that all of five fit one folder: for up to 8 rows more columns only cost."""
 
-SPREAD = 24
+SPREAD = 12
 """Configurations of a kernel whose space is not packed whole."""
 
 SEEDS = 20

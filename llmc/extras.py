@@ -20,7 +20,7 @@ PACKAGES: dict[str, dict[str, str]] = {
         "ziglang": "ziglang",
         "sentencepiece": "sentencepiece",
     },
-    "tune": {"xgboost": "xgboost"},
+    "tune": {"xgboost": "xgboost", "scipy": "scipy"},
 }
 
 

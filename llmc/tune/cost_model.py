@@ -19,10 +19,15 @@ from llmc.schedules.records import Record, restore
 from llmc.tune.search import Config
 
 PARAMETERS = {
-    "objective": "rank:pairwise", "eta": 0.15, "max_depth": 5, "min_child_weight": 1, "subsample": 0.9, "colsample_bytree": 0.8,
-    "lambdarank_pair_method": "mean", "lambdarank_num_pair_per_sample": 8, "nthread": 1, "seed": 0, "verbosity": 0,
+    "objective": "rank:pairwise", "eta": 0.15, "max_depth": 3, "min_child_weight": 0.0, "reg_lambda": 0.1, "colsample_bytree": 0.5,
+    "lambdarank_pair_method": "mean", "lambdarank_num_pair_per_sample": 32, "nthread": 1, "seed": 0, "verbosity": 0,
 }  # fmt: skip
-ROUNDS = 120
+"""For tens of samples: shallow trees, each from half of the features, without the usual lower bound on what a leaf holds."""
+
+ROUNDS = 200
+LEAST = 8
+"""Samples to learn from, at least: before, trials are spread over the space."""
+
 GRADES = 31
 """Grades of speed within a group: ranking wants integers. The best is the highest."""
 
@@ -65,7 +70,7 @@ class CostModel:
                 rows.append(features(config, call))
                 grades.append(round((GRADES - 1) * math.exp(2 * (best - total[text]))) if total[text] < math.inf else 0)
                 ids.append(number)
-        if len(rows) < 4 or len(set(grades)) < 2:
+        if len(rows) < LEAST or len(set(grades)) < 2:
             return
         data = self._xgb.DMatrix(np.array(rows, np.float32), label=np.array(grades, np.float32), qid=np.array(ids))
         self._booster = self._xgb.train(PARAMETERS, data, ROUNDS)

@@ -35,7 +35,7 @@ def sizes(call: KernelCall, device_kind: str) -> list[dict[str, int]]:
     names = {d for spec in (*call.args, call.result) for d in spec.shape if isinstance(d, str)}
     if len(names) != 1:
         raise UnsupportedError(
-            f"{call.op} has the sizes {sorted(names)}, and tuning knows calls with one: leave it out with --kernels"
+            f"{call.op} has the sizes {', '.join(sorted(names))}, and tuning knows calls with one: leave it out with --kernels"
         )
     name = names.pop()
     return [{name: n} for n in ((1, 8) if call.phase == "decode" else prompts)]

@@ -6,6 +6,7 @@ Spaces of hand-written kernels have tens to hundreds of points, so all of them a
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -65,7 +66,7 @@ def propose(
     left = [c for c in candidates if config_text(c) not in done]
     if score is None or not left:
         return unlike(left, tried, count, rng)
-    explore = int(count * EXPLORED) if len(left) > count else 0
+    explore = math.ceil(count * EXPLORED) if len(left) > count > 1 else 0
     values = score(left)
     order = sorted(range(len(left)), key=lambda i: -values[i])
     best = [left[i] for i in order[: count - explore]]

@@ -106,7 +106,8 @@ class Budget:
 class Tuner:
     """Tunes ``tasks`` and adds what it measures to ``out`` and to ``known``.
 
-    ``resume``: configurations that ``known`` has from this device count as tried. ``show(states)``: called after every change.
+    ``resume``: configurations that ``known`` has from this device count as tried. ``show(states, what)``: called after every change;
+    ``worker``: makes the process that a task's candidates run in.
     """
 
     def __init__(
@@ -118,10 +119,11 @@ class Tuner:
         *,
         resume: bool = False,
         show: Callable[[list[State], str], None] = lambda states, what: None,
+        worker: Callable[[dict[str, Any]], Worker] = Worker,
         seed: int = 0,
     ) -> None:
         self.known, self.out, self.budget, self.resume, self.show = known, out, budget, resume, show
-        self.rng = random.Random(seed)
+        self.rng, self._new_worker = random.Random(seed), worker
         self.versions = versions()
         limits: Limits = measure(tasks[0].target)
         self.states = [State(t, enumerate_space(t.space, self.rng), [limits.seconds(t, s) for s in t.sizes]) for t in tasks]
@@ -203,7 +205,7 @@ class Tuner:
     def _worker_for(self, state: State) -> Worker:
         if self._worker is None or self._worker[0] is not state.task:
             self._close()
-            self._worker = (state.task, Worker(state.task.setup()))
+            self._worker = (state.task, self._new_worker(state.task.setup()))
         return self._worker[1]
 
     def _close(self) -> None:

@@ -24,9 +24,11 @@ class CandidateFailed(Exception):
 class Worker:
     """A worker process for one call. It is started again after a candidate has ended it; candidates built before are gone then."""
 
-    def __init__(self, setup: dict[str, Any], *, build_seconds: float = 60.0, time_seconds: float = 20.0) -> None:
-        """``setup``: the first message (see the module). Raises the LlmcError that setting up raised in the process."""
-        self._setup, self._limits = setup, (build_seconds, time_seconds)
+    def __init__(
+        self, setup: dict[str, Any], *, build_seconds: float = 60.0, time_seconds: float = 20.0, module: str = "llmc.tune.worker"
+    ) -> None:
+        """``setup``: the first message (see the module). ``module``: what to run. Raises the LlmcError that setting up raised there."""
+        self._setup, self._limits, self._module = setup, (build_seconds, time_seconds), module
         self._process: subprocess.Popen[str] | None = None
         self._built: dict[str, int] = {}
         self.device = ""
@@ -34,7 +36,7 @@ class Worker:
 
     def _start(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "llmc.tune.worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [sys.executable, "-m", self._module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             start_new_session=True,  # Ctrl-C is the parent's to handle
         )  # fmt: skip
         self._answers: queue.Queue[str] = queue.Queue()

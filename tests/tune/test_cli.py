@@ -1,0 +1,70 @@
+"""``llmc tune`` from the command line, on a tiny model: search, resume, offline and back, and a compile that uses what was found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmc.cli.main import main
+from llmc.manifest import read
+from tests.support.tiny_models import build
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model") / "llama"
+    build("llama", folder, dtype="float32")
+    return folder
+
+
+def test_tune_then_compile(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records, out = tmp_path / "records", tmp_path / "out"
+    common = [str(model), "--dtype", "float32", "--kernels", "attend_extend*", "--records", str(records), "--quiet"]
+    assert main(["tune", *common, "--trials", "3", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    (kernel,) = report["kernels"]
+    assert kernel["family"] == "cpu.attend"
+    assert kernel["trials"] == 3
+    assert kernel["gain"] >= 1.0
+    assert main(["compile", str(model), "-o", str(out), "--dtype", "float32", "--records", str(records), "--quiet"]) == 0
+    choices = {(k.function, k.op): k for k in read(out).variants[0].kernels}
+    chosen = choices["extend", "llmc.attend"]
+    assert chosen.tuned.startswith("record: measured on ")
+    assert chosen.config == kernel["config"]
+    assert choices["extend", "llmc.linear"].tuned == "default"
+    capsys.readouterr()
+    assert main(["tune", str(out), *common[3:], "--trials", "3", "--json", "--resume"]) == 0  # of the artifact, and nothing is left
+    assert json.loads(capsys.readouterr().out)["kernels"][0]["trials"] == 0
+
+
+def test_offline(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "pack"
+    kernels = ["--kernels", "attend_extend*", "--trials", "2"]
+    assert main(["tune", str(model), "--dtype", "float32", *kernels, "--offline", str(folder), "--quiet"]) == 0
+    assert f"python {folder.name}/run.py" in capsys.readouterr().out
+    assert len(json.loads((folder / "pack.json").read_text())["tasks"][0]["candidates"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "needs a MODEL or an artifact folder"),
+        (["m", "--import", "x"], "give no MODEL"),
+        (["m", "--minutes", "0"], "is no time"),
+        (["m", "--target", "cpu", "--target", "cpu:x86-64-v3"], "one target is tuned at a time"),
+        (["m", "--target", "cpux"], "unknown target 'cpux'"),
+        (["--import", "absent.jsonl"], "cannot be read"),
+    ],
+)
+def test_usage_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", *arguments]) != 0
+    assert message in capsys.readouterr().err
+
+
+def test_a_pattern_that_fits_nothing(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", str(model), "--kernels", "nothing", "--quiet"]) == 2
+    error = capsys.readouterr().err
+    assert "no kernel that 'nothing' fits has configurations to choose from" in error
+    assert "attend_extend" in error

@@ -1,0 +1,91 @@
+"""Inputs and expected results against independent ones."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
+
+# isort: split
+import torch
+
+from llmc.errors import UnsupportedError
+from llmc.schedules.cpu import attend, linear, rope
+from llmc.schedules.protocol import KernelCall, TensorSpec
+from llmc.tune import inputs
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_rounding_and_widening(dtype: str) -> None:
+    values = np.random.default_rng(0).standard_normal(10_000, np.float32)
+    values[:3] = (0.0, 1.00390625, -1.01171875)  # two ties of bfloat16
+    wanted = values.astype({"bfloat16": ml_dtypes.bfloat16, "float16": np.float16, "float32": np.float32}[dtype])
+    stored = inputs.narrow(values, dtype)
+    assert np.array_equal(stored, wanted.view(stored.dtype))
+    assert np.array_equal(inputs.widen(stored, dtype), wanted.astype(np.float32))
+
+
+def test_a_large_tensor_repeats_without_equal_rows() -> None:
+    array = inputs.random(TensorSpec((2048, 1024), "float32"), {}, np.random.default_rng(0))
+    assert array.shape == (2048, 1024)
+    assert not (array[1:] == array[0]).all(axis=1).any()
+    assert array[:1000].std() == pytest.approx(1.0, abs=0.01)
+
+
+@pytest.mark.parametrize("attrs", [{}, {"bias": 1, "residual": 1, "activation": "silu"}])
+def test_expected_linear_is_torch_at_the_rows_and_columns_compared(attrs: dict[str, Any]) -> None:
+    call, symbols = linear._call(1000, 96, "bfloat16", **attrs), {"n": 70}
+    arrays = inputs.make(call, symbols)
+    rows, columns = inputs.compared(call, symbols)
+    assert (len(rows), len(columns)) == (inputs.COMPARED_ROWS, inputs.COMPARED_OUTPUTS)
+    wide = [torch.from_numpy(inputs.widen(a, s.dtype)) for a, s in zip(arrays, call.args, strict=True)]
+    result = wide[0] @ wide[1].T
+    if attrs:
+        result = torch.nn.functional.silu(result + wide[2]) + wide[3]
+    found = inputs.expected(linear, call, symbols, arrays)
+    assert np.allclose(found, result.numpy()[np.ix_(rows, columns)], atol=1e-4)
+
+
+@pytest.mark.parametrize(("phase", "symbols"), [("decode", (3, 3, 50)), ("extend", (1, 20, 33))])
+def test_expected_attention_is_torch(phase: str, symbols: tuple[int, int, int]) -> None:
+    call = attend._call(4, 2, 16, page_size=8, phase=phase)
+    batch, rows, context = symbols
+    sizes = inputs._paged(call, batch, rows, context)
+    q, pages, table, lengths, starts = inputs.make(call, sizes)
+    assert sorted(table.ravel()) == list(range(sizes["num_pages"]))
+    found = inputs.expected(attend, call, sizes, [q, pages, table, lengths, starts])
+    kept, _ = inputs.compared(call, sizes)
+    each = rows // batch
+    wanted = np.empty((rows, 4, 16), np.float32)
+    for s in range(batch):
+        kv = pages[table[s]].reshape(-1, 2, 2, 8, 16)  # page, head, key or value, slot, element
+        k, v = (torch.from_numpy(kv[:, :, i].transpose(1, 0, 2, 3).reshape(2, -1, 16)[:, :context]) for i in (0, 1))
+        part = torch.from_numpy(q[s * each : (s + 1) * each]).permute(1, 0, 2)
+        mask = torch.ones(each, context, dtype=torch.bool).tril(context - each)
+        out = torch.nn.functional.scaled_dot_product_attention(part, k, v, attn_mask=mask, enable_gqa=True)
+        wanted[s * each : (s + 1) * each] = out.permute(1, 0, 2).numpy()
+    assert np.allclose(found, wanted[kept], atol=1e-5)
+
+
+def test_error_is_of_the_largest_value_and_sees_nan() -> None:
+    call, symbols = linear._call(5, 8), {"n": 3}
+    wanted = np.zeros((3, 5), np.float32)
+    wanted[1, 2] = -4.0
+    result = wanted.copy()
+    result[0, 0] = 1.0
+    assert inputs.error(call, symbols, result, wanted) == pytest.approx(0.25)
+    result[2, 4] = np.nan
+    assert not inputs.error(call, symbols, result, wanted) <= inputs.tolerance(call)
+
+
+def test_an_op_without_inputs_is_named() -> None:
+    call = next(iter(rope.SHAPES.values()))
+    with pytest.raises(UnsupportedError, match=r"llmc.rope: leave it out with --kernels"):
+        inputs.make(call, {"n": 2})
+    two = KernelCall("llmc.linear", (TensorSpec(("n", "k"), "float32"),), TensorSpec(("n",), "float32"))
+    with pytest.raises(UnsupportedError, match="has the sizes k, n"):
+        inputs.sizes(two, "cpu")

@@ -1,0 +1,188 @@
+"""Record files: what is written is read back, whatever happens to a file; and which configuration a call gets from them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
+
+# isort: split
+from llmc import targets
+from llmc.errors import OutputError
+from llmc.schedules import records as R
+from llmc.schedules.cpu import linear
+from llmc.schedules.protocol import KernelCall
+
+HOST = targets.parse("cpu")
+CALL = linear._call(48, 64)
+
+
+def make(seconds: float | None, config: dict[str, Any], call: KernelCall = CALL, n: int = 512, **changes: Any) -> R.Record:
+    record = R.Record(
+        "cpu.linear", call, (("n", n),), HOST.name, R.machine_class(HOST), "a machine", R.config_text(config), seconds, 0.01,
+        "" if seconds else "crashed", R.source_hash(linear), "llmc test",
+    )  # fmt: skip
+    return dataclasses.replace(record, **changes)
+
+
+def configs(call: KernelCall = CALL) -> list[dict[str, Any]]:
+    return [{"row_block": block} for block in linear.space(call, HOST)["row_block"]]
+
+
+def read(path: Path) -> R.Records:
+    records = R.Records()
+    records.read(path)
+    return records
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    call = dataclasses.replace(CALL, attrs=(("a", (1, 2)), ("b", 0.25), ("c", "x")))
+    written = [make(1e-5, configs()[0]), make(None, configs()[1], call)]
+    R.append(tmp_path / "r.jsonl", written)
+    found = read(tmp_path / "r.jsonl")
+    assert list(found.entries.values()) == written
+    assert found.notes == []
+
+
+def test_corrupt_lines_are_skipped_and_named_and_nothing_else_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    written = [make(float(i + 1), configs()[0], n=i) for i in range(4)]
+    R.append(path, written)
+    lines = path.read_bytes().split(b"\n")
+    lines[1] = lines[1].replace(b'"seconds":2.0', b'"seconds":0.2')  # still JSON: only its hash tells
+    lines[2] = lines[2][:40]
+    path.write_bytes(b"\n".join(lines))
+    found = read(path)
+    assert list(found.entries.values()) == [written[0], written[3]]
+    assert [n.partition(":")[0] for n in found.notes] == [f"{path} line 2", f"{path} line 3"]
+
+
+def test_a_half_written_last_line_does_not_swallow_the_next_record(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    R.append(path, [make(1.0, configs()[0]), make(2.0, configs()[1])])
+    path.write_bytes(path.read_bytes()[:-30])  # the machine went down in the middle of a write
+    R.append(path, [make(3.0, configs()[2])])
+    found = read(path)
+    assert sorted(r.seconds or 0 for r in found.entries.values()) == [1.0, 3.0]
+    assert len(found.notes) == 1
+
+
+def test_full_disk(tmp_path: Path) -> None:
+    """The file may not grow (a limit of the operating system): an error that says so, and the file as it was."""
+    path = tmp_path / "r.jsonl"
+    R.append(path, [make(1.0, configs()[0])])
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 100, hard))
+    try:
+        with pytest.raises(OutputError, match=r"cannot be written .* --records DIR"):
+            R.append(path, [make(2.0, configs()[1])])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+
+
+WRITER = """
+import sys
+from pathlib import Path
+from llmc.schedules.records import append, parse_line
+import dataclasses
+path, who = Path(sys.argv[1]), int(sys.argv[2])
+record = parse_line(sys.argv[3])
+for i in range(60):
+    append(path, [dataclasses.replace(record, symbols=(("n", who * 1000 + i),)) for _ in range(1)])
+"""
+
+
+def test_two_tuners_on_one_file(tmp_path: Path) -> None:
+    path, line = tmp_path / "r.jsonl", make(1.0, configs()[0]).line()
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(who), line]) for who in (1, 2)]
+    assert [w.wait() for w in writers] == [0, 0]
+    found = read(path)
+    assert found.notes == []
+    assert sorted(dict(r.symbols)["n"] for r in found.entries.values()) == [*range(1000, 1060), *range(2000, 2060)]
+
+
+def test_lookup_takes_the_fastest_and_the_latest_record_of_each(tmp_path: Path) -> None:
+    first, second, third, _ = configs()
+    records = R.Records()
+    for record in (make(3.0, first), make(1.0, second), make(2.0, third), make(4.0, second)):
+        records.add(record)
+    found = records.lookup(linear, CALL, HOST)
+    assert found is not None
+    assert (found.origin, found.config) == ("record", third)
+
+
+def test_lookup_weighs_all_sizes_and_leaves_out_what_failed_or_was_not_timed_at_all_of_them() -> None:
+    first, second, third, fourth = configs()
+    records = R.Records()
+    times = {0: (first, (2.0, 2.0)), 1: (second, (1.0, 8.0)), 2: (third, (1.9, 1.9))}
+    for config, (small, large) in times.values():
+        records.add(make(small, config, n=1))
+        records.add(make(large, config, n=512))
+    records.add(make(0.1, fourth, n=1))
+    found = records.lookup(linear, CALL, HOST)
+    assert found is not None
+    assert found.config == third
+    records.add(make(None, third, n=1))
+    found = records.lookup(linear, CALL, HOST)
+    assert found is not None
+    assert found.config == first
+
+
+def test_lookup_without_a_record_asks_the_nearest_calls() -> None:
+    records = R.Records()
+    near, far = linear._call(64, 64), linear._call(512, 2048)
+    for i, config in enumerate(configs()):
+        records.add(make(1.0 + abs(i - 2), config, near))
+        records.add(make(1.0 + abs(i - 1), config, far))
+    found = records.lookup(linear, CALL, HOST)
+    assert found is not None
+    assert (found.origin, found.config) == ("nearest", configs()[2])
+    assert "[64, 64]" in found.why
+    other_dtype = linear._call(48, 64, "bfloat16")
+    assert records.lookup(linear, other_dtype, HOST) is None
+    assert records.lookup(linear, dataclasses.replace(CALL, phase="decode"), HOST) is None
+
+
+def test_records_of_other_sources_and_machines_are_not_used() -> None:
+    records = R.Records()
+    records.add(make(1.0, configs()[1], source="0" * 16))
+    records.add(make(1.0, configs()[2], machine="cpu-aarch64-128"))
+    assert records.lookup(linear, CALL, HOST) is None
+    assert [n for n in records.notes if "1 tuning records of cpu.linear are ignored" in n]
+
+
+def test_a_value_that_the_space_no_longer_has_is_not_used() -> None:
+    records = R.Records()
+    records.add(make(1.0, {"row_block": 7}))
+    records.add(make(2.0, configs()[3]))
+    found = records.lookup(linear, CALL, HOST)
+    assert found is not None
+    assert found.config == configs()[3]
+
+
+def test_source_hash_sees_code_and_not_comments(tmp_path: Path) -> None:
+    texts = ['"""Doc."""\nX = 1\n"""About X."""\n', "# comment\nX = 1  # one\n", "X = 2\n"]
+    hashes = []
+    for i, text in enumerate(texts):
+        path = tmp_path / f"m{i}.py"
+        path.write_text(text)
+        hashes.append(R._code_hash(str(path)))
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_shipped_records_are_whole_and_of_known_families() -> None:
+    shipped = R.load([R.SHIPPED])
+    assert shipped.notes == []
+    for record in shipped.entries.values():
+        assert json.loads(record.config)
+        assert record.seconds is None or record.seconds > 0

@@ -1,0 +1,119 @@
+"""Proposals and the cost model, on spaces whose fastest point is known."""
+
+from __future__ import annotations
+
+import math
+import random
+from typing import Any
+
+import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
+
+# isort: split
+import pytest
+
+from llmc.schedules.cpu import linear
+from llmc.schedules.protocol import KernelCall
+from llmc.schedules.records import Record, config_text
+from llmc.tune.cost_model import CostModel, features
+from llmc.tune.search import enumerate_space, propose, unlike
+
+SPACE: dict[str, list[Any]] = {
+    "warps": [8, 4, 2, 1, 16], "tile": [(128, 256), (64, 64), (128, 64)], "depth": [4, 2, 8, 16], "early": [True, False],
+}  # fmt: skip
+
+
+def time_of(config: dict[str, Any], call: KernelCall) -> float:
+    """Smooth in every axis, with an interaction and a best point that moves with the call's k."""
+    k = float(call.args[1].shape[1])
+    rows, columns = config["tile"]
+    best_warps = math.log2(max(1.0, k / 256))
+    return 1e-5 * (
+        1.0
+        + 0.3 * (math.log2(config["warps"]) - best_warps) ** 2
+        + 0.2 * (math.log2(config["depth"] * config["warps"]) - 5) ** 2
+        + 0.5 * abs(math.log2(rows * columns) - 13)
+        + (0.0 if config["early"] else 0.1)
+    )
+
+
+def record(config: dict[str, Any], call: KernelCall) -> Record:
+    return Record("f", call, (("n", 1),), "t", "m", "d", config_text(config), time_of(config, call), 0.0, "", "s", "v")
+
+
+def test_enumeration_starts_with_the_default_and_has_every_point_once() -> None:
+    points = enumerate_space(SPACE, random.Random(0))
+    assert points[0] == {axis: values[0] for axis, values in SPACE.items()}
+    assert len({config_text(p) for p in points}) == len(points) == 5 * 3 * 4 * 2
+
+
+def test_unlike_covers_every_value_of_every_axis_early() -> None:
+    points = enumerate_space(SPACE, random.Random(0))
+    chosen = unlike(points, [points[0]], 12, random.Random(1))
+    for axis, values in SPACE.items():
+        assert {config_text({axis: c[axis]}) for c in [points[0], *chosen]} == {config_text({axis: v}) for v in values}
+
+
+def test_proposals_are_new_and_end_with_the_space() -> None:
+    points = enumerate_space({"a": [1, 2, 3]}, random.Random(0))
+    first = propose(points, [], 2, None, random.Random(0))
+    rest = propose(points, first, 5, lambda configs: [0.0] * len(configs), random.Random(0))
+    assert sorted(c["a"] for c in first + rest) == [1, 2, 3]
+    assert propose(points, points, 5, None, random.Random(0)) == []
+
+
+def search(call: KernelCall, trials: int, seed: int, known: list[Record]) -> float:
+    rng, model = random.Random(seed), CostModel(lambda c: SPACE)
+    points = enumerate_space(SPACE, rng)
+    tried = [points[0]]
+    model.fit(known)
+    while len(tried) < trials:
+        score = (lambda configs: model.score(configs, call)) if model.ready else None
+        tried += propose(points, tried, min(4, trials - len(tried)), score, rng)
+        model.fit([*known, *(record(c, call) for c in tried)])
+    return min(time_of(c, call) for c in tried) / min(time_of(c, call) for c in points)
+
+
+def test_the_cost_model_beats_random_search() -> None:
+    call, trials = linear._call(512, 1024), 16
+    points = enumerate_space(SPACE, random.Random(0))
+    fastest = min(time_of(c, call) for c in points)
+    drawn = [min(time_of(c, call) for c in random.Random(s).sample(points, trials)) / fastest for s in range(8)]
+    learned = [search(call, trials, s, []) for s in range(8)]
+    assert sum(learned) < sum(drawn)
+    assert sum(learned) / 8 < 1.15
+
+
+def test_records_of_other_calls_help() -> None:
+    points = enumerate_space(SPACE, random.Random(0))
+    others = [linear._call(512, 512), linear._call(512, 2048)]
+    known = [record(c, call) for call in others for c in points]
+    call = linear._call(512, 1024)
+    helped = [search(call, 6, s, known) for s in range(4)]
+    alone = [search(call, 6, s, []) for s in range(4)]
+    assert sum(helped) < sum(alone)
+    assert sum(helped) / 4 < 1.25
+
+
+def test_failed_candidates_rank_last() -> None:
+    call, points = linear._call(512, 1024), enumerate_space(SPACE, random.Random(0))
+    known = [record(c, call) for c in points]
+    known = [Record(**{**r.__dict__, "seconds": None, "error": "x"}) if '"early":false' in r.config else r for r in known]
+    model = CostModel(lambda c: SPACE)
+    model.fit(known)
+    scores = model.score(points, call)
+    fine = [s for s, c in zip(scores, points, strict=True) if c["early"]]
+    broken = [s for s, c in zip(scores, points, strict=True) if not c["early"]]
+    assert sum(fine) / len(fine) > sum(broken) / len(broken)
+    assert max(scores) == max(fine)
+
+
+def test_features_have_one_length() -> None:
+    lengths = {len(features(c, linear._call(8, k))) for c in enumerate_space(SPACE, random.Random(0)) for k in (64, 96)}
+    assert len(lengths) == 1
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_model_without_contrast_is_not_ready(count: int) -> None:
+    model = CostModel(lambda c: SPACE)
+    model.fit([record(c, linear._call(8, 64)) for c in enumerate_space(SPACE, random.Random(0))[:count]])
+    assert not model.ready

@@ -32,6 +32,7 @@ from llmc.passes.fuse_rope import fuse_rope
 from llmc.passes.lower_kernels import KernelLibrary, generated_choice, lower_kernels
 from llmc.passes.memory import kernel_calls, lower_vm, plan_memory, storage_sizes
 from llmc.passes.merge_projections import merge_projections
+from llmc.passes.one_region import one_region
 from llmc.passes.paged_attention import paged_attention
 from llmc.passes.phases import phases
 from llmc.passes.quantize.options import QuantOptions
@@ -181,6 +182,10 @@ def _plan_memory(s: _State) -> None:
         s.kernels += [generated_choice(name, kernel, c) for kernel, c in calls.items() if kernel not in handwritten]
 
 
+def _one_region(s: _State) -> None:
+    s.module = one_region(s.module, "decode", s.target)
+
+
 def _lower_vm(s: _State) -> None:
     s.module = lower_vm(s.module, s.tvm_target)
 
@@ -206,6 +211,7 @@ PASSES: list[tuple[str, Callable[[_State], None]]] = [
     ("fuse_operators", _fuse_operators),
     ("plan_memory", _plan_memory),
     ("schedule", _schedule),  # after plan_memory, which may add a kernel that copies the result
+    ("one_region", _one_region),
     ("lower_vm", _lower_vm),
 ]
 

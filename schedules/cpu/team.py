@@ -32,9 +32,9 @@ _PAUSED = {"x86_64": "call void @llvm.x86.sse2.pause()", "aarch64": "call void @
 
 
 def has_team(target: Target) -> bool:
-    """Whether the target has the means: a processor whose pause instruction is known, and POSIX threads."""
+    """Whether the target has the means: a CPU whose pause instruction is known, and POSIX threads."""
     machine = target.triple.partition("-")[0]
-    return machine in _PAUSE and ("linux" in target.triple or "android" in target.triple)
+    return target.kind == "cpu" and machine in _PAUSE and ("linux" in target.triple or "android" in target.triple)
 
 
 def intrinsics(target: Target) -> str:

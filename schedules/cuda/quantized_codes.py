@@ -13,6 +13,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from llmc.passes.quantize.scheme import Scheme
+from llmc.schedules.cuda import hopper
 
 Expr = Any
 SELECT = 0xEA
@@ -116,6 +117,45 @@ def _decode_e4m3(dtype: str) -> Any:
             T.ptx[multiply_add](fragment[j], fragment[j], T.uint32(both(scale)), T.uint32(NEGATIVE))
 
     return decode
+
+
+def transposer(how: Scheme) -> Any:
+    """``transpose(words, lane)``: a lane's four words of a chunk, from the layout's order of columns to that of wgmma.
+
+    In the layout a lane has the four pairs of one unit of 8 columns; after it, the lane's own pair of each of the four units that
+    the lanes t = 0..3 of a row hold, unit j where pair j was. So the multiplication of index p (:func:`decoder`) covers 16 columns
+    in their order, as wgmma reads them from shared memory. A 4 x 4 transposition: two exchanges between lanes that differ in a bit.
+    """
+
+    def alternate(own: Expr, other: Expr, odd: Expr) -> Any:
+        """Pairs in even bytes of both words in an even lane, pairs in odd bytes in an odd one; the even lane's in even places."""
+        return own, other, T.Select(odd, T.uint32(0x3715), T.uint32(0x6240))
+
+    @T.inline
+    def nibbles(words: Expr, lane: Expr) -> None:
+        other = T.alloc_local((1,), "uint32")
+        odd = T.meta_var(lane % 2 == 1)
+        keep = T.meta_var(T.Select(odd, T.uint32(0xF0F0F0F0), T.uint32(0x0F0F0F0F)))
+        for i in T.unroll(4):
+            other[0] = hopper.exchange(words[i], 1)
+            other[0] = T.Select(odd, other[0] >> T.uint32(4), other[0] << T.uint32(4))
+            words[i] = (words[i] & keep) | (other[0] & ~keep)
+            other[0] = hopper.exchange(words[i], 2)
+            T.ptx["prmt.b32"](words[i], *alternate(words[i], other[0], lane // 2 % 2 == 1))
+
+    @T.inline
+    def bytes_(words: Expr, lane: Expr) -> None:
+        other = T.alloc_local((1,), "uint32")
+        upper = T.meta_var(lane // 2 % 2 == 1)
+        for i in T.unroll(4):
+            other[0] = hopper.exchange(words[i], 1)
+            T.ptx["prmt.b32"](words[i], *alternate(words[i], other[0], lane % 2 == 1))
+        for h in T.unroll(2):
+            other[0] = hopper.exchange(T.Select(upper, words[2 * h], words[2 * h + 1]), 2)
+            words[2 * h] = T.Select(upper, other[0], words[2 * h])
+            words[2 * h + 1] = T.Select(upper, words[2 * h + 1], other[0])
+
+    return nibbles if how.bits <= 4 else bytes_
 
 
 def as_float(word: Expr, half: Expr, dtype: str) -> Expr:

@@ -1,0 +1,383 @@
+"""``llmc.quantized_linear`` over tens to thousands of rows on sm_90a: wgmma with the weights as the A operand, from registers.
+
+The result is computed transposed: a tile has ``rows`` outputs, 64 to a warpgroup, and ``columns`` rows of x. A lane loads its 16 bytes
+of a chunk (:mod:`.layout_mma`) straight from memory, ``depth`` steps ahead, and turns them into A fragments: columns go to the lanes that
+wgmma wants them in, which differs from the layout's order by a transposition among four lanes, codes become 16-bit values
+(:mod:`.quantized_codes`), and the scale and offset of a group are applied in float32 and rounded once. A scale for a whole row comes
+after the sums. x comes by TMA into 128-byte-swizzled shared memory, copied by a warp of its own. While a step's products are
+computed, the next step's fragments are made.
+
+``split`` blocks of a cluster share a tile and k. The float32 sums meet in shared memory, where every block finishes its share of the
+rows of x from all of them, always in the same order, and stores whole rows of outputs. A gated linear has both sides' tiles.
+
+Tiles that reach over an edge of x read zeros, so n is free; k makes rows of 16 bytes. The order of additions behind an output
+element does not depend on n.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tvm.script import tirx as T
+
+from llmc.schedules.cuda import hopper, layout_mma, linear_call, quantized_call, quantized_codes
+from llmc.schedules.cuda.emit import WIDTH
+from llmc.schedules.cuda.layout_mma import BLOCK, LANES, ROWS, UNIT
+from llmc.schedules.cuda.quantized_call import make
+from llmc.schedules.protocol import KernelCall
+from llmc.targets.base import Target
+
+NAME = "cuda.quantized_gemm"
+OP = quantized_call.OP
+K_STEP, WGMMA_K = 64, 16
+LOAD_CODES = "ld.global.nc.L1::no_allocate.L2::256B.v4.b32"
+VECTOR = 4
+"""Outputs that a thread finishes at once."""
+
+SHARED = 224 << 10
+"""Bytes of shared memory of a multiprocessor for its blocks."""
+
+SHAPES: dict[str, KernelCall] = {
+    "up_14336x4096_int4_g128": make(14336, 4096, "int4_g128", phase="extend"),
+    "down_4096x14336_int8_residual": make(4096, 14336, "int8", phase="extend", residual=1),
+    "up_14336x4096_fp8": make(14336, 4096, "fp8_e4m3", phase="extend"),
+    "small_128x256_int4_g128": make(128, 256, "int4_g128", phase="extend"),
+    "edges_72x200_q4_1_bias": make(72, 200, "q4_1", phase="extend", bias=1),
+    "f16_100x328_zero_point_silu": make(100, 328, "int4p_g64", "float16", "extend", activation="silu", bias=1, residual=1),
+    "int8_90x264_gelu": make(90, 264, "int8", phase="extend", activation="gelu", residual=1),
+    "q8_0_64x192_f16": make(64, 192, "q8_0", "float16", "extend"),
+    "fp8_33x136_gelu_tanh": make(33, 136, "fp8_e4m3", phase="extend", activation="gelu_tanh", bias=1),
+    "fp8_blocks_64x392": make(64, 392, "fp8_e4m3_b128", phase="extend", activation="relu"),
+    "f32_scales_48x256": make(48, 256, "int4z_g32_f32", phase="extend", out="float32"),
+    "gated_160x320_int4": make(160, 320, "int4_g32", phase="extend", activation="silu_gated"),
+    "gated_64x256_int8_f16": make(64, 256, "int8", "float16", "extend", activation="relu_gated", bias=1),
+}
+
+
+def mismatch(call: KernelCall, target: Target) -> bool:
+    """Whether the kernel does not take a call in any phase."""
+    activation, gated = linear_call.activation(call)
+    if not quantized_call.is_ours(call, target) or not hopper.is_hopper(target) or activation not in hopper.ACTIVATIONS:
+        return True
+    others = [s for name, s in quantized_call.specs(call).items() if name in ("bias", "residual", "out")]
+    x = call.args[0]
+    if x.dtype not in hopper.PTX_TYPE or call.attr("k") % UNIT or gated and call.attr("o") % (2 * ROWS):
+        return True
+    return any(s.dtype not in WIDTH for s in others)
+
+
+def matches(call: KernelCall, target: Target) -> str | None:
+    if mismatch(call, target):
+        return None
+    return f"{call.attr('scheme')} codes to {call.args[0].dtype} wgmma operands in registers, k split over a cluster"
+
+
+def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
+    """``tile``: outputs, rows of x, and blocks that a multiprocessor holds at a time; ``split``: blocks that share a tile.
+
+    ``depth``: steps of 64 of k whose codes are in flight; ``dependent_launch``: start early.
+    """
+    gated = linear_call.activation(call)[1]
+    wide = [(128, 128, 1), (64, 128, 1), (128, 64, 1)] if gated else [(128, 256, 1), (128, 128, 1), (64, 256, 1)]
+    tiles = [*wide, (64, 32, 2), (64, 64, 2), (64, 16, 3)]
+    return {"tile": tiles, "split": [1, 2, 4, 8], "depth": [4, 2, 8], "dependent_launch": [True, False]}
+
+
+def stages(columns: int, resident: int, sums_bytes: int) -> int:
+    """Depth of the pipeline of x. The sums take its place, and need no more than it may have."""
+    most = SHARED // resident
+    if sums_bytes > most:
+        raise ValueError(f"the sums of a tile are {sums_bytes} bytes, a block has {most}")
+    return max(2, min(8, most // (columns * K_STEP * 2)))
+
+
+def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
+    how = quantized_call.how(call)
+    o, k = int(call.attr("o")), int(call.attr("k"))
+    at = layout_mma.geometry(how, o, k)
+    specs = quantized_call.specs(call)
+    dtype, out_dtype, scale_dtype = specs["x"].dtype, specs["out"].dtype, how.scale_dtype
+    bias_dtype = specs["bias"].dtype if "bias" in specs else dtype
+    residual_dtype = specs["residual"].dtype if "residual" in specs else dtype
+    has_bias, has_residual = "bias" in specs, "residual" in specs
+    activation, gated = linear_call.activation(call)
+
+    rows, columns, resident = config["tile"]
+    split, depth, dependent_launch = int(config["split"]), int(config["depth"]), bool(config["dependent_launch"])
+    sides, warps = 1 + gated, rows // 16
+    results, result_tiles = o // sides, at.tiles // sides
+    sums, pitch = columns // 2, rows + 4
+    x_stages, x_bytes = stages(columns, resident, 4 * sides * columns * pitch), columns * K_STEP * 2
+    threads, share = 32 * (warps + 1), columns // split
+    if share * split != columns or depth % 2:
+        raise ValueError(f"{columns} rows of x do not split over {split} blocks, or a depth of {depth} is odd")
+    # Every part of k has a multiple of ``depth`` steps. Beyond the end x is zero.
+    turns = -(-at.columns // (K_STEP * depth))
+    last_step = at.columns // K_STEP - 1
+
+    row_wise, groups = at.group == 0, BLOCK // (at.group or BLOCK)
+    step_groups = max(1, K_STEP // (at.group or BLOCK))
+    step_chunks = K_STEP // at.chunk
+    scale_words = step_groups * (2 if scale_dtype == "float32" else 1)
+    load_words = f"ld.global.nc{'' if scale_words == 1 else f'.v{scale_words}'}.b32"
+    has_zeros, has_minima, half = how.offset == "zero_point", how.offset == "minimum", float(quantized_codes.middle(how))
+    scale_shape = (at.tiles * 16,) if row_wise else (at.tiles, at.blocks, 8, groups, 2)
+    mma_type = hopper.PTX_TYPE[dtype]
+    mma = f"wgmma.mma_async.sync.aligned.m64n{columns}k{WGMMA_K}.f32.{mma_type}.{mma_type}"
+    to_pair, decode = hopper.packed_convert(dtype), quantized_codes.decoder(how, dtype)
+    to_wgmma_order = quantized_codes.transposer(how)
+
+    def stored_float(regs: Any, base: Any, group: Any, row_half: Any) -> Any:
+        """A scale or minimum of a step's ``group`` for row g + 8 * row_half, float32."""
+        if scale_dtype == "float32":
+            return T.reinterpret("float32", regs[base + group * 2 + row_half])
+        return quantized_codes.as_float(regs[base + group], row_half, scale_dtype)
+
+    @T.prim_func
+    def gemm(
+        x_ptr: T.handle, codes_ptr: T.handle, scales_ptr: T.handle, zeros_ptr: T.handle, minima_ptr: T.handle, bias_ptr: T.handle,
+        residual_ptr: T.handle, out_ptr: T.handle,
+    ) -> None:  # fmt: skip
+        n = T.int64()
+        x = T.match_buffer(x_ptr, (n, k), dtype, align=16)
+        codes = T.match_buffer(codes_ptr, (at.tiles, at.chunks, LANES, 4), "int32", align=16)
+        scales = T.match_buffer(scales_ptr, scale_shape, scale_dtype, align=16)
+        zeros = T.match_buffer(zeros_ptr, scale_shape, "uint8", align=16)
+        minima = T.match_buffer(minima_ptr, scale_shape, scale_dtype, align=16)
+        bias = T.match_buffer(bias_ptr, (o,), bias_dtype, align=4)
+        residual = T.match_buffer(residual_ptr, (n, results), residual_dtype, align=4)
+        out = T.match_buffer(out_ptr, (n, results), out_dtype, align=4)
+        x_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
+        hopper.encode_tensor_map(x_map, dtype, x.data, columns=k, rows=n, box_rows=columns)
+        T.device_entry()
+        T.attr({"tirx.launch_bounds_min_blocks_per_sm": resident})
+        if split > 1:
+            rank = T.cta_id_in_cluster([split])  # noqa: F841
+        part, x_tile, row_tile = T.cta_id([split, T.cast((n + columns - 1) // columns, "int32"), -(-result_tiles // warps)])
+        thread = T.thread_id([threads])
+        pool = T.SMEMPool()
+        s_x = pool.alloc((x_stages, columns, K_STEP), dtype, align=1024)
+        full = pool.alloc((x_stages,), "uint64", align=8)
+        empty = pool.alloc((x_stages,), "uint64", align=8)
+        # The sums of the whole tile take the place of the pipeline once that is empty.
+        pool.move_base_to(0)
+        s_sums = pool.alloc((sides, columns, pitch), "float32", align=1024)
+        pool.commit()
+        # The same in all lanes of a warp, and the compiler has to know it.
+        warp: T.int32 = hopper.shuffle(thread // 32, 0)
+        lane: T.int32 = thread % 32
+        first_step: T.int32 = part * turns // split * depth
+        steps: T.int32 = (part + 1) * turns // split * depth - first_step
+        if thread == 0:
+            for i in T.unroll(x_stages):
+                T.ptx.mbarrier.init.shared.b64(full.ptr_to([i]), T.uint32(1))
+                T.ptx.mbarrier.init.shared.b64(empty.ptr_to([i]), T.uint32(warps // 4))
+            T.ptx.fence.mbarrier_init.release.cluster()
+        T.ptx.fence.proxy.async_.shared__cta()
+        T.cuda.cta_sync()
+        if dependent_launch:
+            T.ptx.griddepcontrol.launch_dependents()
+
+        if warp == warps:
+            if dependent_launch:
+                T.ptx.griddepcontrol.wait()
+            if lane == 0:
+                copy_step: T.int32 = 0
+                copy_stage: T.int32 = 0
+                copy_phase: T.int32 = 1
+                while copy_step < steps:
+                    T.cuda.mbarrier_wait(empty.ptr_to([copy_stage]), copy_phase)
+                    T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([copy_stage]), T.uint32(x_bytes))
+                    T.ptx[hopper.TMA_LOAD](
+                        s_x.ptr_to([copy_stage, 0, 0]), T.address_of(x_map), (first_step + copy_step) * K_STEP, x_tile * columns,
+                        full.ptr_to([copy_stage]),
+                    )  # fmt: skip
+                    copy_stage = copy_stage + 1
+                    if copy_stage == x_stages:
+                        copy_stage = 0
+                        copy_phase = copy_phase ^ 1
+                    copy_step = copy_step + 1
+        else:
+            acc = T.alloc_local((sides * sums,), "float32")
+            w_regs = T.alloc_local((depth * sides * step_chunks * 4,), "uint32")
+            scale_regs = T.alloc_local((depth * sides * scale_words,), "uint32")
+            minimum_regs = T.alloc_local((depth * sides * scale_words,), "uint32")
+            zero_regs = T.alloc_local((depth * sides * step_groups * 2,), "float32")
+            # Two sets of A fragments: one is multiplied while the other is made.
+            a_regs = T.alloc_local((2 * sides * 16,), "uint32")
+            words = T.alloc_local((4,), "uint32")
+            fragment = T.alloc_local((4,), "uint32")
+            value = T.alloc_local((2,), "float32")
+            x_descriptor = T.alloc_local((1,), "uint64")
+            T.cuda.wgmma.encode_matrix_descriptor(T.address_of(x_descriptor[0]), s_x.ptr_to([0, 0, 0]), 1, 64, hopper.SWIZZLE_128B)
+            tile: T.int32 = T.min(row_tile * warps + warp, result_tiles - 1)
+
+            @T.inline
+            def load(i, step) -> None:
+                """Codes, scales and offsets of ``step``, or of the last one, into slot ``i``."""
+                near = T.meta_var(T.min(step, last_step))
+                for side in T.unroll(sides):
+                    for c in T.unroll(step_chunks):
+                        base = T.meta_var(((i * sides + side) * step_chunks + c) * 4)
+                        T.ptx[LOAD_CODES](
+                            w_regs[base], w_regs[base + 1], w_regs[base + 2], w_regs[base + 3],
+                            codes.ptr_to([tile + side * result_tiles, near * step_chunks + c, lane, 0]),
+                        )  # fmt: skip
+                    if not row_wise:
+                        inside = T.meta_var(near % 2 * groups // 2 if groups > 1 else 0)
+                        load_scale_words(scale_regs, scales, (i * sides + side) * scale_words, side, near, inside)
+                        if has_minima:
+                            load_scale_words(minimum_regs, minima, (i * sides + side) * scale_words, side, near, inside)
+                        if has_zeros:
+                            for j in T.unroll(step_groups * 2):
+                                zero_regs[(i * sides + side) * step_groups * 2 + j] = T.cast(
+                                    zeros[tile + side * result_tiles, near // 2, lane // 4, inside + j // 2, j % 2], "float32"
+                                )
+
+            @T.inline
+            def load_scale_words(regs, source, base, side, step, inside) -> None:
+                start = T.meta_var(source.ptr_to([tile + side * result_tiles, step // 2, lane // 4, inside, 0]))
+                if scale_words == 1:
+                    T.ptx[load_words](regs[base], start)
+                elif scale_words == 2:
+                    T.ptx[load_words](regs[base], regs[base + 1], start)
+                else:
+                    T.ptx[load_words](regs[base], regs[base + 1], regs[base + 2], regs[base + 3], start)
+
+            @T.inline
+            def scaled(i, side, kk, j) -> None:
+                """Element pair ``j`` of a fragment times its group's scale, plus the offset, rounded once."""
+                group = T.meta_var(kk * step_groups // 4)
+                base = T.meta_var((i * sides + side) * scale_words)
+                scale = T.meta_var(stored_float(scale_regs, base, group, j % 2))
+                zero = T.meta_var(zero_regs[((i * sides + side) * step_groups + group) * 2 + j % 2])
+                for e in T.unroll(2):
+                    value[e] = quantized_codes.as_float(fragment[j], e, dtype)
+                    if has_minima:
+                        value[e] = (value[e] + T.float32(half)) * scale + stored_float(minimum_regs, base, group, j % 2)
+                    elif has_zeros:
+                        value[e] = (value[e] + (T.float32(half) - zero)) * scale
+                    else:
+                        value[e] = value[e] * scale
+                T.ptx[to_pair](fragment[j], value[1], value[0])
+
+            @T.inline
+            def make_fragments(i, at_set) -> None:
+                """The A fragments of slot ``i``'s step."""
+                for side in T.unroll(sides):
+                    for c in T.unroll(step_chunks):
+                        for j in T.unroll(4):
+                            words[j] = w_regs[((i * sides + side) * step_chunks + c) * 4 + j]
+                        to_wgmma_order(words, lane)
+                        for q in T.unroll(4 // step_chunks):
+                            decode(fragment, words, 0, q // 2, q % 2)
+                            for j in T.unroll(4):
+                                if not row_wise:
+                                    scaled(i, side, c * (4 // step_chunks) + q, j)
+                                a_regs[((at_set * sides + side) * 4 + c * (4 // step_chunks) + q) * 4 + j] = fragment[j]
+
+            for i in T.unroll(depth):
+                load(i, first_step + i)
+            for i in T.unroll(sides * sums):
+                acc[i] = T.float32(0)
+            if dependent_launch:
+                T.ptx.griddepcontrol.wait()
+            step: T.int32 = 0
+            stage: T.int32 = 0
+            phase: T.int32 = 0
+            previous: T.int32 = 0
+            before: T.int32 = 0
+            while step < steps:
+                for i in T.unroll(depth):
+                    # The multiplication that reads the set of fragments to be written now is the last but one.
+                    T.ptx.wgmma.wait_group.sync.aligned(1)
+                    if step + i >= 2 and thread % 128 == 0:
+                        T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([before]), T.uint32(1))
+                    make_fragments(i, i % 2)
+                    load(i, first_step + step + depth + i)
+                    T.cuda.mbarrier_wait(full.ptr_to([stage]), phase)
+                    T.ptx.wgmma.fence.sync.aligned()
+                    for kk in T.unroll(K_STEP // WGMMA_K):
+                        for side in T.unroll(sides):
+                            a = T.meta_var(((i % 2 * sides + side) * 4 + kk) * 4)
+                            T.ptx[mma](
+                                *[acc[side * sums + v] for v in range(sums)], a_regs[a], a_regs[a + 1], a_regs[a + 2], a_regs[a + 3],
+                                x_descriptor[0] + T.cast(stage * (x_bytes // 16) + kk * 2, "uint64"), T.bool(True), 1, 1, 0,
+                            )  # fmt: skip
+                    T.ptx.wgmma.commit_group.sync.aligned()
+                    before = previous
+                    previous = stage
+                    stage = stage + 1
+                    if stage == x_stages:
+                        stage = 0
+                        phase = phase ^ 1
+                step = step + depth
+            T.ptx.wgmma.wait_group.sync.aligned(0)
+            hopper.fence(acc, sides * sums)
+            # Every warpgroup has multiplied its last stage before another one's sums overwrite it.
+            T.ptx.bar.sync(T.uint32(1), T.uint32(32 * warps))
+            for side in T.unroll(sides):
+                for v in T.unroll(sums):
+                    # Sum v of a thread: row v // 4 * 8 + 2 * (lane % 4) + v % 2 of x, output lane // 4 + 8 * (v // 2 % 2) of the warp's.
+                    s_sums[side, v // 4 * 8 + lane % 4 * 2 + v % 2, warp * 16 + lane // 4 + v // 2 % 2 * 8] = acc[side * sums + v]
+        if split > 1:
+            T.cuda.cluster_sync()
+        else:
+            T.cuda.cta_sync()
+
+        total = T.alloc_local((sides * VECTOR,), "float32")
+        fetched = T.alloc_local((VECTOR,), "float32")
+        gate = T.alloc_local((2,), "float32")
+        pair = T.alloc_local((2,), "uint32")
+        remote = T.alloc_local((1,), "uint32")
+        item: T.int32 = thread
+        while item < share * (rows // VECTOR):
+            inside: T.int32 = item % (rows // VECTOR) * VECTOR
+            line: T.int32 = part * share + item // (rows // VECTOR)
+            row: T.int32 = x_tile * columns + line
+            output: T.int32 = row_tile * rows + inside
+            if row < T.cast(n, "int32") and output < results:
+                for side in T.unroll(sides):
+                    for p in T.unroll(split):
+                        if split > 1:
+                            T.ptx.mapa.shared__cluster.u32(
+                                remote[0], T.cuda.cvta_generic_to_shared(s_sums.ptr_to([side, line, inside])), T.uint32(p)
+                            )
+                            T.ptx["ld.shared::cluster.v4.f32"](fetched[0], fetched[1], fetched[2], fetched[3], remote[0])
+                        else:
+                            T.ptx["ld.shared.v4.f32"](
+                                fetched[0], fetched[1], fetched[2], fetched[3], s_sums.ptr_to([side, line, inside])
+                            )
+                        for e in T.unroll(VECTOR):
+                            j = T.meta_var(side * VECTOR + e)
+                            total[j] = fetched[e] if p == 0 else total[j] + fetched[e]
+                for e in T.unroll(VECTOR):
+                    column = T.meta_var(T.min(output + e, results - 1))
+                    for side in T.unroll(sides):
+                        if row_wise:
+                            total[side * VECTOR + e] = total[side * VECTOR + e] * T.cast(scales[side * results + column], "float32")
+                        if has_bias:
+                            total[side * VECTOR + e] = total[side * VECTOR + e] + T.cast(bias[side * results + column], "float32")
+                    hopper.activate(activation, total, e, gate)
+                    if gated:
+                        total[e] = total[e] * total[VECTOR + e]
+                    if has_residual:
+                        total[e] = total[e] + T.cast(residual[T.cast(row, "int64"), column], "float32")
+                if results % VECTOR == 0 and out_dtype == dtype:
+                    for e in T.unroll(2):
+                        T.ptx[to_pair](pair[e], total[e * 2 + 1], total[e * 2])
+                    T.ptx["st.global.v2.b32"](out.ptr_to([T.cast(row, "int64"), output]), pair[0], pair[1])
+                else:
+                    for e in T.unroll(VECTOR):
+                        if output + e < results:
+                            out[T.cast(row, "int64"), output + e] = T.cast(total[e], out_dtype)
+            item = item + threads
+        if split > 1:
+            # No block may leave while another one still reads its shared memory.
+            T.cuda.cluster_sync()
+
+    unused = [name for name in ("zeros", "minima", "bias", "residual") if name not in specs]
+    return hopper.finish(gemm, f"quantized_gemm_{how.name}_{o}x{k}", unused, dependent_launch)
+
+
+reference, roofline = quantized_call.reference, quantized_call.roofline

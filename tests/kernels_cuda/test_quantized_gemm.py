@@ -1,0 +1,68 @@
+"""``schedules/cuda/quantized_gemm.py`` on the CUDA emulator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from llmc.schedules.cuda import quantized_gemm as gemm
+from llmc.schedules.cuda.quantized_call import make
+from llmc.targets import cuda
+from tests.kernels.harness import error
+from tests.kernels_cuda.emulated import TOLERANCE, call
+from tests.kernels_cuda.quantized_cases import operands
+
+TARGET = cuda.parse("cuda:sm_90a")
+SMALL = [name for name, case in gemm.SHAPES.items() if case.attr("o") <= 256]
+TILES = [(64, 32, 2), (64, 64, 1), (128, 32, 1), (64, 16, 3)]
+
+
+@pytest.mark.parametrize(
+    ("name", "n", "tile", "split"),
+    [(name, (40, 70, 17, 9)[i % 4], TILES[i % 4], (1, 2, 4)[i % 3]) for i, name in enumerate(SMALL)],
+)
+def test_reference(name: str, n: int, tile: tuple[int, int, int], split: int) -> None:
+    case = gemm.SHAPES[name]
+    assert gemm.matches(case, TARGET)
+    arrays = operands(case, n, seed=n)
+    result = call(gemm, case, TARGET, arrays, {"n": n}, {"tile": tile, "split": split})
+    # A weight that has a scale per group is rounded to x's dtype before it is multiplied.
+    assert error(result, gemm.reference(case, *arrays)) < max(TOLERANCE[case.result.dtype], TOLERANCE[case.args[0].dtype])
+
+
+def test_wide_tile() -> None:
+    case = gemm.SHAPES["small_128x256_int4_g128"]
+    arrays = operands(case, 300, seed=1)
+    result = call(gemm, case, TARGET, arrays, {"n": 300}, {"tile": (128, 256, 1), "depth": 2})
+    assert error(result, gemm.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+
+
+def test_columns_of_k_meet_their_own() -> None:
+    """x that picks one column out gives the weights themselves, rounded to its dtype once."""
+    for name in ("int4z_g32_f32", "int8", "fp8_e4m3_b128"):
+        case = make(64, 128, name, phase="extend", out="float32")
+        arrays = operands(case, 128, seed=3)
+        arrays[0] = np.eye(128, dtype=arrays[0].dtype)
+        result = call(gemm, case, TARGET, arrays, {"n": 128}, {"tile": (64, 64, 1)})
+        wanted = gemm.reference(case, *arrays)
+        assert np.all(np.abs(result - wanted) <= 2.0**-8 * np.abs(wanted) + 1e-7), name
+
+
+def test_rows_do_not_depend_on_the_batch() -> None:
+    case = gemm.SHAPES["edges_72x200_q4_1_bias"]
+    arrays = operands(case, 50, seed=2)
+    config = {"tile": (64, 32, 2), "split": 2}
+    many = call(gemm, case, TARGET, arrays, {"n": 50}, config)
+    one = call(gemm, case, TARGET, [arrays[0][33:34], *arrays[1:]], {"n": 1}, config)
+    assert np.array_equal(many[33:34].view(np.uint16), one.view(np.uint16))
+
+
+def test_what_it_does_not_take() -> None:
+    case = gemm.SHAPES["small_128x256_int4_g128"]
+    assert gemm.matches(case, cuda.parse("cuda:sm_80")) is None
+    assert gemm.matches(make(16, 20, "int4_g32"), TARGET) is None
+    assert gemm.matches(make(16, 32, "int4_g32", "float32"), TARGET) is None
+    assert gemm.matches(make(40, 64, "int4_g32", activation="silu_gated"), TARGET) is None
+    assert gemm.matches(replace(case, op="llmc.linear"), TARGET) is None

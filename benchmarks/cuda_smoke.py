@@ -17,7 +17,8 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -51,21 +52,30 @@ def prepare(folder: Path, target: str, dtype: str, names: list[str]) -> None:
         source, out = folder / f"{name}.model", folder / name
         write_model(source, MODELS[name], zeros=name in KEPT_HEADER)
         start = time.perf_counter()
-        compile_model(str(source), out=out, target=target, dtype=dtype, max_batch=16, page_size=16, force=True)
+        with headers_only() if name in KEPT_HEADER else nullcontext():
+            compile_model(str(source), out=out, target=target, dtype=dtype, max_batch=16, page_size=16, force=True)
         shutil.rmtree(source)
-        if name in KEPT_HEADER:
-            strip_weights(out)
         print(f"{name}: compiled for {target} in {time.perf_counter() - start:.1f} s")
 
 
-def strip_weights(artifact: Path) -> None:
-    """Leave of an artifact's weight files only their headers."""
-    for path in (artifact / "weights").iterdir():
-        with path.open("rb") as file:
-            length = 8 + int.from_bytes(file.read(8), "little")
-            file.seek(0)
-            path.with_suffix(".header").write_bytes(file.read(length))
-        path.unlink()
+@contextmanager
+def headers_only() -> Iterator[None]:
+    """Within it, a compile writes ``.header`` files, each the start of a weights file, and no weights: see :func:`fill_weights`."""
+    from llmc import weights_file
+    from llmc.manifest import FileInfo
+
+    def write(path: Path, params: list[Any], _: Any) -> FileInfo:
+        head = weights_file._header(params)
+        path.with_suffix(".header").write_bytes(head)
+        entries = json.loads(head[8:]).values()
+        return FileInfo(len(head) + max(entry["data_offsets"][1] for entry in entries), "")
+
+    real = weights_file._write_file
+    weights_file._write_file = write
+    try:
+        yield
+    finally:
+        weights_file._write_file = real
 
 
 def write_model(folder: Path, config: dict[str, Any], zeros: bool) -> None:
@@ -106,33 +116,45 @@ def write_model(folder: Path, config: dict[str, Any], zeros: bool) -> None:
 
 
 def fill_weights(folder: Path) -> None:
-    """Random weights behind every kept header: norms about one, matrices small."""
+    """Random weights behind every kept header: norms about one, matrices small, codes of quantized matrices anything."""
     import torch
 
+    tensors = json.loads((folder / "manifest.json").read_text())["tensors"]
     for path in (folder / "weights").glob("*.header"):
         head = path.read_bytes()
-        entries = json.loads(head[8:])
         weights = path.with_suffix(".safetensors")
         if weights.exists():
             continue
         torch.manual_seed(0)
         with weights.open("wb") as file:
             file.write(head)
-            for entry in entries.values():
-                size = (entry["data_offsets"][1] - entry["data_offsets"][0]) // {"F32": 4, "BF16": 2, "F16": 2, "U8": 1}[
-                    entry["dtype"]
-                ]
-                if entry["dtype"] == "U8":
-                    file.write(bytes(size))
+            for name, entry in json.loads(head[8:]).items():
+                count = entry["data_offsets"][1] - entry["data_offsets"][0]
+                if name.startswith("__pad"):
+                    file.write(bytes(count))
                     continue
-                dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[entry["dtype"]]
-                if entry["dtype"] == "F32":  # rope's frequencies, the one tensor that is not free to choose
-                    values = THETA ** (-torch.arange(size, dtype=torch.float64) / size)
-                elif len(entry["shape"]) == 1:
-                    values = 1 + 0.1 * torch.randn(size, device="cuda")
-                else:
-                    values = 0.02 * torch.randn(size, device="cuda")
-                file.write(values.to(dtype).cpu().view(torch.uint8).numpy().tobytes())
+                values = _random(entry, count, tensors[name]["scheme"])
+                file.write(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+
+
+def _random(entry: dict[str, Any], nbytes: int, scheme: str) -> Any:
+    """A tensor of ``nbytes`` for a weight with this header entry, whose matrix is stored by ``scheme``."""
+    import torch
+
+    floats = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    dtype = floats.get(entry["dtype"])
+    if dtype is None:
+        codes = torch.randint(0, 256, (nbytes,), device="cuda", dtype=torch.uint8)
+        return codes & 0xF7 if scheme.startswith("fp8") else codes  # e4m3 without its NaN
+    count = nbytes // dtype.itemsize
+    if scheme not in ("float32", "bfloat16", "float16"):  # the scales of a quantized matrix, whose values come to about 0.02
+        largest = {"fp8": 448.0, "int8": 127.0}.get(scheme.split("_")[0], 8.0)
+        return (0.02 * 1.7 / largest * (0.8 + 0.4 * torch.rand(count, device="cuda"))).to(dtype)
+    if dtype == torch.float32:  # rope's frequencies, the one tensor that is not free to choose
+        return (THETA ** (-torch.arange(count, dtype=torch.float64) / count)).to(dtype)
+    if len(entry["shape"]) == 1:
+        return (1 + 0.1 * torch.randn(count, device="cuda")).to(dtype)
+    return (0.02 * torch.randn(count, device="cuda")).to(dtype)
 
 
 class TorchDecoder:

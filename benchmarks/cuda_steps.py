@@ -17,6 +17,7 @@ import json
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import numpy as np
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.cuda_smoke import KEPT_HEADER, MODELS, fill_weights, strip_weights, write_model
+from benchmarks.cuda_smoke import KEPT_HEADER, MODELS, fill_weights, headers_only, write_model
 
 PROMPT, TOKENS = 8, 96
 """Prompts short enough that all of them run in one step: the batch decodes together from the start."""
@@ -46,10 +47,9 @@ def prepare(folder: Path, target: str, names: list[str], max_batch: int) -> None
     for name in names:
         source, out = folder / f"{name}.model", folder / name
         write_model(source, MODELS[name], zeros=name in KEPT_HEADER)
-        compile_model(str(source), out=out, target=target, dtype="bfloat16", max_batch=max_batch, page_size=16, force=True)
+        with headers_only() if name in KEPT_HEADER else nullcontext():
+            compile_model(str(source), out=out, target=target, dtype="bfloat16", max_batch=max_batch, page_size=16, force=True)
         shutil.rmtree(source)
-        if name in KEPT_HEADER:
-            strip_weights(out)
         drop_runtime(out)
         print(f"{name}: compiled for {target}")
 

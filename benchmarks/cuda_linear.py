@@ -24,6 +24,7 @@ SHAPES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "o": (4096, 4096, {"residual": 1}),
     "qkv": (6144, 4096, {}),
     "gate_up": (28672, 4096, {}),
+    "gated": (28672, 4096, {"activation": "silu_gated"}),
     "down": (4096, 14336, {"residual": 1}),
 }
 """Label -> outputs, k, attributes."""
@@ -45,9 +46,12 @@ SPLIT = [
     }.items()
     for s in splits
 ]  # fmt: skip
+HOPPER = [{"tile": (128, columns), "cluster": cluster} for columns in (256, 192, 128) for cluster in (1, 2)]
 KINDS: dict[str, tuple[str, list[dict[str, Any]], tuple[int, ...]]] = {
     "gemv": ("gemv", GEMV, (1, 8, 16)),
-    "split": ("gemm_split", SPLIT, (16, 32, 64, 128, 256, 512)),
+    "split": ("gemm_split", SPLIT, (32, 64, 128, 256)),
+    "hopper": ("gemm_hopper", HOPPER, (256, 512, 1024, 2048)),
+    "linear": ("linear_hopper", [{}], (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)),
 }
 """Label -> family, configurations, rows. Rows beyond a GEMV's ``columns`` are left out."""
 
@@ -78,6 +82,8 @@ def build(folder: Path, only: list[str]) -> None:
             call = family._call(o, k, **attrs)
             default = {axis: values[0] for axis, values in family.space(call, target).items()}
             for config in configs:
+                if attrs.get("activation") == "silu_gated" and (config.get("split") == 8 or config.get("tile", (0, 0))[1] == 192):
+                    continue  # half of such a tile does not divide
                 name = f"kernel_{len(cases)}"
                 functions[name] = family.build(call, target, default | config).with_attr("global_symbol", name)
                 label = kind + " " + ",".join(f"{axis[0]}{_text(value)}" for axis, value in config.items())

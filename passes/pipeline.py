@@ -27,9 +27,10 @@ from llmc.manifest import FunctionInfo, KernelChoice, KvLayer
 from llmc.passes.fingerprint import graph_sha256
 from llmc.passes.fuse_append import fuse_append
 from llmc.passes.fuse_epilogue import fuse_bias, fuse_epilogue
+from llmc.passes.fuse_gated import fuse_gated
 from llmc.passes.fuse_norm import fuse_norm
 from llmc.passes.fuse_rope import fuse_rope
-from llmc.passes.lower_kernels import KernelLibrary, generated_choice, lower_kernels
+from llmc.passes.lower_kernels import KernelLibrary, generated_choice, kernel_call, lower_kernels
 from llmc.passes.memory import kernel_calls, lower_vm, plan_memory, storage_sizes
 from llmc.passes.merge_projections import merge_projections
 from llmc.passes.one_region import one_region
@@ -48,6 +49,7 @@ from llmc.passes.sink_permutes import sink_permutes
 from llmc.passes.verify_dialect import Verifier
 from llmc.passes.widen import widen
 from llmc.schedules.records import Records
+from llmc.schedules.registry import takes
 from llmc.targets.base import Target
 
 PHASES = ("decode", "extend")
@@ -116,6 +118,11 @@ class _State:
     functions_in_order: tuple[str, ...] = PHASES
     functions: list[FunctionInfo] = field(default_factory=list)
     kernels: list[KernelChoice] = field(default_factory=list)
+
+
+def _fuse_gated(s: _State) -> None:
+    families = targets.module_for(s.target).families(s.target)
+    fuse_gated(s.graphs[0], lambda layer, y: all(takes(kernel_call(layer, y, p), s.target, families) for p in PHASES))
 
 
 def _paged_attention(s: _State) -> None:
@@ -203,6 +210,7 @@ PASSES: list[tuple[str, Callable[[_State], None]]] = [
     ("simplify_slices", lambda s: simplify(s.graphs[0], s.params)),
     ("widen", lambda s: widen(s.graphs[0])),
     ("quantize", lambda s: quantize_weights(s.graphs[0], s.params, s.plan, s.target)),
+    ("fuse_gated", _fuse_gated),
     ("paged_attention", _paged_attention),
     ("phases", _phases),
     ("fuse_append", _fuse_append),

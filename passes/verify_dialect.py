@@ -16,7 +16,7 @@ import tvm_ffi
 from tvm import relax
 
 from llmc.dialect.core import PREFIX, attrs_of
-from llmc.dialect.linear import ACTIVATIONS
+from llmc.dialect.linear import ACTIVATIONS, GATED, is_gated
 from llmc.dialect.quantized import ACTIVATION_DTYPES
 from llmc.errors import InternalError
 from llmc.importer.params import ParamTable
@@ -40,7 +40,8 @@ def _linear(s: Shapes, a: dict[str, Any]) -> str:
         (same_dim(s[0][-1], s[1][1]), f"x has {s[0][-1]} columns and the weight {s[1][1]}"),
         (not a["bias"] or same_shape(s[2], s[1][:1]), "the bias is not one value per output"),
         (not a["residual"] or same_shape(s[-2], s[-1]), "the residual does not have the shape of the result"),
-        (a["activation"] in ACTIVATIONS, f"unknown activation {a['activation']}"),
+        (a["activation"].removesuffix(GATED) in ACTIVATIONS, f"unknown activation {a['activation']}"),
+        (not is_gated(a["activation"]) or s[1][0] == 2 * s[-1][1], f"{s[1][0]} gated outputs for {s[-1][1]} results"),
     )
 
 

@@ -17,6 +17,11 @@ def signature(call: KernelCall) -> str:
     return f"({', '.join(_tensor(a) for a in call.args)}) {attrs}".rstrip()
 
 
+def takes(call: KernelCall, target: Target, families: Sequence[Any]) -> bool:
+    """Whether :func:`choose` finds a family for ``call``."""
+    return any(call.op == family.OP and family.matches(call, target) is not None for family in families)
+
+
 def choose(call: KernelCall, target: Target, families: Sequence[Any]) -> tuple[Any, str]:
     """The family for ``call`` and why it was taken. Raises UnsupportedError naming the op and the shapes if there is none."""
     candidates = [family for family in families if call.op == family.OP]

@@ -9,9 +9,9 @@ from llmc.schedules.cuda import (
     append,
     attend_simple,
     decode_attention,
-    gemm_hopper,
     gemv,
     layout_mma,
+    linear_hopper,
     linear_simple,
     moe,
     prefill_attention,
@@ -27,8 +27,8 @@ from llmc.schedules.cuda import (
 from llmc.schedules.cuda.norm import layer_norm, rms_norm
 
 FAMILIES = (
-    gemv, gemm_hopper, linear_simple, quantized_gemv, quantized_simple, quantized_take, decode_attention, prefill_attention, attend_simple,
-    append, moe, rms_norm, layer_norm, rope, rope_append, topk,
+    linear_hopper, gemv, linear_simple, quantized_gemv, quantized_simple, quantized_take,
+    decode_attention, prefill_attention, attend_simple, append, moe, rms_norm, layer_norm, rope, rope_append, topk,
     sample_stats, sample, advance,
 )  # fmt: skip
 """In order of preference; the first that matches takes a call."""

@@ -36,6 +36,9 @@ PRODUCER_REGISTERS = {1: 56, 2: 40}
 CONSUMER_REGISTERS = {1: 240, 2: 232}
 """By the number of consumer warpgroups. Together they stay below the 64 K registers of a multiprocessor."""
 
+NARROW_COST = 32
+"""What a result tile costs beside its columns, in columns: rows of x to copy, and the pipeline to fill and to empty."""
+
 ROW_BYTES = 16
 """Rows of x, weight and result are multiples of this: a tensor map's strides must be."""
 
@@ -88,10 +91,27 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 
     ``dependent_launch``: start while the kernel before this one drains.
     """
-    o = int(call.args[1].shape[0])
-    wide = [(128, 256), (128, 128), (64, 256), (64, 128)]
-    tiles = wide if o >= 256 else [(128, 128), (64, 128)]
+    tiles = [*dict.fromkeys(tile for tile, _ in candidates(call, None)), (64, 256), (64, 128)]
     return {"tile": tiles, "cluster": [1, 2], "blocks": [MULTIPROCESSORS], "dependent_launch": [True, False]}
+
+
+def candidates(call: KernelCall, rows: int | None) -> list[tuple[tuple[int, int], int]]:
+    """Pairs of ``tile`` and ``cluster`` for about ``rows`` rows (None: many), the default first.
+
+    Of two tile widths the one that leaves fewer multiprocessors idle in the last round is better, and of equal ones the wider.
+    """
+    o = int(call.args[1].shape[0])
+    widths = [w for w in ((256, 128) if linear_call.activation(call)[1] else (256, 192, 128)) if w <= max(o, 128)]
+
+    def rounds(width: int) -> int:
+        tiles = -(-(rows or 0) // 128) * -(-o // width)
+        return -(-tiles // MULTIPROCESSORS) * (width + NARROW_COST)
+
+    if rows is not None:
+        widths.sort(key=rounds)
+    pairs = [((128, width), cluster) for width in widths for cluster in (1, 2)]
+    # Two row tiles that share a narrow weight tile's way from the L2 cache are faster, and slower with a wide one.
+    return sorted(pairs, key=lambda p: p != ((128, widths[0]), 2 if widths[0] == 128 and o >= 256 else 1))
 
 
 def stages(rows: int, columns: int) -> int:

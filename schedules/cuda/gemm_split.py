@@ -32,6 +32,12 @@ VECTOR = 4
 SHARED = {1: 224 << 10, 2: 110 << 10}
 """Bytes of shared memory for the pipeline, by the blocks of a multiprocessor (227 KB, 1 KB of it reserved for each)."""
 
+TILES = [(64, 128, 1), (64, 128, 2), (64, 64, 2), (64, 256, 1), (128, 128, 1), (128, 256, 1), (128, 64, 2)]
+LEAST_STEPS = 4
+"""Steps of k that are worth a block of their own."""
+
+MULTIPROCESSORS = gemm_hopper.MULTIPROCESSORS
+
 _call = linear_call.sample
 
 SHAPES: dict[str, KernelCall] = {
@@ -60,9 +66,45 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 
     ``split``: blocks that share a tile; ``dependent_launch``: start early.
     """
-    tiles = [(64, 128, 2), (64, 64, 2), (64, 256, 1), (128, 64, 2), (128, 128, 1), (128, 256, 1), (64, 128, 1)]
+    tile, split = default(call, 64)
+    return {
+        "tile": [tile, *(t for t in TILES if t != tile)],
+        "split": [split, *(s for s in _splits(call) if s != split)],
+        "dependent_launch": [True, False],
+    }
+
+
+def default(call: KernelCall, rows: int) -> tuple[tuple[int, int, int], int]:
+    """``tile`` and ``split`` for up to ``rows`` rows, as measured on an H200 at the shapes of an 8B model.
+
+    Up to 128 rows the weights' way from memory is the limit, and blocks of the next kernel that start on free multiprocessors
+    hide more than more blocks of this one; from there on the multiplication is.
+    """
+    width = int(call.args[1].shape[0])
+
+    def count(tile: tuple[int, int, int]) -> int:
+        return -(-rows // tile[0]) * -(-width // tile[1])
+
+    tile = (64, 128, 1) if rows <= 64 else (128, 256, 1)
+    if rows > 64 and count(tile) < MULTIPROCESSORS:
+        tile = (128, 128, 1)
+    most = MULTIPROCESSORS if rows > 128 else MULTIPROCESSORS * 3 // 4
+    fitting = [s for s in _splits(call) if s * count(tile) <= most and s * LEAST_STEPS <= _k_steps(call)]
+    return tile, max(fitting, default=1)
+
+
+def candidates(call: KernelCall, rows: int) -> list[tuple[tuple[int, int, int], int]]:
+    """Pairs of ``tile`` and ``split`` for up to ``rows`` rows, the default first."""
+    first = default(call, rows)
+    high = (64,) if rows <= 64 else (64, 128)
+    others = [(t, s) for t in TILES if t[0] in high for s in _splits(call)]
+    return [first, *(pair for pair in others if pair != first)]
+
+
+def _splits(call: KernelCall) -> list[int]:
+    """What leaves every block a share of the narrowest tile's sums, and a step of k."""
     most = min(_k_steps(call), 4 if linear_call.activation(call)[1] else 8)
-    return {"tile": tiles, "split": [s for s in (4, 2, 1, 8) if s <= most], "dependent_launch": [True, False]}
+    return [s for s in (1, 2, 4, 8) if s <= most]
 
 
 def _k_steps(call: KernelCall) -> int:

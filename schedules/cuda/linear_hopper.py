@@ -1,0 +1,112 @@
+"""``llmc.linear`` in 16-bit types on sm_90a for every number of rows: one function that picks a kernel by n when it is called.
+
+=============  =========================  =========================================================================
+rows           kernel                     why
+=============  =========================  =========================================================================
+1-8, 9-16      ``gemv``                   mma with the weights as the wide operand; k split over warps
+17-64, 65-256  ``gemm_split``             wgmma over tiles of one or two 64 rows; k split over a cluster
+more           ``gemm_hopper``            wgmma, persistent over tiles
+=============  =========================  =========================================================================
+
+The choice is host code: a CUDA graph records the one kernel that its size asks for. The phases share it, since a prefill's last
+rows and a batch's decode step are alike. Results of one row differ between the kernels by the order of float32 additions.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
+
+# isort: split
+from tvm import tirx
+from tvm_ffi.structural import structural_map
+
+from llmc.schedules.cuda import gemm_hopper, gemm_split, gemv, linear_call
+from llmc.schedules.protocol import KernelCall
+from llmc.targets.base import Target
+
+NAME = "cuda.linear_hopper"
+OP = "llmc.linear"
+KERNELS = {"gemv": gemv, "gemm_split": gemm_split, "gemm_hopper": gemm_hopper}
+BUCKETS = {"1-8": 8, "9-16": 16, "17-64": 64, "65-128": 128, "129-256": 256, "257-512": 512, "513-": None}
+"""An axis of the configuration -> the most rows that its kernel runs for."""
+
+MOST_SPLIT_ROWS = 256
+
+SHAPES: dict[str, KernelCall] = {
+    "o_4096x4096": linear_call.sample(4096, 4096, residual=1),
+    "gate_up_28672x4096": linear_call.sample(28672, 4096, activation="silu_gated"),
+    "edges_136x328": linear_call.sample(136, 328, bias=1, residual=1),
+    "gated_144x264_f16": linear_call.sample(144, 264, "float16", activation="silu_gated", phase="decode"),
+    "small_64x64": linear_call.sample(64, 64, phase="decode"),
+}
+
+
+def matches(call: KernelCall, target: Target) -> str | None:
+    if gemm_hopper.mismatch(call, target) or gemv.mismatch(call, target):
+        return None
+    return (
+        f"{call.args[0].dtype} tensor cores, float32 sums; the kernel by the number of rows: gemv, split-K wgmma, persistent wgmma"
+    )
+
+
+def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
+    """For each of :data:`BUCKETS` its kernel and that kernel's configuration; ``dependent_launch``: start early."""
+    return {**{rows: candidates(call, rows) for rows in BUCKETS}, "dependent_launch": [True, False]}
+
+
+def candidates(call: KernelCall, rows: str) -> list[dict[str, Any]]:
+    """Configurations for a bucket, the default first."""
+    if rows in ("1-8", "9-16"):
+        columns = BUCKETS[rows]
+        assert columns is not None
+        axes = dict.fromkeys([gemv.default_split(call, columns), (8, 8), (8, 4), (4, 4), (16, 2), (4, 8), (16, 1)])
+        fixed = {"tiles": 1, "columns": columns, "min_blocks": 0}
+        return [{"kernel": "gemv", "warps": warps, "depth": depth, **fixed} for warps, depth in axes]
+    most = BUCKETS[rows]
+    if most is None or most > MOST_SPLIT_ROWS:
+        pairs = gemm_hopper.candidates(call, most)
+        fixed = {"blocks": gemm_hopper.MULTIPROCESSORS}
+        return [{"kernel": "gemm_hopper", "tile": list(tile), "cluster": cluster, **fixed} for tile, cluster in pairs]
+    return [{"kernel": "gemm_split", "tile": list(tile), "split": split} for tile, split in gemm_split.candidates(call, most)]
+
+
+def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
+    o, k = (int(d) for d in call.args[1].shape)
+    kernels: list[tuple[dict[str, Any], int | None]] = []
+    for rows, most in BUCKETS.items():
+        chosen = {**config[rows], "dependent_launch": config["dependent_launch"]}
+        if kernels and kernels[-1][0] == chosen:
+            kernels.pop()  # the same for more rows
+        kernels.append((chosen, most))
+    functions = [KERNELS[chosen["kernel"]].build(call, target, chosen) for chosen, _ in kernels]
+    limits = [most for _, most in kernels]
+    return _by_rows(functions, limits).with_attr("global_symbol", f"linear_{o}x{k}")
+
+
+def _by_rows(functions: list[Any], limits: list[int | None]) -> Any:
+    """One function with the parameters of the first: the body of the first whose limit is not below n, the last has none."""
+    first = functions[0]
+    n = first.params[0].ty.shape[0]
+    bodies = [first.body, *(_renamed(f, first) for f in functions[1:])]
+    choices = list(zip(bodies[:-1], limits[:-1], strict=True))
+    body = reduce(lambda rest, choice: tirx.IfThenElse(n <= choice[1], choice[0], rest), reversed(choices), bodies[-1])
+    return tirx.PrimFunc(first.params, body, first.ret_type, first.attrs)
+
+
+def _renamed(function: Any, like: Any) -> Any:
+    """The body of ``function`` over the parameters, and the symbols in their shapes, of ``like``."""
+    new: list[tuple[Any, Any]] = []
+    for mine, theirs in zip(function.params, like.params, strict=True):
+        shapes = zip(mine.ty.shape, theirs.ty.shape, strict=True)
+        new += [(mine, theirs), *((a, b) for a, b in shapes if isinstance(a, tirx.Var))]
+
+    def replace(var: Any) -> Any:
+        return next((b for a, b in new if a.same_as(var)), var)
+
+    return structural_map(function.body, [(tirx.Var, replace)], order="pre")
+
+
+reference, roofline = linear_call.reference, linear_call.roofline

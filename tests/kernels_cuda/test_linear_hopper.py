@@ -1,0 +1,75 @@
+"""``schedules/cuda/linear_hopper.py`` on the CUDA emulator: the right kernel for every number of rows."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmc.schedules.cuda import gemm_split
+from llmc.schedules.cuda import linear_hopper as family
+from llmc.targets import cuda
+from tests.kernels.harness import error, random_arrays
+from tests.kernels_cuda.emulated import TOLERANCE, call
+from tests.support.cuda_emulator import source
+
+TARGET = cuda.parse("cuda:sm_90a")
+FEW_BLOCKS = {"kernel": "gemm_hopper", "tile": [128, 128], "cluster": 1, "blocks": 2}
+
+
+def configuration(name: str, **changed: Any) -> dict[str, Any]:
+    return {axis: values[0] for axis, values in family.space(family.SHAPES[name], TARGET).items()} | changed
+
+
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [("edges_136x328", 8), ("edges_136x328", 16), ("edges_136x328", 17), ("edges_136x328", 520), ("gated_144x264_f16", 3),
+     ("gated_144x264_f16", 70), ("gated_144x264_f16", 514), ("small_64x64", 9), ("small_64x64", 65)],
+)  # fmt: skip
+def test_every_number_of_rows(name: str, n: int) -> None:
+    case = family.SHAPES[name]
+    assert family.matches(case, TARGET)
+    arrays = random_arrays(case, {"n": n}, seed=n)
+    result = call(family, case, TARGET, arrays, {"n": n}, {"513-": FEW_BLOCKS})
+    assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+
+
+def test_a_kernel_for_each_bucket_and_none_twice() -> None:
+    config = configuration("small_64x64")
+    text = source(family.build(family.SHAPES["small_64x64"], TARGET, config), TARGET)
+    different = len({str(config[rows]) for rows in family.BUCKETS})
+    assert len(set(re.findall(r"__global__ void (?:__\w+__\([^)]*\) )*(\w+)\(", text))) == different
+    assert different >= 4
+
+
+def test_the_choice_follows_the_configuration() -> None:
+    """With a kernel in place of another, rows in its bucket are its own to the last bit."""
+    case = family.SHAPES["edges_136x328"]
+    arrays = random_arrays(case, {"n": 5}, seed=3)
+    chosen = family.candidates(case, "17-64")[0]
+    split = {axis: value for axis, value in chosen.items() if axis != "kernel"}
+    ours = call(family, case, TARGET, arrays, {"n": 5}, {"1-8": chosen})
+    assert np.array_equal(ours.view(np.uint16), call(gemm_split, case, TARGET, arrays, {"n": 5}, split).view(np.uint16))
+
+
+@pytest.mark.parametrize(("o", "k"), [(64, 64), (4096, 4096), (28672, 4096), (128256, 2048), (16, 8)])
+@pytest.mark.parametrize("activation", ["none", "silu_gated"])
+def test_every_candidate_is_one_that_its_kernel_can_be_built_with(o: int, k: int, activation: str) -> None:
+    case = gemm_split._call(o, k, activation=activation)
+    for rows in family.BUCKETS:
+        found = family.candidates(case, rows)
+        assert found
+        for config in found:
+            if config["kernel"] == "gemm_split":
+                share = config["tile"][1] // 2 // (2 if activation != "none" else 1) // config["split"]
+                assert share % gemm_split.VECTOR == 0
+                assert config["split"] <= -(-k // gemm_split.K_STEP)
+
+
+def test_what_it_does_not_take() -> None:
+    assert family.matches(gemm_split._call(20, 64), TARGET) is None
+    assert family.matches(gemm_split._call(64, 20), TARGET) is None
+    assert family.matches(gemm_split._call(64, 64, "float32"), TARGET) is None
+    assert family.matches(family.SHAPES["small_64x64"], cuda.parse("cuda:sm_90")) is None

@@ -28,9 +28,7 @@ class Machine:
 
     def __init__(self, built: graphs.Built, lowered: Lowered, kv_dtype: str) -> None:
         module = targets.module_for(TARGET)
-        tvm_target = module.tvm_target(TARGET)
-        with tvm_target:
-            executable = relax.build(lowered.mod, tvm_target, relax_pipeline=None)
+        executable = module.build(lowered.mod, TARGET)
         self.vm = relax.VirtualMachine(executable, tvm.cpu())
         self.vocab = built.config.vocab
         shapes = page_shapes(lowered.kv_layers, 12, OPTIONS.page_size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from llmc import manifest
 from llmc.errors import RequestError
 from llmc.manifest import KvLayer, Manifest, TensorInfo
 from llmc.runtime.footprint import footprint
+from llmc.passes.quantize.report import Row, table
 from llmc.units import format_bytes, format_count, format_parameters
 
 
@@ -66,6 +68,7 @@ def describe(folder: Path, memory: int | None = None) -> dict[str, Any]:
         "kv": {**asdict(info.kv), "bytes_per_token": info.kv.bytes_per_token},
         "limits": asdict(info.limits),
         "tensors": {"count": len(info.tensors), "schemes": dict(schemes)},
+        "weights": [asdict(row) for row in _weights(folder)],
         "tokenizer": None if info.tokenizer is None else asdict(info.tokenizer),
         "variants": [asdict(v) for v in info.variants],
         "memory": asdict(plan_memory(info, memory)),
@@ -109,6 +112,8 @@ def render(folder: Path, memory: int | None = None) -> str:
     if plan.max_context is not None and memory is not None:
         whole = " (all of it)" if plan.max_context == plan.context else ""
         lines.append(_row(f"in {format_bytes(memory)}", f"a context of {plan.max_context} positions{whole}"))
+    if stored := _weights(folder):
+        lines += ["", *(f"  {line}" for line in table(stored))]
     for variant in info.variants:
         needs = f"needs {' '.join(variant.features)}" if variant.features else "needs no special CPU feature"
         lines += ["", f"variant {variant.name}: {variant.target} ({variant.triple}, {variant.mcpu}); {needs}"]
@@ -117,6 +122,15 @@ def render(folder: Path, memory: int | None = None) -> str:
             chosen = [k for k in variant.kernels if k.function == function.name]
             lines += [f"    {k.count:>4} × {k.kernel}  {k.op}{k.shape}  [{k.family}: {k.why}]" for k in chosen]
     return "\n".join(lines)
+
+
+def _weights(folder: Path) -> list[Row]:
+    """How the weights are stored, from the artifact's report; empty if it has none."""
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        return [Row(**row) for row in report["weights"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _storage(tensor: TensorInfo) -> str:

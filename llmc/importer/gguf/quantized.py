@@ -1,7 +1,7 @@
 """GGUF blocks as quantized matrices: codes, scales and minima out of the stored bytes, bit for bit.
 
-The layouts are those of :mod:`.blocks` and :mod:`.k_blocks`; nothing here is rounded, and dequantizing gives the same float32 values.
-Blocks of 256 keep their two levels of scales: integers of 4 to 8 bits over a float16 of the block.
+The layouts are those of :mod:`.blocks` and :mod:`.k_blocks`; nothing here is rounded, and dequantizing gives the same float32
+values. Blocks of 256 keep their two levels of scales: integers of 4 to 8 bits over a float16 of the block.
 """
 
 from __future__ import annotations

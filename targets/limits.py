@@ -9,11 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 _KB = 1 << 10
+# TVM's code generator reserves registers for blocks of 256 threads where no GPU can be asked; larger ones would not start.
+_AMD_THREADS = 256
 _CDNA = {
-    "warp_size": 64, "max_threads": 1024, "shared_memory": 64 * _KB, "registers": 131072, "vector_registers": 256,
+    "warp_size": 64, "max_threads": _AMD_THREADS, "shared_memory": 64 * _KB, "registers": 131072, "vector_registers": 256,
     "matrix": "mfma_16x16x16",
 }  # fmt: skip
-_RDNA = {"warp_size": 32, "max_threads": 1024, "shared_memory": 64 * _KB, "registers": 98304, "vector_registers": 256}
+_RDNA = {"warp_size": 32, "max_threads": _AMD_THREADS, "shared_memory": 64 * _KB, "registers": 98304, "vector_registers": 256}
 _APPLE = {
     "warp_size": 32, "max_threads": 1024, "shared_memory": 32 * _KB, "registers": 53248, "vector_registers": 128, "max_lanes": 4,
     "matrix": "simdgroup_8x8x8",

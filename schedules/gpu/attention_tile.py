@@ -21,7 +21,6 @@ from llmc.schedules.gpu.emit import (
     Team,
     bind,
     common_lanes,
-    each,
     f32,
     held_as,
     i64,
@@ -29,6 +28,7 @@ from llmc.schedules.gpu.emit import (
     raw,
     read,
     registers,
+    share,
     shared,
     store,
     sync,
@@ -138,14 +138,14 @@ class Tile:
         lanes = common_lanes(self.target, [self.call.args[0].dtype], self.d, self.query_pitch)
         per_row = self.d // lanes
 
-        def copy(item: Expr, _: int) -> None:
+        def copy(item: Expr) -> None:
             r, at = bind(tirx.floordiv(item, per_row)), bind(tirx.floormod(item, per_row) * lanes)
             pair = bind(tirx.max(tirx.min(first_pair + r, pairs - 1), 0))
             head = kv_head * self.group + tirx.floormod(pair, self.group)
             for i, value in enumerate(load(self.buffers["q"], token(pair), head, at, lanes=lanes)):
                 store(self.q, value, r * self.query_pitch + at + i)
 
-        each(self.thread, self.shape.threads, self.shape.rows * per_row, copy)
+        share(self.thread, self.shape.threads, self.shape.rows * per_row, copy)
 
     def attend(self, sequence: Expr, kv_head: Expr, low: Expr, high: Expr, positions: list[tuple[Expr, Expr]]) -> None:
         """Go over positions low ≤ p ≤ high; the i-th row of a thread sees those of ``positions[i]``, first and last."""
@@ -184,14 +184,14 @@ class Tile:
         )
         per_row = size // lanes
 
-        def copy(item: Expr, _: int) -> None:
+        def copy(item: Expr) -> None:
             line, at = bind(tirx.floordiv(item, per_row)), bind(tirx.floormod(item, per_row) * lanes)
             position = bind(tirx.max(low, tirx.min(start + line, high)))
             page = bind(i64(table[sequence, tirx.floordiv(position, self.page_size)]))
             slot = bind(tirx.floormod(position, self.page_size))
             store(self.kv, raw(pages, page, kv_head, place(slot) + at, lanes=lanes), line * pitch + at, lanes=lanes)
 
-        each(self.thread, self.shape.threads, self.shape.keys * per_row, copy)
+        share(self.thread, self.shape.threads, self.shape.keys * per_row, copy)
 
     def _scores(self) -> list[Expr]:
         """The products of this thread's position with each of its rows."""

@@ -24,7 +24,8 @@ from llmc.targets.base import GpuTarget, Target
 
 __all__ = [
     "STORAGE", "WIDTH", "Symbols", "Team", "arguments", "bind", "ceildiv", "common_lanes", "each", "f32", "flat", "function",
-    "held_as", "i64", "launch", "load", "raw", "read", "registers", "shared", "storable", "store", "store_all", "sync", "when",
+    "held_as", "i64", "launch", "load", "raw", "read", "registers", "share", "shared", "storable", "store", "store_all", "sync",
+    "when",
 ]  # fmt: skip
 
 Expr = Any
@@ -149,6 +150,17 @@ def each(thread: Expr, threads: int, count: int, body: Callable[[Expr, int], Non
             body(item, step)
         else:
             when(item < count, lambda item=item, step=step: body(item, step))  # type: ignore[misc]
+
+
+def share(thread: Expr, threads: int, count: int, body: Callable[[Expr], None], at_once: int = 4) -> None:
+    """Share ``count`` items out to ``threads`` threads in a loop, ``at_once`` of them unrolled."""
+    rounds = count // (threads * at_once)
+    if rounds > 1:
+        with T.serial(0, rounds) as i:
+            for step in range(at_once):
+                body(bind((i64(i) * at_once + step) * threads + i64(thread)))
+    done = rounds * at_once * threads if rounds > 1 else 0
+    each(thread, threads, count - done, lambda item, _: body(bind(item + done)))
 
 
 class Team:

@@ -68,6 +68,7 @@ def build(folder: Path, only: list[str]) -> None:
 
     import tvm
 
+    from llmc.schedules.cuda import linear_call
     from llmc.targets import cuda, cuda_tools
     from llmc.targets.link import linker
 
@@ -79,7 +80,7 @@ def build(folder: Path, only: list[str]) -> None:
             continue
         family = importlib.import_module(f"llmc.schedules.cuda.{module_name}")
         for shape, (o, k, attrs) in SHAPES.items():
-            call = family._call(o, k, **attrs)
+            call = linear_call.sample(o, k, **attrs)
             default = {axis: values[0] for axis, values in family.space(call, target).items()}
             for config in configs:
                 if attrs.get("activation") == "silu_gated" and (config.get("split") == 8 or config.get("tile", (0, 0))[1] == 192):

@@ -133,8 +133,9 @@ class Runs:
         assert last.finish_reason == "length"
         device = self.timer.seconds()
         self.executor.timer = None
-        ahead = self.depth if on_device else 0  # steps that were in flight when the clock started are not counted
-        return wall / (TOKENS - 8), device / (TOKENS - 8 - ahead)
+        ahead = self.depth - 1 if on_device else 0  # these were in flight when the clocks started: the device's does not count them
+        steps = TOKENS - 8 - ahead
+        return wall / steps, device / steps
 
     def choice_time(self, batch: int, **options: Any) -> float:
         """Seconds of the device for choosing the tokens of a step."""
@@ -156,6 +157,10 @@ def run(folder: Path, batches: list[int]) -> int:
             for way, options in WAYS.items():
                 host, device = (runs.tokens(batch, on_device, **options) for on_device in (False, True))
                 same = sum(a == b for a, b in zip(host, device, strict=True))
+                again = sum(a == b for a, b in zip(host, runs.tokens(batch, False, **options), strict=True))
+                if same < batch:
+                    where = [int(np.argmax(np.array(a) != b)) for a, b in zip(host, device, strict=True)]
+                    print(f"{artifact.name}, batch {batch}, {way}: first difference of each row: {where}")
                 wrong += way == "greedy" and same < batch
                 if way == "greedy" or batch == max(batches):
                     hosted = runs.step_times(batch, False, **options)[0]
@@ -164,13 +169,15 @@ def run(folder: Path, batches: list[int]) -> int:
                 else:
                     timed = " | | | | "
                 choice = runs.choice_time(batch, **options) * 1e6
-                line = f"| {artifact.name} | {batch} | {way} | {same}/{batch} | {timed} | {choice:.1f} | {runs.load_seconds:.2f} |"
+                line = f"| {artifact.name} | {batch} | {way} | {same}/{batch} | {again}/{batch} | {timed} | {choice:.1f} | {runs.load_seconds:.2f} |"
                 print(line, flush=True)  # something is known even if what follows fails
                 lines.append(line)
         memory.append(f"{artifact.name}: {runs.planned / 1e6:.0f} MB planned, {runs.used() / 1e6:.0f} MB taken")
         runs.executor.close()
-    print("| model | batch | sampling | same | host ms/step | wall ms/step | device ms/step | gap | tok/s | choice us | load s |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| model | batch | sampling | same | host again | host ms/step | wall ms/step | device ms/step | gap | tok/s | choice us | load s |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     print("\n".join([*lines, "", *memory]))
     return int(wrong > 0)
 

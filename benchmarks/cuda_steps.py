@@ -169,14 +169,13 @@ def run(folder: Path, batches: list[int]) -> int:
                 else:
                     timed = " | | | | "
                 choice = runs.choice_time(batch, **options) * 1e6
-                line = f"| {artifact.name} | {batch} | {way} | {same}/{batch} | {again}/{batch} | {timed} | {choice:.1f} | {runs.load_seconds:.2f} |"
+                tokens = f"{same}/{batch} | {again}/{batch}"
+                line = f"| {artifact.name} | {batch} | {way} | {tokens} | {timed} | {choice:.1f} | {runs.load_seconds:.2f} |"
                 print(line, flush=True)  # something is known even if what follows fails
                 lines.append(line)
         memory.append(f"{artifact.name}: {runs.planned / 1e6:.0f} MB planned, {runs.used() / 1e6:.0f} MB taken")
         runs.executor.close()
-    print(
-        "| model | batch | sampling | same | host again | host ms/step | wall ms/step | device ms/step | gap | tok/s | choice us | load s |"
-    )
+    print("| model | batch | sampling | same | host again | host ms | wall ms | device ms | gap | tok/s | choice us | load s |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     print("\n".join([*lines, "", *memory]))
     return int(wrong > 0)

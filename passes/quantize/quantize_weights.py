@@ -13,6 +13,7 @@ takes (the same values in more bytes).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tvm import relax
 from tvm.relax import TensorType
@@ -35,7 +36,7 @@ class _Weight:
     """A matrix that was replaced: its parts, and the attributes that say what they are."""
 
     parts: list[relax.Var]
-    attrs: dict[str, str | int]
+    attrs: dict[str, Any]
 
 
 def quantize_weights(graph: Graph, params: ParamTable, plan: Plan, target: Target) -> None:

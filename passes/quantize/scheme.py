@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -143,24 +143,20 @@ class QuantizedTensor:
 
     def take(self, rows: np.ndarray) -> QuantizedTensor:
         """The matrix of ``rows`` (indices or a slice): rows are quantized independently, so they may move."""
-        return self._each(lambda a: a[rows])
+        kept = {name: None if a is None else a[rows] for name, a in self._arrays().items()}
+        return QuantizedTensor(self.scheme, **kept)
 
-    def _each(self, function: Any) -> QuantizedTensor:
-        names = ("codes", "scales", "zeros", "minima", "super_scales", "super_minima")
-        arrays = {n: getattr(self, n) for n in names}
-        return replace(self, **{n: None if a is None else function(a) for n, a in arrays.items()})
+    def _arrays(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "scheme"}
 
 
 def concatenated(parts: list[QuantizedTensor]) -> QuantizedTensor:
     """Matrices of one scheme and width, one below the other."""
-    first = parts[0]
-
-    def joined(name: str) -> Any:
-        arrays = [getattr(p, name) for p in parts]
-        return None if arrays[0] is None else np.concatenate(arrays)
-
-    names = ("codes", "scales", "zeros", "minima", "super_scales", "super_minima")
-    return first if len(parts) == 1 else QuantizedTensor(first.scheme, **{n: joined(n) for n in names})
+    if len(parts) == 1:
+        return parts[0]
+    columns = [p._arrays() for p in parts]
+    joined = {n: None if a is None else np.concatenate([c[n] for c in columns]) for n, a in columns[0].items()}
+    return QuantizedTensor(parts[0].scheme, **joined)
 
 
 def floats(stored: np.ndarray, dtype: str) -> np.ndarray:

@@ -49,8 +49,11 @@ def test_rounding_again_changes_next_to_nothing(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "limit"),
-    [("int4_g32", 0.083), ("int4_g64", 0.092), ("int4_g128", 0.099), ("int4z_g32", 0.075), ("int4p_g32", 0.085),
-     ("int3_g32", 0.167), ("int8", 0.0075), ("int8_g32", 0.0056), ("fp8_e4m3", 0.027), ("fp8_e4m3_b128", 0.027), ("mxfp4", 0.113), ("nf4", 0.087)],
+    [
+        ("int4_g32", 0.083), ("int4_g64", 0.092), ("int4_g128", 0.099), ("int4z_g32", 0.075), ("int4p_g32", 0.085),
+        ("int3_g32", 0.167), ("int8", 0.0075), ("int8_g32", 0.0056), ("fp8_e4m3", 0.027), ("fp8_e4m3_b128", 0.027),
+        ("mxfp4", 0.113), ("nf4", 0.087),
+    ],
 )  # fmt: skip
 def test_error_of_normal_weights(name: str, limit: float) -> None:
     """Relative errors on normal weights; without the search int4_g32 has 0.091 and int3_g32 0.20."""

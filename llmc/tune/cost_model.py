@@ -32,10 +32,14 @@ GRADES = 31
 """Grades of speed within a group: ranking wants integers. The best is the highest."""
 
 
-def features(config: Config, call: KernelCall) -> list[float]:
-    """The numbers a tree may split on; as many for every configuration and call of a family."""
+def features(config: Config, call: KernelCall, space: dict[str, list[Any]]) -> list[float]:
+    """The numbers a tree may split on; as many for every configuration and call of a family.
+
+    A value that is a name counts as its place in its axis.
+    """
     axes: list[float] = []
-    for value in config.values():
+    for axis, values in space.items():
+        value = values.index(config[axis]) if isinstance(config[axis], str) else config[axis]
         parts = value if isinstance(value, tuple | list) else (value,)
         axes += [math.log2(1 + abs(float(p))) for p in parts]
         if len(parts) > 1:
@@ -67,7 +71,7 @@ class CostModel:
             total = {text: float(np.mean(np.log(times[text]))) for text in known}
             best = min((t for t in total.values() if t < math.inf), default=0.0)
             for text, config in known.items():
-                rows.append(features(config, call))
+                rows.append(features(config, call, space))
                 grades.append(round((GRADES - 1) * math.exp(2 * (best - total[text]))) if total[text] < math.inf else 0)
                 ids.append(number)
         if len(rows) < LEAST or len(set(grades)) < 2:
@@ -82,5 +86,6 @@ class CostModel:
 
     def score(self, configs: Sequence[Config], call: KernelCall) -> list[float]:
         """Higher is faster."""
-        data = self._xgb.DMatrix(np.array([features(c, call) for c in configs], np.float32))
+        space = self._space_of(call)
+        data = self._xgb.DMatrix(np.array([features(c, call, space) for c in configs], np.float32))
         return [float(v) for v in self._booster.predict(data)]

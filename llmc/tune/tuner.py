@@ -106,8 +106,8 @@ class Budget:
 class Tuner:
     """Tunes ``tasks`` and adds what it measures to ``out`` and to ``known``.
 
-    ``resume``: configurations that ``known`` has from this device count as tried. ``show(states, what)``: called after every change;
-    ``worker``: makes the process that a task's candidates run in.
+    ``resume``: configurations that ``known`` has from this device count as tried. ``show(states, what)``: called after every
+    change; ``worker``: makes the process that a task's candidates run in.
     """
 
     def __init__(

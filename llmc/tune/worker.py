@@ -27,7 +27,7 @@ class Worker:
     def __init__(
         self, setup: dict[str, Any], *, build_seconds: float = 60.0, time_seconds: float = 20.0, module: str = "llmc.tune.worker"
     ) -> None:
-        """``setup``: the first message (see the module). ``module``: what to run. Raises the LlmcError that setting up raised there."""
+        """``setup``: the first message (see the module). ``module``: what to run. Raises the LlmcError of setting up."""
         self._setup, self._limits, self._module = setup, (build_seconds, time_seconds), module
         self._process: subprocess.Popen[str] | None = None
         self._built: dict[str, int] = {}

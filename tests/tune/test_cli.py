@@ -1,4 +1,4 @@
-"""``llmc tune`` from the command line, on a tiny model: search, resume, offline and back, and a compile that uses what was found."""
+"""``llmc tune`` from the command line, on a tiny model: search, resume, offline, and a compile that uses what was found."""
 
 from __future__ import annotations
 

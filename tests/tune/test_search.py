@@ -108,7 +108,7 @@ def test_failed_candidates_rank_last() -> None:
 
 
 def test_features_have_one_length() -> None:
-    lengths = {len(features(c, linear._call(8, k))) for c in enumerate_space(SPACE, random.Random(0)) for k in (64, 96)}
+    lengths = {len(features(c, linear._call(8, k), SPACE)) for c in enumerate_space(SPACE, random.Random(0)) for k in (64, 96)}
     assert len(lengths) == 1
 
 

@@ -202,6 +202,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
         if warpgroup == 0:
             if thread == 0:
+                T.ptx["prefetch.tensormap"](T.address_of(x_map))
                 for s in T.unroll(depth):
                     if s < steps:
                         load_weight(s, s)
@@ -266,10 +267,11 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         local: T.int32 = thread % 128
         lane: T.int32 = thread % 32
         remote = T.alloc_local((1,), "uint32")
-        fetched = T.alloc_local((VECTOR,), "float32")
+        fetched = T.alloc_local((split * VECTOR,), "float32")
         if split > 1:
-            # Every warpgroup has multiplied its last stage before another one's sums overwrite it.
-            T.cuda.cta_sync()
+            if groups > 1:
+                # Every warpgroup has multiplied its last stage before another one's sums overwrite it.
+                T.cuda.cta_sync()
             if warpgroup > 0:
                 for v in T.unroll(sums // VECTOR):
                     T.ptx["st.shared.v4.f32"](
@@ -284,10 +286,14 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                             T.ptx.mapa.shared__cluster.u32(
                                 remote[0], T.cuda.cvta_generic_to_shared(s_sums.ptr_to([group, first, local, 0])), T.uint32(p)
                             )
-                            T.ptx["ld.shared::cluster.v4.f32"](fetched[0], fetched[1], fetched[2], fetched[3], remote[0])
-                            for i in T.unroll(VECTOR):
-                                at = T.meta_var(h * share + v * VECTOR + i)
-                                acc[at] = fetched[i] if p == 0 else acc[at] + fetched[i]
+                            T.ptx["ld.shared::cluster.v4.f32"](
+                                fetched[p * 4], fetched[p * 4 + 1], fetched[p * 4 + 2], fetched[p * 4 + 3], remote[0]
+                            )
+                        for i in T.unroll(VECTOR):
+                            at = T.meta_var(h * share + v * VECTOR + i)
+                            acc[at] = fetched[i]
+                            for p in T.unroll(split - 1):
+                                acc[at] = acc[at] + fetched[(p + 1) * VECTOR + i]
         gate = T.alloc_local((2,), "float32")
         pair = T.alloc_local((1,), "uint32")
         if warpgroup > 0:

@@ -6,6 +6,7 @@ costs the same Python whatever the number of layers.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Sequence
 from math import prod
@@ -26,6 +27,9 @@ from llmc.runtime.weights import map_weights
 
 # runtime.config_threadpool: the workers share the given processors, pinned to none of them
 _SHARE_ALL_CORES = -3
+# How often an idle worker of TVM's pool looks for work before it sleeps: a millisecond or two, which bridges the time between two
+# steps. TVM's own 300000 keep a core busy for a tenth of a second after every answer. Read when the first pool is made.
+_SPIN_VARIABLE, _SPINS = "TVM_THREAD_POOL_SPIN_COUNT", "4000"
 
 
 class Executor(Protocol):
@@ -110,6 +114,7 @@ class _Pool(threading.local):
         The pool is made on first use and cannot grow, so its size is all of those processors and ``count`` is how many work.
         """
         if self.threads != count:
+            os.environ.setdefault(_SPIN_VARIABLE, _SPINS)
             configure = ffi.get_global_func("runtime.config_threadpool")
             configure(_SHARE_ALL_CORES, count, [str(cpu) for cpu in host().cpus])
             self.threads = count

@@ -4,8 +4,8 @@ The result is computed transposed: a tile has ``rows`` outputs, 64 to a warpgrou
 of a chunk (:mod:`.layout_mma`) straight from memory, ``depth`` steps ahead, and turns them into A fragments: columns go to the lanes that
 wgmma wants them in, which differs from the layout's order by a transposition among four lanes, codes become 16-bit values
 (:mod:`.quantized_codes`), and the scale and offset of a group are applied in float32 and rounded once. A scale for a whole row comes
-after the sums. x comes by TMA into 128-byte-swizzled shared memory, copied by a warp of its own. While a step's products are
-computed, the next step's fragments are made.
+after the sums. x comes by TMA into 128-byte-swizzled shared memory, copied by a warp of its own. While one warpgroup's products are
+computed, another one makes its next fragments.
 
 ``split`` blocks of a cluster share a tile and k. The float32 sums meet in shared memory, where every block finishes its share of the
 rows of x from all of them, always in the same order, and stores whole rows of outputs. A gated linear has both sides' tiles.
@@ -22,6 +22,7 @@ from tvm.script import tirx as T
 
 from llmc.schedules.cuda import hopper, layout_mma, linear_call, quantized_call, quantized_codes
 from llmc.schedules.cuda.emit import WIDTH
+from llmc.schedules.cuda.gemm_hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS
 from llmc.schedules.cuda.layout_mma import BLOCK, LANES, ROWS, UNIT
 from llmc.schedules.cuda.quantized_call import make
 from llmc.schedules.protocol import KernelCall
@@ -31,6 +32,11 @@ NAME = "cuda.quantized_gemm"
 OP = quantized_call.OP
 K_STEP, WGMMA_K = 64, 16
 LOAD_CODES = "ld.global.nc.L1::no_allocate.L2::256B.v4.b32"
+OPERAND_FENCE = """
+__device__ __forceinline__ void operand_fence(unsigned int& r) { asm volatile("" : "+r"(r) :: "memory"); }
+"""
+"""Keeps the compiler from moving the making of an A fragment into the asynchronous multiplications."""
+
 VECTOR = 4
 """Outputs that a thread finishes at once."""
 
@@ -80,7 +86,7 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     gated = linear_call.activation(call)[1]
     wide = [(128, 128, 1), (64, 128, 1), (128, 64, 1)] if gated else [(128, 256, 1), (128, 128, 1), (64, 256, 1)]
     tiles = [*wide, (64, 32, 2), (64, 64, 2), (64, 16, 3)]
-    return {"tile": tiles, "split": [1, 2, 4, 8], "depth": [4, 2, 8], "dependent_launch": [True, False]}
+    return {"tile": tiles, "split": [1, 2, 4, 8], "depth": [2, 4] if gated else [4, 2, 8], "dependent_launch": [True, False]}
 
 
 def stages(columns: int, resident: int, sums_bytes: int) -> int:
@@ -108,9 +114,11 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     results, result_tiles = o // sides, at.tiles // sides
     sums, pitch = columns // 2, rows + 4
     x_stages, x_bytes = stages(columns, resident, 4 * sides * columns * pitch), columns * K_STEP * 2
-    threads, share = 32 * (warps + 1), columns // split
-    if share * split != columns or depth % 2:
-        raise ValueError(f"{columns} rows of x do not split over {split} blocks, or a depth of {depth} is odd")
+    # Alone on its multiprocessor, a block has a whole warpgroup copy, which gives its registers away.
+    uneven = resident == 1
+    threads, share = 32 * (warps + (4 if uneven else 1)), columns // split
+    if share * split != columns:
+        raise ValueError(f"{columns} rows of x do not split over {split} blocks")
     # Every part of k has a multiple of ``depth`` steps. Beyond the end x is zero.
     turns = -(-at.columns // (K_STEP * depth))
     last_step = at.columns // K_STEP - 1
@@ -178,10 +186,12 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         if dependent_launch:
             T.ptx.griddepcontrol.launch_dependents()
 
-        if warp == warps:
+        if warp >= warps:
+            if uneven:
+                T.ptx["setmaxnreg.dec.sync.aligned.u32"](PRODUCER_REGISTERS[warps // 4])
             if dependent_launch:
                 T.ptx.griddepcontrol.wait()
-            if lane == 0:
+            if thread == 32 * warps:
                 copy_step: T.int32 = 0
                 copy_stage: T.int32 = 0
                 copy_phase: T.int32 = 1
@@ -198,13 +208,14 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         copy_phase = copy_phase ^ 1
                     copy_step = copy_step + 1
         else:
+            if uneven:
+                T.ptx["setmaxnreg.inc.sync.aligned.u32"](CONSUMER_REGISTERS[warps // 4])
             acc = T.alloc_local((sides * sums,), "float32")
             w_regs = T.alloc_local((depth * sides * step_chunks * 4,), "uint32")
             scale_regs = T.alloc_local((depth * sides * scale_words,), "uint32")
             minimum_regs = T.alloc_local((depth * sides * scale_words,), "uint32")
             zero_regs = T.alloc_local((depth * sides * step_groups * 2,), "float32")
-            # Two sets of A fragments: one is multiplied while the other is made.
-            a_regs = T.alloc_local((2 * sides * 16,), "uint32")
+            a_regs = T.alloc_local((sides * 16,), "uint32")
             words = T.alloc_local((4,), "uint32")
             fragment = T.alloc_local((4,), "uint32")
             value = T.alloc_local((2,), "float32")
@@ -262,7 +273,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 T.ptx[to_pair](fragment[j], value[1], value[0])
 
             @T.inline
-            def make_fragments(i, at_set) -> None:
+            def make_fragments(i) -> None:
                 """The A fragments of slot ``i``'s step."""
                 for side in T.unroll(sides):
                     for c in T.unroll(step_chunks):
@@ -274,7 +285,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                             for j in T.unroll(4):
                                 if not row_wise:
                                     scaled(i, side, c * (4 // step_chunks) + q, j)
-                                a_regs[((at_set * sides + side) * 4 + c * (4 // step_chunks) + q) * 4 + j] = fragment[j]
+                                a_regs[(side * 4 + c * (4 // step_chunks) + q) * 4 + j] = fragment[j]
 
             for i in T.unroll(depth):
                 load(i, first_step + i)
@@ -285,34 +296,31 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             step: T.int32 = 0
             stage: T.int32 = 0
             phase: T.int32 = 0
-            previous: T.int32 = 0
-            before: T.int32 = 0
             while step < steps:
                 for i in T.unroll(depth):
-                    # The multiplication that reads the set of fragments to be written now is the last but one.
-                    T.ptx.wgmma.wait_group.sync.aligned(1)
-                    if step + i >= 2 and thread % 128 == 0:
-                        T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([before]), T.uint32(1))
-                    make_fragments(i, i % 2)
+                    make_fragments(i)
+                    for v in T.unroll(sides * 16):
+                        T.cuda.func_call("operand_fence", a_regs[v], source_code=OPERAND_FENCE, return_type="void")
                     load(i, first_step + step + depth + i)
                     T.cuda.mbarrier_wait(full.ptr_to([stage]), phase)
                     T.ptx.wgmma.fence.sync.aligned()
                     for kk in T.unroll(K_STEP // WGMMA_K):
                         for side in T.unroll(sides):
-                            a = T.meta_var(((i % 2 * sides + side) * 4 + kk) * 4)
+                            a = T.meta_var((side * 4 + kk) * 4)
                             T.ptx[mma](
                                 *[acc[side * sums + v] for v in range(sums)], a_regs[a], a_regs[a + 1], a_regs[a + 2], a_regs[a + 3],
                                 x_descriptor[0] + T.cast(stage * (x_bytes // 16) + kk * 2, "uint64"), T.bool(True), 1, 1, 0,
                             )  # fmt: skip
                     T.ptx.wgmma.commit_group.sync.aligned()
-                    before = previous
-                    previous = stage
+                    # Fragments are not made while a multiplication of this warpgroup is under way: the compiler would wait after each.
+                    T.ptx.wgmma.wait_group.sync.aligned(0)
+                    if thread % 128 == 0:
+                        T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([stage]), T.uint32(1))
                     stage = stage + 1
                     if stage == x_stages:
                         stage = 0
                         phase = phase ^ 1
                 step = step + depth
-            T.ptx.wgmma.wait_group.sync.aligned(0)
             hopper.fence(acc, sides * sums)
             # Every warpgroup has multiplied its last stage before another one's sums overwrite it.
             T.ptx.bar.sync(T.uint32(1), T.uint32(32 * warps))

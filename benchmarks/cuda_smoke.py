@@ -120,41 +120,49 @@ def fill_weights(folder: Path) -> None:
     import torch
 
     tensors = json.loads((folder / "manifest.json").read_text())["tensors"]
+    drawn: dict[tuple[str, str, bool], bytes] = {}
     for path in (folder / "weights").glob("*.header"):
         head = path.read_bytes()
         weights = path.with_suffix(".safetensors")
         if weights.exists():
             continue
-        torch.manual_seed(0)
         with weights.open("wb") as file:
             file.write(head)
             for name, entry in json.loads(head[8:]).items():
-                count = entry["data_offsets"][1] - entry["data_offsets"][0]
+                left = entry["data_offsets"][1] - entry["data_offsets"][0]
                 if name.startswith("__pad"):
-                    file.write(bytes(count))
+                    file.write(bytes(left))
                     continue
-                values = _random(entry, count, tensors[name]["scheme"])
-                file.write(values.contiguous().cpu().view(torch.uint8).numpy().tobytes())
+                scheme, vector = tensors[name]["scheme"], len(entry["shape"]) == 1
+                if entry["dtype"] == "F32" and scheme == "float32":  # rope's frequencies, the one tensor that is not free to choose
+                    count = left // 4
+                    file.write((THETA ** (-np.arange(count) / count)).astype(np.float32).tobytes())
+                    continue
+                key = (entry["dtype"], scheme, vector)
+                if key not in drawn:
+                    drawn[key] = _random(entry["dtype"], scheme, vector)
+                while left > 0:  # drawing gigabytes anew would take most of a minute
+                    file.write(memoryview(drawn[key])[:left])
+                    left -= len(drawn[key])
 
 
-def _random(entry: dict[str, Any], nbytes: int, scheme: str) -> Any:
-    """A tensor of ``nbytes`` for a weight with this header entry, whose matrix is stored by ``scheme``."""
+def _random(tag: str, scheme: str, vector: bool) -> bytes:
+    """Random values of the safetensors type ``tag`` for a matrix stored by ``scheme``: more than an L2 cache holds, no power of two."""
     import torch
 
-    floats = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-    dtype = floats.get(entry["dtype"])
+    torch.manual_seed(0)
+    count = 48_000_007
+    dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}.get(tag)
     if dtype is None:
-        codes = torch.randint(0, 256, (nbytes,), device="cuda", dtype=torch.uint8)
-        return codes & 0xF7 if scheme.startswith("fp8") else codes  # e4m3 without its NaN
-    count = nbytes // dtype.itemsize
-    if scheme not in ("float32", "bfloat16", "float16"):  # the scales of a quantized matrix, whose values come to about 0.02
+        codes = torch.randint(0, 256, (count,), device="cuda", dtype=torch.uint8)
+        values = codes & 0xF7 if scheme.startswith("fp8") else codes  # e4m3 without its NaN
+    elif scheme not in ("float32", "bfloat16", "float16"):  # the scales of a quantized matrix, whose values come to about 0.02
         largest = {"fp8": 448.0, "int8": 127.0}.get(scheme.split("_")[0], 8.0)
-        return (0.02 * 1.7 / largest * (0.8 + 0.4 * torch.rand(count, device="cuda"))).to(dtype)
-    if dtype == torch.float32:  # rope's frequencies, the one tensor that is not free to choose
-        return (THETA ** (-torch.arange(count, dtype=torch.float64) / count)).to(dtype)
-    if len(entry["shape"]) == 1:
-        return (1 + 0.1 * torch.randn(count, device="cuda")).to(dtype)
-    return (0.02 * torch.randn(count, device="cuda")).to(dtype)
+        values = (0.02 * 1.7 / largest * (0.8 + 0.4 * torch.rand(count, device="cuda"))).to(dtype)
+    else:
+        normal = torch.randn(count, device="cuda")
+        values = (1 + 0.1 * normal if vector else 0.02 * normal).to(dtype)
+    return values.cpu().view(torch.uint8).numpy().tobytes()
 
 
 class TorchDecoder:

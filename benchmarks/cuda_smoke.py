@@ -117,7 +117,6 @@ def write_model(folder: Path, config: dict[str, Any], zeros: bool) -> None:
 
 def fill_weights(folder: Path) -> None:
     """Random weights behind every kept header: norms about one, matrices small, codes of quantized matrices anything."""
-    import torch
 
     tensors = json.loads((folder / "manifest.json").read_text())["tensors"]
     drawn: dict[tuple[str, str, bool], bytes] = {}
@@ -147,7 +146,7 @@ def fill_weights(folder: Path) -> None:
 
 
 def _random(tag: str, scheme: str, vector: bool) -> bytes:
-    """Random values of the safetensors type ``tag`` for a matrix stored by ``scheme``: more than an L2 cache holds, no power of two."""
+    """Random values of the safetensors type ``tag`` for a matrix stored by ``scheme``, more than an L2 cache holds."""
     import torch
 
     torch.manual_seed(0)

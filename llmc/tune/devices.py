@@ -20,6 +20,8 @@ from llmc.runtime.tensors import storage_dtype, tensor, zeros
 
 Call = Callable[..., Any]
 Set = list[Any]
+STAGED = 16 << 20
+"""Bytes that go to a GPU at once."""
 
 
 class CpuDevice:
@@ -88,6 +90,7 @@ class CudaDevice:
         ffi = load_cuda_runtime()
         self._tensors = DeviceTensors(ffi, index)
         self._stream = ffi.use_raw_stream(ffi.device("cuda", index), self.cuda.stream)
+        self._pinned = self.cuda.pinned(STAGED)
         self._staging: dict[int, np.ndarray] = {}
         self._filled: dict[tuple[int, int], int] = {}
         self.name = cuda_devices()[index].name
@@ -99,8 +102,16 @@ class CudaDevice:
 
     def upload(self, array: np.ndarray, dtype: str) -> Any:
         (address, _, _), view = self.empty(array.shape, dtype)
-        self.cuda.upload([(address, np.ascontiguousarray(array))])
+        self._send(address, array)
         return view
+
+    def _send(self, address: int, array: np.ndarray) -> None:
+        flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        for start in range(0, flat.size, STAGED):
+            piece = flat[start : start + STAGED]
+            self._pinned[: piece.size] = piece
+            self.cuda.copy_in(address + start, self._pinned[: piece.size])
+            self.cuda.synchronize()
 
     def download(self, buffer: Any) -> np.ndarray:
         address, shape, dtype = buffer
@@ -118,7 +129,7 @@ class CudaDevice:
         nbytes = device_bytes(shape, dtype)
         if (nbytes, bits) not in self._filled:
             self._filled[nbytes, bits] = self.cuda.allocate(nbytes)
-            self.cuda.upload([(self._filled[nbytes, bits], np.full(nbytes, bits, np.uint8))])
+            self._send(self._filled[nbytes, bits], np.full(nbytes, bits, np.uint8))
         self.cuda.copy(address, self._filled[nbytes, bits], nbytes)
 
     def timer(self, kernel: Call, sets: Sequence[Set]) -> Callable[[], float]:
@@ -128,6 +139,10 @@ class CudaDevice:
             for arguments in sets:
                 kernel(*arguments)
 
+        def repeated() -> None:
+            for _ in range(rounds):
+                once()
+
         with self._stream:
             once()
             self.cuda.synchronize()
@@ -135,7 +150,7 @@ class CudaDevice:
             once()
             self.cuda.synchronize()
             rounds = max(1, min(20, int(self.budget / (time.perf_counter() - start))))
-            graph = self.cuda.capture(lambda: [once() for _ in range(rounds)])
+            graph = self.cuda.capture(repeated)
         graph()
         self.cuda.synchronize()
 

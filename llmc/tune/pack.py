@@ -60,7 +60,7 @@ def write(
         tasks, done, total = [], 0, sum(len(configs) for _, configs in chosen)
         for number, (task, configs) in enumerate(chosen):
             wanted = [inputs.expected(task.family, task.call, s, inputs.make(task.call, s)) for s in task.sizes]
-            np.savez(folder / f"task{number:03}.npz", *wanted)  # type: ignore[arg-type]
+            np.savez(folder / f"task{number:03}.npz", *wanted)
             candidates: list[dict[str, Any]] = []
             for start in range(0, len(configs), BATCH):
                 name = f"kernels{number:03}_{start // BATCH:02}.so"

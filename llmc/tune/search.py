@@ -35,7 +35,8 @@ def enumerate_space(space: dict[str, list[Any]], rng: random.Random) -> list[Con
 
 def unlike(candidates: Sequence[Config], tried: Sequence[Config], count: int, rng: random.Random) -> list[Config]:
     """``count`` of the candidates, each the one that differs in most axes from all tried and chosen so far."""
-    pool, chosen, seen = list(candidates), [], list(tried)
+    pool, seen = list(candidates), list(tried)
+    chosen: list[Config] = []
     rng.shuffle(pool)
     nearest = [min((_differences(c, s) for s in seen), default=len(c)) for c in pool]
     while pool and len(chosen) < count:

@@ -79,7 +79,7 @@ def tasks_of(choices: Sequence[KernelChoice], target: Target, pattern: str = "*"
         phase = key[1].phase
         names[key] = choice.kernel if phase in choice.kernel else f"{choice.kernel} {phase}"
     found = [
-        make(families[family], call, target, *numbers, label=names[family, call])
+        make(families[family], call, target, numbers[0], numbers[1], names[family, call])
         for (family, call), numbers in counts.items()
         if prod(map(len, families[family].space(call, target).values())) > 1
     ]

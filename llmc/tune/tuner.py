@@ -137,8 +137,8 @@ class Tuner:
         try:
             for state in self.states:  # where every kernel stands, before any gets more
                 self._batch(state, self._first(state))
-            while (room := self.budget.left(self.trials)) and (state := self._next()) is not None:
-                self._batch(state, self._propose(state, min(BATCH, room)))
+            while (room := self.budget.left(self.trials)) and (promising := self._next()) is not None:
+                self._batch(promising, self._propose(promising, min(BATCH, room)))
             for state in self.states:
                 self._validate(state)
         finally:
@@ -243,8 +243,8 @@ class Tuner:
                     samples[text].append(worker.time(text))
                 except CandidateFailed as error:
                     failed[text] = str(error)
-        for text, error in failed.items():
-            state.failed[text] = error
+        for text, reason in failed.items():
+            state.failed[text] = reason
             state.seconds.pop(text, None)
         for text in alive:
             if text not in failed:

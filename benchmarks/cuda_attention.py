@@ -30,11 +30,12 @@ DECODE = {
 }
 """Sequences and positions of each."""
 
-DECODE_CONFIGS: dict[str, list[dict[str, int]]] = {
-    "d128": [{}, {"min_blocks": 0}, {"warps": 4, "min_blocks": 0}, {"warps": 4, "min_blocks": 0, "fill": 396}, {"fill": 132}],
-    "d64": [{}, {"warps": 4}, {"least": 16}, {"warps": 4, "fill": 528}],
-    "d96": [{}, {"warps": 4, "min_blocks": 0}],
+DECODE_CONFIGS: dict[str, list[dict[str, Any]]] = {
+    "d128": [{}, {"least": 4}, {"least": 16}, {"warps": 4, "fill": 264}],
+    "d64": [{}, {"least": 4}, {"least": 2}, {"warps": 4}, {"warps": 4, "fill": 264, "least": 4}],
+    "d96": [{}, {"least": 4}, {"warps": 4}],
 }
+EXTEND_CONFIGS: list[dict[str, Any]] = [{}, {"short": [128, 128], "long": [128, 128]}]
 EXTEND = {
     "d128": ([(2048, 2048)], [(8192, 8192)], [(512, 512)] * 16, [(128, 128)] * 64, [(512, 8192)],
              [(1, 1024)] * 63 + [(512, 512)], [(4, 2048)] * 32),
@@ -60,7 +61,10 @@ def build(folder: Path, only: str) -> None:
     target = cuda.parse("cuda:sm_90a")
     functions, cases = {}, []
     for name, (hq, hk, d, page_size) in HEADS.items():
-        for phase, family, configs in (("decode", decode_attention, DECODE_CONFIGS[name]), ("extend", prefill_attention, [{}])):
+        for phase, family, configs in (
+            ("decode", decode_attention, DECODE_CONFIGS[name]),
+            ("extend", prefill_attention, EXTEND_CONFIGS),
+        ):
             call = family._call(hq, hk, d, page_size=page_size)
             if only not in ("", phase):
                 continue

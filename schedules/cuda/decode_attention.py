@@ -73,10 +73,9 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     ``warps`` of a block; ``least``: chunks of 16 positions that are worth a block; ``min_blocks`` per multiprocessor limits
     registers (0: the compiler's choice); ``dependent_launch``: start early.
     """
-    narrow = max(int(call.args[0].shape[2]), int(call.attr("v_dim"))) <= 128
     return {
-        "split": [8, 4, 2, 1], "fill": [264, 132, 396, 528], "warps": [8, 4, 2], "least": [8, 16, 4],
-        "min_blocks": [2, 0, 3] if narrow else [0], "dependent_launch": [True, False],
+        "split": [8, 4, 2, 1], "fill": [132, 264, 396], "warps": [8, 4, 2], "least": [8, 16, 4], "min_blocks": [0, 2, 3],
+        "dependent_launch": [True, False],
     }  # fmt: skip
 
 

@@ -4,8 +4,9 @@
 rows           kernel                     why
 =============  =========================  =========================================================================
 1-8, 9-16      ``gemv``                   mma with the weights as the wide operand; k split over warps
-17-64, 65-256  ``gemm_split``             wgmma over tiles of one or two 64 rows; k split over a cluster
-more           ``gemm_hopper``            wgmma, persistent over tiles
+17-64, -128    ``gemm_split``             wgmma over tiles of one or two 64 rows; k split over a cluster
+129-256        either                     ``gemm_split`` where too few tiles for the GPU want k split
+more           ``gemm_hopper``            wgmma, persistent over tiles, their width by what the last round leaves idle
 =============  =========================  =========================================================================
 
 The choice is host code: a CUDA graph records the one kernel that its size asks for. The phases share it, since a prefill's last
@@ -14,23 +15,17 @@ rows and a batch's decode step are alike. Results of one row differ between the 
 
 from __future__ import annotations
 
-from functools import reduce
 from typing import Any
 
-import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
-
-# isort: split
-from tvm import tirx
-from tvm_ffi.structural import structural_map
-
 from llmc.schedules.cuda import gemm_hopper, gemm_split, gemv, linear_call
+from llmc.schedules.cuda.host_choice import host_choice
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 
 NAME = "cuda.linear_hopper"
 OP = "llmc.linear"
 KERNELS = {"gemv": gemv, "gemm_split": gemm_split, "gemm_hopper": gemm_hopper}
-BUCKETS = {"1-8": 8, "9-16": 16, "17-64": 64, "65-128": 128, "129-256": 256, "257-512": 512, "513-": None}
+BUCKETS = {"1-8": 8, "9-16": 16, "17-64": 64, "65-128": 128, "129-256": 256, "257-512": 512, "513-1024": 1024, "1025-": None}
 """An axis of the configuration -> the most rows that its kernel runs for."""
 
 MOST_SPLIT_ROWS = 256
@@ -66,7 +61,7 @@ def candidates(call: KernelCall, rows: str) -> list[dict[str, Any]]:
         fixed = {"tiles": 1, "columns": columns, "min_blocks": 0}
         return [{"kernel": "gemv", "warps": warps, "depth": depth, **fixed} for warps, depth in axes]
     most = BUCKETS[rows]
-    if most is None or most > MOST_SPLIT_ROWS:
+    if most is None or most > MOST_SPLIT_ROWS or (most == MOST_SPLIT_ROWS and gemm_split.default(call, most)[1] == 1):
         pairs = gemm_hopper.candidates(call, most)
         fixed = {"blocks": gemm_hopper.MULTIPROCESSORS}
         return [{"kernel": "gemm_hopper", "tile": list(tile), "cluster": cluster, **fixed} for tile, cluster in pairs]
@@ -83,30 +78,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         kernels.append((chosen, most))
     functions = [KERNELS[chosen["kernel"]].build(call, target, chosen) for chosen, _ in kernels]
     limits = [most for _, most in kernels]
-    return _by_rows(functions, limits).with_attr("global_symbol", f"linear_{o}x{k}")
-
-
-def _by_rows(functions: list[Any], limits: list[int | None]) -> Any:
-    """One function with the parameters of the first: the body of the first whose limit is not below n, the last has none."""
-    first = functions[0]
-    n = first.params[0].ty.shape[0]
-    bodies = [first.body, *(_renamed(f, first) for f in functions[1:])]
-    choices = list(zip(bodies[:-1], limits[:-1], strict=True))
-    body = reduce(lambda rest, choice: tirx.IfThenElse(n <= choice[1], choice[0], rest), reversed(choices), bodies[-1])
-    return tirx.PrimFunc(first.params, body, first.ret_type, first.attrs)
-
-
-def _renamed(function: Any, like: Any) -> Any:
-    """The body of ``function`` over the parameters, and the symbols in their shapes, of ``like``."""
-    new: list[tuple[Any, Any]] = []
-    for mine, theirs in zip(function.params, like.params, strict=True):
-        shapes = zip(mine.ty.shape, theirs.ty.shape, strict=True)
-        new += [(mine, theirs), *((a, b) for a, b in shapes if isinstance(a, tirx.Var))]
-
-    def replace(var: Any) -> Any:
-        return next((b for a, b in new if a.same_as(var)), var)
-
-    return structural_map(function.body, [(tirx.Var, replace)], order="pre")
+    n = functions[0].params[0].ty.shape[0]
+    return host_choice(functions, [n <= most for most in limits[:-1]]).with_attr("global_symbol", f"linear_{o}x{k}")
 
 
 reference, roofline = linear_call.reference, linear_call.roofline

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from llmc.schedules.cuda import prefill_attention as family
+from llmc.schedules.cuda import prefill_kernel
 from llmc.targets import cuda
 from tests.kernels.harness import error, paged_arrays
 from tests.kernels_cuda.emulated import TOLERANCE, call
@@ -52,10 +54,18 @@ def test_many_sequences_empty_ones_and_padding() -> None:
     assert np.isnan(result[used:].astype(np.float32)).all()
 
 
-@pytest.mark.parametrize("config", [{"keys": 64}, {"stages": 3, "keys": 64}, {"dependent_launch": False}])
-def test_configurations(config: dict[str, int]) -> None:
+CONFIGS: list[dict[str, Any]] = [
+    {"long": [128, 64], "stages": 3},
+    {"long": [64, 64], "dependent_launch": False},
+    {"short": [64, 128], "long": [64, 128]},
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize(("lengths", "rows"), [([300], [140]), ([300, 90], [300, 90]), ([300, 500], [5, 30])])
+def test_configurations(config: dict[str, Any], lengths: list[int], rows: list[int]) -> None:
     case = family.SHAPES["small_2x1x128"]
-    arrays, symbols = paged_arrays(case, [300], [140], seed=1)
+    arrays, symbols = paged_arrays(case, lengths, rows, seed=1)
     result = call(family, case, TARGET, arrays, symbols, config)
     assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
 
@@ -73,7 +83,7 @@ def test_what_it_does_not_take() -> None:
 
 @pytest.mark.parametrize(("group", "packed"), [(1, 1), (3, 3), (4, 4), (8, 8), (16, 16), (32, 16), (7, 7), (71, 1), (13, 1)])
 def test_heads_of_a_tile(group: int, packed: int) -> None:
-    assert family.packed_heads(group) == packed
+    assert prefill_kernel.packed_heads(group, 128) == packed
 
 
 def test_roofline() -> None:

@@ -277,10 +277,14 @@ static inline void emu_cluster_sync() { barw(clb, NTH * CLN); }
 static void emu_launch(body_t body, void** args, int gx, int gy, int gz, int bx_, int by, int bz, int cluster,
                        size_t dynamic_shared) {
   dyn_bytes = dynamic_shared;
-  if (!smem_area) {
-    smem_area = (char*)mmap(0, 8 * SMEM_CAP + (1 << 21), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
-    smem_area = (char*)(((uintptr_t)smem_area + (1 << 21) - 1) / (1 << 21) * (1 << 21));
+  // Every kernel's library maps its own, and the low addresses are scarce: a launch gives back what it took.
+  const size_t mapped = 8 * SMEM_CAP + (1 << 21);
+  void* low = mmap(0, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+  if (low == MAP_FAILED) {
+    fprintf(stderr, "emulator: no %zu bytes of memory below 4 GiB for shared memory\n", mapped);
+    abort();
   }
+  smem_area = (char*)(((uintptr_t)low + (1 << 21) - 1) / (1 << 21) * (1 << 21));
   CLN = cluster;
   g_body = body;
   g_args = args;
@@ -344,4 +348,7 @@ static void emu_launch(body_t body, void** args, int gx, int gy, int gz, int bx_
             idle = 0;
         }
       }
+  for (auto& f : F) free(f.stk);
+  F.clear();
+  munmap(low, mapped);
 }

@@ -25,14 +25,14 @@ def configuration(name: str, **changed: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("name", "n"),
-    [("edges_136x328", 8), ("edges_136x328", 16), ("edges_136x328", 17), ("edges_136x328", 520), ("gated_144x264_f16", 3),
-     ("gated_144x264_f16", 70), ("gated_144x264_f16", 514), ("small_64x64", 9), ("small_64x64", 65)],
+    [("edges_136x328", 8), ("edges_136x328", 16), ("edges_136x328", 17), ("edges_136x328", 300), ("gated_144x264_f16", 3),
+     ("gated_144x264_f16", 70), ("gated_144x264_f16", 258), ("small_64x64", 9), ("small_64x64", 65)],
 )  # fmt: skip
 def test_every_number_of_rows(name: str, n: int) -> None:
     case = family.SHAPES[name]
     assert family.matches(case, TARGET)
     arrays = random_arrays(case, {"n": n}, seed=n)
-    result = call(family, case, TARGET, arrays, {"n": n}, {"513-": FEW_BLOCKS})
+    result = call(family, case, TARGET, arrays, {"n": n}, {"257-512": FEW_BLOCKS, "513-1024": FEW_BLOCKS})
     assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from kernels_hopper import load, microseconds
+from cuda_timing import load, microseconds
 
 HEADS: dict[str, tuple[int, int, int, int]] = {"d128": (32, 8, 128, 16), "d64": (32, 8, 64, 16), "d96": (32, 32, 96, 32)}
 """Query heads, KV heads, head size, page size."""

@@ -11,14 +11,14 @@ same run, and the configurations, the fastest first, each with its microseconds 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import os
-import statistics
-from collections.abc import Callable
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cuda_timing import copy_bandwidth, load, microseconds
 
 SHAPES: dict[str, tuple[int, int, dict[str, Any]]] = {
     "o": (4096, 4096, {"residual": 1}),
@@ -105,18 +105,13 @@ def _text(value: Any) -> str:
 
 def run(folder: Path) -> int:
     """Print the table; the number of wrong results."""
-    os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
+    module = load(folder / "kernels.so")
     import torch
-    import tvm
-    import tvm.runtime
     import tvm_ffi
 
-    if tvm_ffi.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is None:
-        ctypes.CDLL(str(Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"))
     torch.manual_seed(0)
-    module = tvm.runtime.load_module(str(folder / "kernels.so"))
     cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
-    limit, wrong = _copy_bandwidth(), 0
+    limit, wrong = copy_bandwidth(), 0
     print(f"{torch.cuda.get_device_name()}: copy {limit / 1e12:.2f} TB/s; 'us (cuBLAS / ours) configuration', fastest first")
     for shape in dict.fromkeys(c["shape"] for c in cases):
         o, k, attrs = SHAPES[shape]
@@ -155,48 +150,6 @@ def run(folder: Path) -> int:
                 print("      slowest " + " | ".join(f"{t:.1f} {label}" for t, label in results[-2:]))
         del weights
     return wrong
-
-
-def microseconds(calls: list[Callable[[], Any]], count: int = 32, repeats: int = 7) -> float:
-    """Median time of one call among ``count`` in a CUDA graph, which go round ``calls``."""
-    import torch
-    import tvm_ffi
-
-    for call in calls[:2]:
-        call()
-    torch.cuda.synchronize()
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with tvm_ffi.use_torch_stream(torch.cuda.stream(side)):
-        graph.capture_begin(capture_error_mode="thread_local")
-        for i in range(count):
-            calls[i % len(calls)]()
-        graph.capture_end()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / count)
-    return statistics.median(times)
-
-
-def _copy_bandwidth() -> float:
-    """Bytes read and written per second by a device-to-device copy of 1 GiB."""
-    import torch
-
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    destination, times = torch.empty_like(source), []
-    for _ in range(10):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        destination.copy_(source)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3)
-    return 2 * source.numel() / statistics.median(times)
 
 
 def main() -> int:

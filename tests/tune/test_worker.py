@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 
 # isort: split
 from llmc.schedules import records as R
-from llmc.schedules.cpu import linear
+from llmc.schedules.cpu import linear, quantized_linear
 from llmc.tune import task as T
 from llmc.tune.tuner import Budget, State, Tuner
 from llmc.tune.worker import CandidateFailed, Worker
@@ -117,3 +118,12 @@ def test_the_next_trials_go_where_the_most_is_to_win() -> None:
     assert light.task.weight == 3 * T.TOKENS_PER_PROMPT + 1
     assert light.excess == pytest.approx(3e-6 * light.task.weight)
     assert heavy.excess == pytest.approx(8e-6)
+
+
+@pytest.mark.parametrize("label", ["square_256_int4_g128_bias", "odd_33x70_int8"])
+def test_quantized_weights_are_packed_and_the_result_is_right(label: str) -> None:
+    call = quantized_linear.SHAPES[label]
+    made = T.Task(quantized_linear, call, host(), 1, 0, ({"n": 7},))
+    with closing(Worker(made.setup())) as started:
+        started.build(made.default, "default")
+        assert started.time("default")[0] > 0

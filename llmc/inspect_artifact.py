@@ -11,8 +11,8 @@ from typing import Any
 from llmc import manifest
 from llmc.errors import RequestError
 from llmc.manifest import KvLayer, Manifest, TensorInfo
-from llmc.runtime.footprint import footprint
 from llmc.passes.quantize.report import Row, table
+from llmc.runtime.footprint import footprint
 from llmc.units import format_bytes, format_count, format_parameters
 
 

@@ -143,7 +143,7 @@ class QuantizedTensor:
 
     def take(self, rows: np.ndarray) -> QuantizedTensor:
         """The matrix of ``rows`` (indices or a slice): rows are quantized independently, so they may move."""
-        kept = {name: None if a is None else a[rows] for name, a in self._arrays().items()}
+        kept: dict[str, Any] = {name: None if a is None else a[rows] for name, a in self._arrays().items()}
         return QuantizedTensor(self.scheme, **kept)
 
     def _arrays(self) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def concatenated(parts: list[QuantizedTensor]) -> QuantizedTensor:
     if len(parts) == 1:
         return parts[0]
     columns = [p._arrays() for p in parts]
-    joined = {n: None if a is None else np.concatenate([c[n] for c in columns]) for n, a in columns[0].items()}
+    joined: dict[str, Any] = {n: None if a is None else np.concatenate([c[n] for c in columns]) for n, a in columns[0].items()}
     return QuantizedTensor(parts[0].scheme, **joined)
 
 

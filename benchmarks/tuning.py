@@ -13,6 +13,7 @@ for the times of a batch of configurations, as it would of a device.
 from __future__ import annotations
 
 import argparse
+import math
 import random
 import statistics
 import sys
@@ -39,7 +40,10 @@ FIXED: dict[str, list[Any]] = {"columns": [8], "min_blocks": [0, 2], "dependent_
 SPREAD = 12
 """Configurations of a kernel whose space is not packed whole."""
 
-SEEDS = 20
+WHOLE_AT_LEAST = 60
+"""Configurations from which on a kernel counts as packed whole."""
+
+SEEDS = 12
 
 
 def pack(folder: Path, kernels: str = "*") -> None:
@@ -117,32 +121,28 @@ def search_loss(
 
 
 def quality(path: Path) -> None:
-    """A table: for every space packed whole, the share of the best speed that searches with a tenth of the trials find."""
-    import math
-
+    """A table: for every space packed whole, how much of the best speed searches find in a tenth and a fifth of the trials."""
     by_call, target = _load(path)
     print("| kernel | space | default | trials | random | cost model | cost model, other shapes known |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for (name, call), records in by_call.items():
         family = family_named(name, target)
         times = slowdowns(records)
-        if len(times) < 100:
+        if len(times) < WHOLE_AT_LEAST:
             continue
-        trials = max(len(times) // 10, 4)
         others = [r for (n, c), rs in by_call.items() if n == name and c != call for r in rs]
-        shares = []
-        for known, learn in (([], False), ([], True), (others, True)):
-            losses = [search_loss(records, known, family, target, trials, learn, seed) for seed in range(SEEDS)]
-            shares.append(f"{math.exp(-statistics.mean(losses)):.1%} (worst {math.exp(-max(losses)):.1%})")
         default = config_text({axis: values[0] for axis, values in family.space(call, target).items()})
         first = f"{math.exp(-times[default]):.1%}" if default in times else "failed"
-        print(f"| {name} {list(call.args[1].shape)} | {len(times)} | {first} | {trials} | {' | '.join(shares)} |", flush=True)
+        for trials in (len(times) // 10, len(times) // 5):
+            shares = []
+            for known, learn in (([], False), ([], True), (others, True)):
+                losses = [search_loss(records, known, family, target, trials, learn, seed) for seed in range(SEEDS)]
+                shares.append(f"{math.exp(-statistics.mean(losses)):.1%} (worst {math.exp(-max(losses)):.1%})")
+            print(f"| {name} {list(call.args[1].shape)} | {len(times)} | {first} | {trials} | {' | '.join(shares)} |", flush=True)
 
 
 def gains(path: Path) -> None:
     """A table of every kernel: the default's time, the best's, by size; and the geometric mean of the gains."""
-    import math
-
     by_call, target = _load(path)
     logs: list[float] = []
     print("| kernel | sizes | default, us | best, us | gain | configuration |")

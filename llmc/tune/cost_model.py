@@ -25,7 +25,7 @@ PARAMETERS = {
 """For tens of samples: shallow trees, each from half of the features, without the usual lower bound on what a leaf holds."""
 
 ROUNDS = 200
-LEAST = 8
+LEAST = 6
 """Samples to learn from, at least: before, trials are spread over the space."""
 
 GRADES = 31

@@ -37,7 +37,6 @@ class GpuTarget(Target):
     ``shared_memory``: bytes of it that one thread block may ask for. ``registers``: 32-bit registers of one multiprocessor.
     ``multiprocessors``: how many a typical GPU has, for planning. ``max_lanes``: most elements of one vector load.
     ``lane_exchange``: whether the threads of a warp can read each other's registers.
-    ``matrix``: its matrix instruction by the name that ``schedules/gpu/matrix.py`` describes it under; empty without one.
     """
 
     warp_size: int = 32
@@ -47,7 +46,6 @@ class GpuTarget(Target):
     multiprocessors: int = 108
     max_lanes: int = 8
     lane_exchange: bool = True
-    matrix: str = ""
 
 
 def folder_name(target: Target) -> str:

@@ -13,19 +13,17 @@ _KB = 1 << 10
 _AMD_THREADS = 256
 _CDNA = {
     "warp_size": 64, "max_threads": _AMD_THREADS, "shared_memory": 64 * _KB, "registers": 131072, "vector_registers": 256,
-    "matrix": "mfma_16x16x16",
 }  # fmt: skip
 _RDNA = {"warp_size": 32, "max_threads": _AMD_THREADS, "shared_memory": 64 * _KB, "registers": 98304, "vector_registers": 256}
 _APPLE = {
     "warp_size": 32, "max_threads": 1024, "shared_memory": 32 * _KB, "registers": 53248, "vector_registers": 128, "max_lanes": 4,
-    "matrix": "simdgroup_8x8x8",
 }  # fmt: skip
 
 ROCM: dict[str, dict[str, Any]] = {
     "gfx90a": {**_CDNA, "multiprocessors": 104},
     "gfx942": {**_CDNA, "multiprocessors": 304},
-    "gfx1100": {**_RDNA, "multiprocessors": 96, "matrix": "wmma_16x16x16_gfx11"},
-    "gfx1201": {**_RDNA, "multiprocessors": 64, "matrix": "wmma_16x16x16_gfx12"},
+    "gfx1100": {**_RDNA, "multiprocessors": 96},
+    "gfx1201": {**_RDNA, "multiprocessors": 64},
 }
 """AMD GPUs: MI200, MI300, RX 7900, RX 9070. Waves of 64 on CDNA and of 32 on RDNA, LLVM's defaults."""
 

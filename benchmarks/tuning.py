@@ -13,6 +13,7 @@ for the times of a batch of configurations, as it would of a device.
 from __future__ import annotations
 
 import argparse
+import lzma
 import math
 import random
 import statistics
@@ -43,7 +44,7 @@ SPREAD = 12
 WHOLE_AT_LEAST = 60
 """Configurations from which on a kernel counts as packed whole."""
 
-SEEDS = 12
+SEEDS = 4
 
 
 def pack(folder: Path, kernels: str = "*") -> None:
@@ -78,8 +79,14 @@ def _candidates(task: Task, rng: random.Random) -> list[Config]:
 
 
 def _load(path: Path) -> tuple[dict[Any, list[Record]], Any]:
+    """The records of a file (``.jsonl``, or ``.jsonl.xz``) by family and call, and the target."""
     records = Records()
-    records.read(path)
+    if path.suffix == ".xz":
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / path.stem).write_bytes(lzma.decompress(path.read_bytes()))
+            records.read(Path(folder) / path.stem)
+    else:
+        records.read(path)
     target = targets.parse(TARGET)
     families = {r.family for r in records.entries.values()}
     by_call: dict[Any, list[Record]] = {}

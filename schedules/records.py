@@ -302,7 +302,7 @@ def _nearest(known: Sequence[Record], call: KernelCall, space: dict[str, list[An
     for r in known:
         by_call[r.call].append(r)
     near = sorted(((distance(call, other), i, other) for i, other in enumerate(by_call)), key=lambda n: n[:2])
-    near = [n for n in near if n[0] < 4 * REACH][:NEIGHBOURS]
+    near = [n for n in near if n[0] < 2 * REACH][:NEIGHBOURS]
     tables = [(math.exp(-((d / REACH) ** 2) / 2), slowdowns(by_call[other])) for d, _, other in near]
     configs = {text: restored for _, table in tables for text in table if (restored := restore(text, space)) is not None}
     if not configs:

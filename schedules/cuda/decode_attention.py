@@ -74,7 +74,7 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     registers (0: the compiler's choice); ``dependent_launch``: start early.
     """
     return {
-        "split": [8, 4, 2, 1], "fill": [132, 264, 396], "warps": [8, 4, 2], "least": [8, 16, 4], "min_blocks": [0, 2, 3],
+        "split": [8, 4, 2, 1], "fill": [132, 264, 396], "warps": [8, 4, 2], "least": [4, 8, 16], "min_blocks": [0, 2, 3],
         "dependent_launch": [True, False],
     }  # fmt: skip
 

@@ -38,7 +38,7 @@ class Machine:
         imported = import_model(resolve(str(folder)), storage_dtype="bfloat16", compute_dtype="bfloat16", context=32)
         graph = Graph.of("main", imported.mod["main"])
         graph.remove_unused_params(imported.params)
-        state = pipeline._State([graph], imported.params, TARGET, OPTIONS)
+        state = pipeline._State([graph], imported.params, TARGET, OPTIONS, pipeline.Plan(OPTIONS.quantization))
         for name, step in pipeline.PASSES:
             step(state)
             if name == "fuse_operators":

@@ -1,6 +1,6 @@
 """Speed of the CPU kernels beside this machine's measured limits and beside torch, in one run.
 
-    python benchmarks/kernels_cpu.py [linear] [attend]
+    python benchmarks/kernels_cpu.py [linear] [quantized] [attend]
 
 Prints for every case the time, GB/s and GFLOP/s, and the time as a percentage of the roofline: the larger of bytes / read
 bandwidth and operations / multiply-add peak, both measured here first, on all threads. Threads: ``TVM_NUM_THREADS``.
@@ -24,10 +24,12 @@ import tvm
 from tvm.tirx.script import builder as T
 
 from llmc import targets
-from llmc.schedules.cpu import attend, linear
+from llmc.passes.quantize.scheme import scheme
+from llmc.schedules.cpu import attend, layout_panel, linear, quantized_linear
 from llmc.schedules.cpu.emit import Simd, Symbols, arguments, bind, function, i64, local, read, store
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets import cpu
+from llmc.targets.cpu_pipeline import PIPELINE
 
 HOST = targets.parse("cpu")
 THREADS = int(os.environ.get("TVM_NUM_THREADS", os.cpu_count() or 1))
@@ -46,8 +48,8 @@ def best(run: Callable[[], Any], seconds: float = 0.4) -> float:
 
 
 def compiled(function_: Any) -> Any:
-    module = tvm.tirx.build(tvm.IRModule({"main": function_.with_attr("global_symbol", "main")}), target=cpu.tvm_target(HOST))
-    return module["main"]
+    module = tvm.IRModule({"main": function_.with_attr("global_symbol", "main")})
+    return tvm.tirx.build(module, target=cpu.tvm_target(HOST), pipeline=PIPELINE)["main"]
 
 
 def fma_peak() -> float:
@@ -131,6 +133,32 @@ def bench_linear(limits: tuple[float, float]) -> None:
                 report(f"linear {o}x{k} {dtype} n={n}", best(partial(run, x, w, out)), moved, flops, limits, peer)
 
 
+def bench_quantized(limits: tuple[float, float]) -> None:
+    """Beside torch in float32. Several copies of a matrix take turns, so that none stays in a cache."""
+    rng = np.random.default_rng(0)
+    for name in ("q4_1", "int4_g32", "int4_g128", "q8_0", "int8"):
+        for o, k in ((960, 576), (3072, 576), (576, 1536), (4096, 4096)):
+            part = layout_panel.parts(scheme(name), o, k)["panels"]
+            attrs = {"activation": "none", "bias": 0, "residual": 0, "scheme": name, "layout": layout_panel.NAME, "o": o, "k": k}
+            specs = (TensorSpec(("n", k), "float32"), part)
+            call = KernelCall(quantized_linear.OP, specs, TensorSpec(("n", o), "float32"), tuple(sorted(attrs.items())))
+            run, size = kernel(quantized_linear, call), int(np.prod(part.bind({})))
+            weights = []
+            for _ in range(max(1, (128 << 20) // size)):
+                # bytes below 60 are small finite numbers as halves of a scale
+                weights.append(tvm.runtime.tensor(rng.integers(0, 60, part.bind({}), np.uint8)))
+            for n in (1, 4, 512):
+                x, out, turn = filled(specs[0], {"n": n}, rng), filled(call.result, {"n": n}, rng), iter(range(1 << 40))
+                tx, tw = torch.from_dlpack(x), torch.randn(o, k)
+                peer = best(partial(torch.nn.functional.linear, tx, tw))
+
+                def step(run: Any = run, x: Any = x, out: Any = out, turn: Any = turn, weights: Any = weights) -> None:
+                    run(x, weights[next(turn) % len(weights)], out)
+
+                moved, flops = quantized_linear.roofline(call, n=n)
+                report(f"quantized {o}x{k} {name} n={n}", best(step), moved, flops, limits, peer)
+
+
 def bench_attend(limits: tuple[float, float]) -> None:
     rng = np.random.default_rng(0)
     for phase, hq, hk, d, rows, context in (
@@ -166,12 +194,14 @@ def bench_attend(limits: tuple[float, float]) -> None:
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["linear", "attend"]
+    wanted = sys.argv[1:] or ["linear", "quantized", "attend"]
     torch.set_num_threads(THREADS)
     limits = (read_bandwidth(), fma_peak())
     print(f"{HOST.name}, {THREADS} threads: read {limits[0] / 1e9:.1f} GB/s, multiply-add {limits[1] / 1e9:.1f} GFLOP/s")
     if "linear" in wanted:
         bench_linear(limits)
+    if "quantized" in wanted:
+        bench_quantized(limits)
     if "attend" in wanted:
         bench_attend(limits)
 

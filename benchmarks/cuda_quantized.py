@@ -1,4 +1,4 @@
-"""``llmc.quantized_linear`` on sm_90a: formats, sizes of an 8B and a 1B model, candidate configurations, next to the machine's limit.
+"""``llmc.quantized_linear`` on sm_90a: formats, sizes of an 8B and a 1B model, configurations, next to the machine's limit.
 
     python benchmarks/cuda_quantized.py build DIR [--only decode,extend]    with llmc and nvcc, no GPU: kernels.so and cases.json
     python benchmarks/cuda_quantized.py run DIR                             on an sm_90a GPU with torch and the TVM runtime
@@ -31,24 +31,38 @@ SIZES: dict[str, tuple[int, int, dict[str, int]]] = {
 }
 """Label -> outputs, k, attributes."""
 
-FORMATS: dict[str, tuple[str, ...]] = {
-    "int4_g128": ("8b_o", "8b_gate_up", "8b_down", "1b_gate_up"),
-    "int8": ("8b_o", "8b_gate_up"),
-    "fp8_e4m3": ("8b_gate_up",),
-    "int4_g32": ("8b_gate_up",),
-    "q4_1": ("8b_gate_up",),
+FORMATS: dict[str, dict[str, tuple[str, ...]]] = {
+    "decode": {
+        "int4_g128": ("8b_o", "8b_gate_up", "8b_down", "1b_gate_up"),
+        "int8": ("8b_o", "8b_gate_up"),
+        "fp8_e4m3": ("8b_gate_up",),
+        "int4_g32": ("8b_gate_up",),
+        "q4_1": ("8b_gate_up",),
+    },
+    "extend": {
+        "int4_g128": ("8b_o", "8b_gate_up", "8b_down"),
+        "int8": ("8b_gate_up",),
+        "fp8_e4m3": ("8b_gate_up",),
+    },
 }
-"""Scheme -> sizes it is measured at."""
+"""Phase -> scheme -> sizes it is measured at."""
 
 NARROW = [
     {"warps": w, "tiles": t, "depth": d, "columns": c}
     for w, t, d, c in [
-        (8, 1, 2, 8), (4, 1, 2, 8), (16, 1, 2, 8), (8, 1, 1, 8), (16, 1, 1, 8), (8, 2, 1, 8), (4, 2, 2, 8), (4, 1, 4, 8), (2, 1, 4, 8),
-        (8, 1, 1, 16), (8, 2, 1, 16), (4, 2, 1, 16), (8, 4, 1, 16), (4, 4, 1, 16), (16, 2, 1, 16),
+        (8, 1, 2, 8), (4, 1, 2, 8), (16, 1, 2, 8), (8, 1, 1, 8), (16, 1, 1, 8), (8, 2, 1, 8), (4, 2, 2, 8), (4, 1, 4, 8),
+        (2, 1, 4, 8), (8, 1, 1, 16), (8, 2, 1, 16), (4, 2, 1, 16), (8, 4, 1, 16), (4, 4, 1, 16), (16, 2, 1, 16),
     ]
 ]  # fmt: skip
-DECODE_ROWS = (1, 8, 16)
-EXTEND_ROWS = (32, 64, 256, 512, 2048)
+WIDE = [
+    {"tile": tile, "split": split}
+    for tile, splits in {
+        (64, 16, 3): (2, 4), (64, 32, 3): (1, 2, 4), (64, 32, 2): (2,), (64, 64, 2): (1, 2, 4), (64, 128, 1): (1, 2),
+        (128, 64, 1): (1, 2), (128, 128, 1): (1, 2), (64, 256, 1): (1,), (128, 256, 1): (1, 2),
+    }.items()
+    for split in splits
+]  # fmt: skip
+ROWS = {"decode": (1, 8, 16), "extend": (16, 32, 64, 128, 256, 512, 2048)}
 ROTATED_BYTES = 256 << 20
 TOLERANCE = {"decode": 8e-3, "extend": 1.2e-2}
 
@@ -61,18 +75,18 @@ def build(folder: Path, only: list[str]) -> None:
     import tvm
 
     from llmc.passes.quantize.scheme import scheme
-    from llmc.schedules.cuda import quantized_gemv
+    from llmc.schedules.cuda import quantized_gemm, quantized_gemv
     from llmc.schedules.cuda.quantized_call import make, part_names, specs
     from llmc.targets import cuda, cuda_tools
     from llmc.targets.link import linker
 
     target = cuda.parse("cuda:sm_90a")
-    families = {"decode": (quantized_gemv, NARROW)}
+    families: dict[str, tuple[Any, list[dict[str, Any]]]] = {"decode": (quantized_gemv, NARROW), "extend": (quantized_gemm, WIDE)}
     functions, cases = {}, []
     for phase, (family, configs) in families.items():
         if phase not in only:
             continue
-        for name, sizes in FORMATS.items():
+        for name, sizes in FORMATS[phase].items():
             for size in sizes:
                 o, k, attrs = SIZES[size]
                 call = make(o, k, name, phase=phase, **attrs)
@@ -81,9 +95,10 @@ def build(folder: Path, only: list[str]) -> None:
                     symbol = f"kernel_{len(cases)}"
                     functions[symbol] = family.build(call, target, default | config).with_attr("global_symbol", symbol)
                     how = scheme(name)
+                    parts = [[p, specs(call)[p].shape, specs(call)[p].dtype] for p in part_names(call)]
                     cases.append({
                         "symbol": symbol, "phase": phase, "scheme": name, "kind": how.kind, "bits": how.bits, "offset": how.offset,
-                        "size": size, "config": config, "parts": [[p, specs(call)[p].shape, specs(call)[p].dtype] for p in part_names(call)],
+                        "size": size, "config": config, "parts": parts,
                     })  # fmt: skip
     cuda_tools.prepare()
     with cuda.tvm_target(target) as tvm_target:
@@ -107,14 +122,14 @@ def run(folder: Path) -> None:
     module = tvm.runtime.load_module(str(folder / "kernels.so"))
     limit = _copy_bandwidth()
     cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
-    print(f"{torch.cuda.get_device_name()}: copy {limit / 1e12:.2f} TB/s; configurations are warps.tiles.depth.columns")
+    print(f"{torch.cuda.get_device_name()}: copy {limit / 1e12:.2f} TB/s; warps.tiles.depth.columns, or outputs.rows.blocks.split")
     keys = dict.fromkeys((c["phase"], c["scheme"], c["size"]) for c in cases)
     for key in keys:
         some = [c for c in cases if (c["phase"], c["scheme"], c["size"]) == key]
         o, k, attrs = SIZES[key[2]]
         parts = _random_parts(some[0])
         weight = _unpack(some[0], parts, o, k)
-        for n in DECODE_ROWS if key[0] == "decode" else EXTEND_ROWS:
+        for n in ROWS[key[0]]:
             x, residual = torch.randn(n, k, device="cuda").bfloat16(), torch.randn(n, o, device="cuda").bfloat16()
             inputs = [residual] if attrs.get("residual") else []
             wanted = x.float() @ weight.T + sum(r.float() for r in inputs)
@@ -122,18 +137,20 @@ def run(folder: Path) -> None:
             moved = sum(t.numel() * t.element_size() for t in (x, *parts, *inputs, out))
             copies = max(2, min(12, ROTATED_BYTES // moved))
             sets = [[tvm_ffi.from_dlpack(t) for t in (x, *(p.clone() for p in parts), *inputs, out)] for _ in range(copies)]
-            peer_weights = [torch.randn(o, k, device="cuda").bfloat16() for _ in range(max(2, min(6, ROTATED_BYTES // (2 * o * k))))]
+            peer_weights = [
+                torch.randn(o, k, device="cuda").bfloat16() for _ in range(max(2, min(6, ROTATED_BYTES // (2 * o * k))))
+            ]
             peer = _graph_time([partial(torch.matmul, x, w.T) for w in peer_weights])
             del peer_weights
             results = []
             for case in some:
-                if n > case["config"]["columns"] and key[0] == "decode":
+                if not _sensible(case["config"], n):
                     continue
                 out.fill_(float("nan"))
                 module[case["symbol"]](*sets[0])
                 torch.cuda.synchronize()
                 error = float((out.float() - wanted).norm() / wanted.norm())
-                label = ".".join(str(v) for v in case["config"].values())
+                label = ".".join(".".join(map(str, v)) if isinstance(v, list) else str(v) for v in case["config"].values())
                 if not error < TOLERANCE[key[0]]:
                     print(f"WRONG {key} n={n} {label}: {error:.1e}")
                     continue
@@ -142,6 +159,14 @@ def run(folder: Path) -> None:
             floor = moved / limit * 1e6
             share = f"{floor / min(results)[0]:.0%}" if results else "-"
             print(f"{key[1]:15} {key[2]:11} n={n:<5} floor {floor:6.1f} {share:>4} cuBLAS {peer:6.1f}  {best}", flush=True)
+
+
+def _sensible(config: dict[str, Any], n: int) -> bool:
+    """Whether a configuration is worth timing for ``n`` rows: neither far narrower nor far wider."""
+    if "columns" in config:
+        return n <= int(config["columns"])
+    wide = config["tile"][1]
+    return (wide <= max(32, 2 * n) and n <= 4 * wide) or (wide >= 128 and n >= 256)
 
 
 def _random_parts(case: dict[str, Any]) -> list[Any]:

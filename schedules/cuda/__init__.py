@@ -16,6 +16,7 @@ from llmc.schedules.cuda import (
     moe,
     prefill_attention,
     quantized_gemv,
+    quantized_hopper,
     quantized_simple,
     quantized_take,
     rope,
@@ -27,7 +28,7 @@ from llmc.schedules.cuda import (
 from llmc.schedules.cuda.norm import layer_norm, rms_norm
 
 FAMILIES = (
-    linear_hopper, gemv, linear_simple, quantized_gemv, quantized_simple, quantized_take,
+    linear_hopper, gemv, linear_simple, quantized_hopper, quantized_gemv, quantized_simple, quantized_take,
     decode_attention, prefill_attention, attend_simple, append, moe, rms_norm, layer_norm, rope, rope_append, topk,
     sample_stats, sample, advance,
 )  # fmt: skip

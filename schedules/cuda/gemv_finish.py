@@ -18,10 +18,11 @@ def finisher(
 ) -> Any:
     """``finish(partial, acc, thread, first, first_row, rows, scales, bias, residual, out)`` for a block of ``warps`` warps.
 
-    The block has ``tiles`` tiles of 16 results from ``first`` on, of ``results`` in a row, and ``rows`` rows of x from ``first_row``.
-    ``acc``: each warp's m16n8 accumulators [tiles · sides · column_tiles · 4] over its share of k, where a gated linear has two
-    sides, gate and factor, else one; ``partial``: shared float32 [warps, tiles · sides, column_tiles, 32, 4]. Stores act(sum · scale +
-    bias) (· factor) + residual; ``scales`` [results · sides or more] where ``scaled``, bias and residual where the call has them.
+    The block has ``tiles`` tiles of 16 results from ``first`` on, of ``results`` in a row, and ``rows`` rows of x from
+    ``first_row``. ``acc``: each warp's m16n8 accumulators [tiles · sides · column_tiles · 4] over its share of k, where a gated
+    linear has two sides, gate and factor, else one; ``partial``: shared float32 [warps, tiles · sides, column_tiles, 32, 4].
+    Stores act(sum · scale + bias) (· factor) + residual; ``scales`` [results · sides or more] where ``scaled``, bias and residual
+    where the call has them.
     """
     activation, gated = linear_call.activation(call)
     sides, outputs, columns, threads = 1 + gated, 16 * tiles, 8 * column_tiles, 32 * warps

@@ -104,8 +104,10 @@ def parts(scheme: Scheme, o: int, k: int) -> dict[str, TensorSpec]:
         return codes | {"scales": TensorSpec((at.tiles * ROWS,), scheme.scale_dtype)}
     shape = (at.tiles, at.blocks, 8, at.groups, 2)
     offset = {
-        "none": {}, "zero_point": {"zeros": TensorSpec(shape, "uint8")}, "minimum": {"minima": TensorSpec(shape, scheme.scale_dtype)},
-    }[scheme.offset]  # fmt: skip
+        "none": {},
+        "zero_point": {"zeros": TensorSpec(shape, "uint8")},
+        "minimum": {"minima": TensorSpec(shape, scheme.scale_dtype)},
+    }[scheme.offset]
     return codes | {"scales": TensorSpec(shape, scheme.scale_dtype)} | offset
 
 
@@ -135,7 +137,9 @@ def unpack(parts: dict[str, np.ndarray], scheme: Scheme, o: int, k: int) -> Quan
 
 def _pack_codes(at: Tiles, codes: np.ndarray) -> np.ndarray:
     if at.bits == 4:
-        v = codes.reshape(at.tiles, 2, 8, at.chunks, 2, 4, 4, 2).transpose(0, 3, 2, 5, 4, 1, 7, 6)  # tile chunk g t | s h | odd pair
+        v = codes.reshape(at.tiles, 2, 8, at.chunks, 2, 4, 4, 2).transpose(
+            0, 3, 2, 5, 4, 1, 7, 6
+        )  # tile chunk g t | s h | odd pair
         v = v.reshape(*v.shape[:6], 4, 2)  # eight nibbles in order, two to a byte
         packed = v[..., 0] | v[..., 1] << 4
     else:

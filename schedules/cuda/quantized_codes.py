@@ -76,9 +76,7 @@ def _decode_bytes_f16(how: Scheme) -> Any:
     @T.inline
     def decode(fragment: Expr, words: Expr, base: Expr, s: Expr, p: Expr) -> None:
         for j in T.unroll(4):
-            T.ptx["prmt.b32"](
-                fragment[j], words[base + j % 2 * 2 + p], T.uint32(0x64646464), T.uint32(0x4240 + 0x0101 * (j // 2))
-            )
+            T.ptx["prmt.b32"](fragment[j], words[base + j % 2 * 2 + p], T.uint32(0x64646464), T.uint32(0x4240 + 0x0101 * (j // 2)))
             T.ptx[MULTIPLY_ADD["float16"]](fragment[j], fragment[j], one, taken_off)
 
     return decode
@@ -111,9 +109,7 @@ def _decode_e4m3(dtype: str) -> Any:
     def decode(fragment: Expr, words: Expr, base: Expr, s: Expr, p: Expr) -> None:
         for j in T.unroll(4):
             word = T.meta_var(words[base + j % 2 * 2 + p] << T.uint32(8) if j // 2 == 0 else words[base + j % 2 * 2 + p])
-            T.ptx["lop3.b32"](
-                fragment[j], word >> T.uint32(shift), T.uint32(both(mask)), word & T.uint32(0x80008000), SELECT
-            )
+            T.ptx["lop3.b32"](fragment[j], word >> T.uint32(shift), T.uint32(both(mask)), word & T.uint32(0x80008000), SELECT)
             T.ptx[multiply_add](fragment[j], fragment[j], T.uint32(both(scale)), T.uint32(NEGATIVE))
 
     return decode

@@ -1,14 +1,14 @@
 """``llmc.quantized_linear`` over tens to thousands of rows on sm_90a: wgmma with the weights as the A operand, from registers.
 
-The result is computed transposed: a tile has ``rows`` outputs, 64 to a warpgroup, and ``columns`` rows of x. A lane loads its 16 bytes
-of a chunk (:mod:`.layout_mma`) straight from memory, ``depth`` steps ahead, and turns them into A fragments: columns go to the lanes that
-wgmma wants them in, which differs from the layout's order by a transposition among four lanes, codes become 16-bit values
-(:mod:`.quantized_codes`), and the scale and offset of a group are applied in float32 and rounded once. A scale for a whole row comes
-after the sums. x comes by TMA into 128-byte-swizzled shared memory, copied by a warp of its own. While one warpgroup's products are
-computed, another one makes its next fragments.
+The result is computed transposed: a tile has ``rows`` outputs, 64 to a warpgroup, and ``columns`` rows of x. A lane loads its 16
+bytes of a chunk (:mod:`.layout_mma`) straight from memory, ``depth`` steps ahead, and turns them into A fragments: columns go to
+the lanes that wgmma wants them in, which differs from the layout's order by a transposition among four lanes, codes become 16-bit
+values (:mod:`.quantized_codes`), and the scale and offset of a group are applied in float32 and rounded once. A scale for a whole
+row comes after the sums. x comes by TMA into 128-byte-swizzled shared memory, copied by a warp of its own. While one warpgroup's
+products are computed, another one makes its next fragments.
 
-``split`` blocks of a cluster share a tile and k. The float32 sums meet in shared memory, where every block finishes its share of the
-rows of x from all of them, always in the same order, and stores whole rows of outputs. A gated linear has both sides' tiles.
+``split`` blocks of a cluster share a tile and k. The float32 sums meet in shared memory, where every block finishes its share of
+the rows of x from all of them, always in the same order, and stores whole rows of outputs. A gated linear has both sides' tiles.
 
 Tiles that reach over an edge of x read zeros, so n is free; k makes rows of 16 bytes. The order of additions behind an output
 element does not depend on n.
@@ -20,10 +20,9 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from llmc.schedules.cuda import hopper, layout_mma, linear_call, quantized_call, quantized_codes
-from llmc.schedules.cuda.emit import WIDTH
-from llmc.schedules.cuda.gemm_hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS
-from llmc.schedules.cuda.layout_mma import BLOCK, LANES, ROWS, UNIT
+from llmc.schedules.cuda import hopper, layout_mma, linear_call, quantized_call, quantized_codes, quantized_gemv
+from llmc.schedules.cuda.gemm_hopper import CONSUMER_REGISTERS, MULTIPROCESSORS, PRODUCER_REGISTERS
+from llmc.schedules.cuda.layout_mma import BLOCK, LANES
 from llmc.schedules.cuda.quantized_call import make
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
@@ -40,6 +39,8 @@ __device__ __forceinline__ void operand_fence(unsigned int& r) { asm volatile(""
 VECTOR = 4
 """Outputs that a thread finishes at once."""
 
+TILES = [(128, 256, 1), (128, 128, 1), (64, 256, 1), (64, 128, 1), (128, 64, 1), (64, 64, 2), (64, 32, 3), (64, 32, 2), (64, 16, 3)]
+SPLITS = (1, 2, 4, 8)
 SHARED = 224 << 10
 """Bytes of shared memory of a multiprocessor for its blocks."""
 
@@ -62,14 +63,9 @@ SHAPES: dict[str, KernelCall] = {
 
 def mismatch(call: KernelCall, target: Target) -> bool:
     """Whether the kernel does not take a call in any phase."""
-    activation, gated = linear_call.activation(call)
-    if not quantized_call.is_ours(call, target) or not hopper.is_hopper(target) or activation not in hopper.ACTIVATIONS:
+    if quantized_gemv.mismatch(call, target) or not hopper.is_hopper(target):
         return True
-    others = [s for name, s in quantized_call.specs(call).items() if name in ("bias", "residual", "out")]
-    x = call.args[0]
-    if x.dtype not in hopper.PTX_TYPE or call.attr("k") % UNIT or gated and call.attr("o") % (2 * ROWS):
-        return True
-    return any(s.dtype not in WIDTH for s in others)
+    return linear_call.activation(call)[0] not in hopper.ACTIVATIONS
 
 
 def matches(call: KernelCall, target: Target) -> str | None:
@@ -83,10 +79,22 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 
     ``depth``: steps of 64 of k whose codes are in flight; ``dependent_launch``: start early.
     """
-    gated = linear_call.activation(call)[1]
-    wide = [(128, 128, 1), (64, 128, 1), (128, 64, 1)] if gated else [(128, 256, 1), (128, 128, 1), (64, 256, 1)]
-    tiles = [*wide, (64, 32, 2), (64, 64, 2), (64, 16, 3)]
-    return {"tile": tiles, "split": [1, 2, 4, 8], "depth": [2, 4] if gated else [4, 2, 8], "dependent_launch": [True, False]}
+    tile, split = default(call, 512)
+    return {
+        "tile": [tile, *(t for t in TILES if t != tile)], "split": [split, *(s for s in SPLITS if s != split)],
+        "depth": [2, 4] if linear_call.activation(call)[1] else [4, 2, 8], "dependent_launch": [True, False],
+    }  # fmt: skip
+
+
+def default(call: KernelCall, rows: int) -> tuple[tuple[int, int, int], int]:
+    """``tile`` and ``split`` for up to ``rows`` rows: a tile as wide as x while that is narrow, and enough blocks."""
+    sides = 1 + linear_call.activation(call)[1]
+    columns = next((c for c in (16, 32, 64, 128) if rows <= c), 256 if rows > 512 else 128) // (sides if rows > 64 else 1)
+    height = 64 if columns <= 64 else 128
+    resident = {16: 3, 32: 3, 64: 2}.get(columns, 1) if sides == 1 else {16: 2, 32: 2}.get(columns, 1)
+    count = -(-int(call.attr("o")) // (sides * height)) * -(-rows // columns)
+    fitting = [s for s in SPLITS if s * count <= MULTIPROCESSORS * resident and s * 2 <= -(-int(call.attr("k")) // (4 * K_STEP))]
+    return (height, columns, resident), max(fitting, default=1)
 
 
 def stages(columns: int, resident: int, sums_bytes: int) -> int:
@@ -308,11 +316,12 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         for side in T.unroll(sides):
                             a = T.meta_var((side * 4 + kk) * 4)
                             T.ptx[mma](
-                                *[acc[side * sums + v] for v in range(sums)], a_regs[a], a_regs[a + 1], a_regs[a + 2], a_regs[a + 3],
+                                *[acc[side * sums + v] for v in range(sums)],
+                                a_regs[a], a_regs[a + 1], a_regs[a + 2], a_regs[a + 3],
                                 x_descriptor[0] + T.cast(stage * (x_bytes // 16) + kk * 2, "uint64"), T.bool(True), 1, 1, 0,
                             )  # fmt: skip
                     T.ptx.wgmma.commit_group.sync.aligned()
-                    # Fragments are not made while a multiplication of this warpgroup is under way: the compiler would wait after each.
+                    # With fragments made while a multiplication is under way, the compiler would wait after each one.
                     T.ptx.wgmma.wait_group.sync.aligned(0)
                     if thread % 128 == 0:
                         T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([stage]), T.uint32(1))
@@ -326,7 +335,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             T.ptx.bar.sync(T.uint32(1), T.uint32(32 * warps))
             for side in T.unroll(sides):
                 for v in T.unroll(sums):
-                    # Sum v of a thread: row v // 4 * 8 + 2 * (lane % 4) + v % 2 of x, output lane // 4 + 8 * (v // 2 % 2) of the warp's.
+                    # A thread's sums: rows 2 * (lane % 4) and 1 more of x, outputs lane // 4 and 8 more of the warp's; 8 rows on.
                     s_sums[side, v // 4 * 8 + lane % 4 * 2 + v % 2, warp * 16 + lane // 4 + v // 2 % 2 * 8] = acc[side * sums + v]
         if split > 1:
             T.cuda.cluster_sync()

@@ -1,9 +1,9 @@
-"""``llmc.quantized_linear`` for a few rows on any GPU from sm_80 on: the decode phase, where reading the weights is all the time there is.
+"""``llmc.quantized_linear`` for a few rows on any GPU from sm_80 on: decode, where reading the weights is all the time.
 
-As :mod:`.gemv`: the weights are the A operand of the tensor cores (16 outputs x k), x is the B operand (k x 8 rows), the warps of a
-thread block split k, and each has the loads of its whole next step in flight. Weights lie in the layout :mod:`.layout_mma`; a lane's
-16 bytes of them become A fragments in registers (:mod:`.quantized_codes`). Products of codes and x are summed in float32 over
-a group of k, exactly as the codes say; only then come the group's scale and offset, which multiplies the group's sum of x,
+As :mod:`.gemv`: the weights are the A operand of the tensor cores (16 outputs x k), x is the B operand (k x 8 rows), the warps of
+a thread block split k, and each has the loads of its whole next step in flight. Weights lie in the layout :mod:`.layout_mma`; a
+lane's 16 bytes of them become A fragments in registers (:mod:`.quantized_codes`). Products of codes and x are summed in float32
+over a group of k, exactly as the codes say; only then come the group's scale and offset, which multiplies the group's sum of x,
 from a multiplication with ones. A scale for a whole row comes after all sums.
 
 The order of additions behind an output element does not depend on n.
@@ -17,6 +17,7 @@ from tvm.script import tirx as T
 
 from llmc.schedules.cuda import gemv_finish, hopper, layout_mma, linear_call, quantized_call, quantized_codes
 from llmc.schedules.cuda.emit import WIDTH
+from llmc.schedules.cuda.gemm_hopper import MULTIPROCESSORS
 from llmc.schedules.cuda.layout_mma import BLOCK, LANES, UNIT
 from llmc.schedules.cuda.math import ACTIVATIONS
 from llmc.schedules.cuda.quantized_call import make
@@ -58,19 +59,21 @@ SHAPES: dict[str, KernelCall] = {
 }
 
 
-def matches(call: KernelCall, target: Target) -> str | None:
-    if not quantized_call.is_ours(call, target) or call.phase != "decode":
-        return None
-    x = call.args[0]
+def mismatch(call: KernelCall, target: Target) -> bool:
+    """Whether the kernel does not take a call in any phase."""
+    if not quantized_call.is_ours(call, target):
+        return True
+    x, (activation, gated) = call.args[0], linear_call.activation(call)
     others = [s for name, s in quantized_call.specs(call).items() if name in ("bias", "residual", "out")]
-    activation, gated = linear_call.activation(call)
-    if gated and call.attr("o") % (2 * layout_mma.ROWS):
+    if activation not in ACTIVATIONS or (gated and call.attr("o") % (2 * layout_mma.ROWS)):
+        return True
+    return x.dtype not in hopper.PTX_TYPE or call.attr("k") % UNIT != 0 or any(s.dtype not in WIDTH for s in others)
+
+
+def matches(call: KernelCall, target: Target) -> str | None:
+    if call.phase != "decode" or mismatch(call, target):
         return None
-    if activation not in ACTIVATIONS or x.dtype not in hopper.PTX_TYPE or call.attr("k") % UNIT:
-        return None
-    if any(s.dtype not in WIDTH for s in others):
-        return None
-    return f"{call.attr('scheme')} codes to {x.dtype} tensor cores in registers, exact float32 sums of a group, k split over warps"
+    return f"{call.attr('scheme')} codes to {call.args[0].dtype} tensor cores, exact float32 sums of a group, k split over warps"
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
@@ -78,13 +81,38 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 
     ``min_blocks`` per multiprocessor limits registers (0: the compiler's choice); ``dependent_launch``: start early, on sm_90a.
     """
-    blocks = layout_mma.geometry(quantized_call.how(call), call.attr("o"), call.attr("k")).blocks
-    depth = 2 if blocks > 1 and quantized_call.how(call).bits <= 4 else 1
-    warps = sorted([8, 4, 2, 1, 16], key=lambda w: (w > -(-blocks // depth), w == 16, -w))
+    warps, tiles, depth = default(call, 8)
     return {
-        "warps": warps, "depth": [depth, 3 - depth, 4], "tiles": [1, 2, 4], "columns": [8, 16, 32], "min_blocks": [0, 2, 3],
-        "dependent_launch": [True, False] if hopper.is_hopper(target) else [False],
+        "warps": _first(warps, [4, 8, 16, 2, 1]), "tiles": _first(tiles, [1, 2, 4]), "depth": _first(depth, [1, 2, 4]),
+        "columns": [8, 16, 32], "min_blocks": [0, 2, 3], "dependent_launch": [True, False] if hopper.is_hopper(target) else [False],
     }  # fmt: skip
+
+
+def default(call: KernelCall, columns: int) -> tuple[int, int, int]:
+    """``warps``, ``tiles`` and ``depth`` for up to 8 or up to 16 rows, measured on an H200 at an 8B and a 1B model's shapes.
+
+    Few tiles want all of k in flight at once, on as many warps; of many, small blocks take turns more evenly. Codes of 8 bits
+    are waited for, codes of 4 bits computed with: they want warps to switch between rather than loads in flight.
+    """
+    at = layout_mma.geometry(quantized_call.how(call), call.attr("o"), call.attr("k"))
+    few = at.tiles <= 3 * MULTIPROCESSORS
+    if columns > 8:
+        warps, tiles, depth = (16, 2, 1) if few else (4, 2, 1)
+    elif few:
+        warps, tiles, depth = 16, 1, 1
+    else:
+        warps, tiles, depth = (4, 1, 4) if at.bits == 8 else (8, 1 if at.blocks > 16 else 2, 1)
+    if linear_call.activation(call)[1]:
+        tiles = 1
+    while depth > 1 and depth > at.blocks:
+        depth //= 2
+    while warps > 1 and depth * (warps // 2) >= at.blocks:
+        warps //= 2
+    return warps, tiles, depth
+
+
+def _first(value: int, values: list[int]) -> list[int]:
+    return [value, *(v for v in values if v != value)]
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
@@ -117,7 +145,13 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
     decode = quantized_codes.decoder(how, dtype)
     results = o // sides
-    finish = gemv_finish.finisher(call, results=results, warps=warps, tiles=tiles, column_tiles=column_tiles, out_dtype=out_dtype, scaled=row_wise)
+    finish = gemv_finish.finisher(
+        call, results=results, warps=warps, tiles=tiles, column_tiles=column_tiles, out_dtype=out_dtype, scaled=row_wise
+    )
+
+    def group_ends(q: Any) -> Any:
+        """Whether a group's last columns are those of piece ``q`` of a block."""
+        return False if row_wise else (q + 1) * 32 % at.group == 0
 
     def tile_of(first: Any, r: Any) -> Any:
         """Slot ``r``'s tile of the matrix; a slot beyond the last has the last one's, whose sums are not stored again."""
@@ -247,10 +281,12 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 for p in T.unroll(2):
                     decode(fragment, w_regs, ((b * chunks_of_block + q // pieces) * slots + r) * 4, q % pieces, p)
                     for c in T.unroll(column_tiles):
+                        to = T.meta_var((r * column_tiles + c) * 4)
+                        pair = T.meta_var((b * column_tiles + c) * 16 + q * 4 + p * 2)
                         if row_wise:
-                            multiply(acc, (r * column_tiles + c) * 4, (b * column_tiles + c) * 16 + q * 4 + p * 2, False)
+                            multiply(acc, to, pair, False)
                         else:
-                            multiply(group_acc, (r * column_tiles + c) * 4, (b * column_tiles + c) * 16 + q * 4 + p * 2, starts and p == 0)
+                            multiply(group_acc, to, pair, starts and p == 0)
 
         @T.inline
         def add_group(b, j) -> None:
@@ -292,13 +328,11 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 for q in T.unroll(4):
                     multiply_piece(b, q)
                     # A chunk that is used up makes room for the next step's.
-                    if q % pieces == pieces - 1:
-                        if following < blocks:
-                            for r in T.unroll(slots):
-                                load_codes(b * chunks_of_block + q // pieces, r, following)
-                    if not row_wise:
-                        if (q + 1) * 32 % at.group == 0:
-                            add_group(b, (q + 1) * 32 // at.group - 1)
+                    if q % pieces == pieces - 1 and following < blocks:
+                        for r in T.unroll(slots):
+                            load_codes(b * chunks_of_block + q // pieces, r, following)
+                    if group_ends(q):
+                        add_group(b, (q + 1) * 32 // at.group - 1)
                 if following < blocks:
                     if not row_wise:
                         for r in T.unroll(slots):

@@ -40,4 +40,5 @@ def test_take(name: str) -> None:
     wanted = quantized_take.reference(case, *arrays).astype(np.float32)
     # A multiply-add may be contracted: one rounding less than in NumPy.
     slack = 1e-6 if how.offset == "minimum" else 0.0
-    assert np.allclose(result.astype(np.float32), wanted.astype(DTYPES[case.result.dtype]).astype(np.float32), rtol=slack, atol=slack)
+    rounded = wanted.astype(DTYPES[case.result.dtype]).astype(np.float32)
+    assert np.allclose(result.astype(np.float32), rounded, rtol=slack, atol=slack)

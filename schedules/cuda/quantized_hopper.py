@@ -1,0 +1,84 @@
+"""``llmc.quantized_linear`` on sm_90a for every number of rows: one function that picks a kernel by n when it is called.
+
+=============  ===================  =========================================================================
+rows           kernel               why
+=============  ===================  =========================================================================
+1-8, 9-16      ``quantized_gemv``   mma with the weights as the wide operand; k split over warps
+more           ``quantized_gemm``   wgmma over tiles as wide as there are rows; k split over a cluster
+=============  ===================  =========================================================================
+
+The choice is host code: a CUDA graph records the one kernel that its size asks for. Results of one row differ between the kernels:
+``quantized_gemm`` rounds a weight that has a group's scale to x's dtype, ``quantized_gemv`` multiplies codes and scales the sums.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmc.schedules.cuda import linear_call, quantized_call, quantized_gemm, quantized_gemv
+from llmc.schedules.cuda.host_choice import host_choice
+from llmc.schedules.cuda.quantized_call import make
+from llmc.schedules.protocol import KernelCall
+from llmc.targets.base import Target
+
+NAME = "cuda.quantized_hopper"
+OP = quantized_call.OP
+KERNELS = {"gemv": quantized_gemv, "gemm": quantized_gemm}
+BUCKETS = {"1-8": 8, "9-16": 16, "17-32": 32, "33-64": 64, "65-128": 128, "129-512": 512, "513-": None}
+"""An axis of the configuration -> the most rows that its kernel runs for."""
+
+MOST_GEMV_ROWS = 16
+MANY_ROWS = 2048
+"""What the last bucket is tuned for."""
+
+SHAPES: dict[str, KernelCall] = {
+    "o_4096x4096_int4_g128": make(4096, 4096, "int4_g128", residual=1),
+    "gate_up_28672x4096_int4": make(28672, 4096, "int4_g32", activation="silu_gated"),
+    "edges_136x328_q4_1": make(136, 328, "q4_1", bias=1, residual=1),
+    "gated_160x264_int8_f16": make(160, 264, "int8", "float16", activation="silu_gated"),
+    "small_64x64_fp8": make(64, 64, "fp8_e4m3", phase="extend"),
+}
+
+
+def matches(call: KernelCall, target: Target) -> str | None:
+    if quantized_gemm.mismatch(call, target):
+        return None
+    return f"{call.attr('scheme')} codes to {call.args[0].dtype} tensor cores; the kernel by the number of rows: mma, wgmma"
+
+
+def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
+    """For each of :data:`BUCKETS` its kernel and that kernel's configuration; ``dependent_launch``: start early."""
+    return {**{rows: candidates(call, rows) for rows in BUCKETS}, "dependent_launch": [True, False]}
+
+
+def candidates(call: KernelCall, rows: str) -> list[dict[str, Any]]:
+    """Configurations for a bucket, the default first."""
+    most = BUCKETS[rows] or MANY_ROWS
+    if most <= MOST_GEMV_ROWS:
+        axes = dict.fromkeys(
+            [quantized_gemv.default(call, most), (16, 1, 1), (8, 1, 1), (8, 2, 1), (4, 2, 2), (4, 1, 4), (4, 1, 2)]
+        )
+        fixed = {"columns": most, "min_blocks": 0}
+        return [{"kernel": "gemv", "warps": warps, "tiles": tiles, "depth": depth, **fixed} for warps, tiles, depth in axes]
+    gated = linear_call.activation(call)[1]
+    first = quantized_gemm.default(call, most)
+    tiles = [t for t in quantized_gemm.TILES if t[1] <= (128 if gated else 256) and t[1] <= max(2 * most, 32)]
+    pairs = dict.fromkeys([first, *((tile, split) for tile in tiles for split in (1, 2, 4))])
+    return [{"kernel": "gemm", "tile": list(tile), "split": split, "depth": 2 if gated else 4} for tile, split in pairs]
+
+
+def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
+    kernels: list[tuple[dict[str, Any], int | None]] = []
+    for rows, most in BUCKETS.items():
+        chosen = {**config[rows], "dependent_launch": config["dependent_launch"]}
+        if kernels and kernels[-1][0] == chosen:
+            kernels.pop()  # the same for more rows
+        kernels.append((chosen, most))
+    functions = [KERNELS[chosen["kernel"]].build(call, target, chosen) for chosen, _ in kernels]
+    n = functions[0].params[0].ty.shape[0]
+    limits = [most for _, most in kernels]
+    name = f"quantized_linear_{call.attr('scheme')}_{call.attr('o')}x{call.attr('k')}"
+    return host_choice(functions, [n <= most for most in limits[:-1]]).with_attr("global_symbol", name)
+
+
+reference, roofline = quantized_call.reference, quantized_call.roofline

@@ -1,0 +1,61 @@
+"""``schedules/cuda/quantized_hopper.py`` on the CUDA emulator: the right kernel for every number of rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from llmc.schedules.cuda import quantized_gemm, quantized_gemv
+from llmc.schedules.cuda import quantized_hopper as family
+from llmc.schedules.cuda.quantized_call import make
+from llmc.targets import cuda
+from tests.kernels.harness import error
+from tests.kernels_cuda.emulated import TOLERANCE, call
+from tests.kernels_cuda.quantized_cases import operands
+
+TARGET = cuda.parse("cuda:sm_90a")
+
+
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [("edges_136x328_q4_1", 8), ("edges_136x328_q4_1", 16), ("edges_136x328_q4_1", 17), ("edges_136x328_q4_1", 150),
+     ("gated_160x264_int8_f16", 3), ("gated_160x264_int8_f16", 70), ("small_64x64_fp8", 40), ("small_64x64_fp8", 514)],
+)  # fmt: skip
+def test_every_number_of_rows(name: str, n: int) -> None:
+    case = family.SHAPES[name]
+    assert family.matches(case, TARGET)
+    arrays = operands(case, n, seed=n)
+    result = call(family, case, TARGET, arrays, {"n": n})
+    assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+
+
+def test_the_choice_follows_the_configuration() -> None:
+    """With a kernel in place of another, rows in its bucket are its own to the last bit."""
+    case = family.SHAPES["edges_136x328_q4_1"]
+    arrays = operands(case, 5, seed=3)
+    chosen = family.candidates(case, "17-32")[0]
+    own = {axis: value for axis, value in chosen.items() if axis != "kernel"}
+    ours = call(family, case, TARGET, arrays, {"n": 5}, {"1-8": chosen})
+    assert np.array_equal(ours.view(np.uint16), call(quantized_gemm, case, TARGET, arrays, {"n": 5}, own).view(np.uint16))
+
+
+@pytest.mark.parametrize(("o", "k"), [(64, 64), (4096, 4096), (28672, 4096), (128256, 2048), (32, 8)])
+@pytest.mark.parametrize("activation", ["none", "silu_gated"])
+def test_every_candidate_fits(o: int, k: int, activation: str) -> None:
+    """Its sums the shared memory of a block, its rows of x the blocks that share a tile, its warps the most of a block."""
+    case = make(o, k, "int4_g128", activation=activation)
+    for rows in family.BUCKETS:
+        for config in family.candidates(case, rows):
+            if config["kernel"] == "gemm":
+                height, columns, resident = config["tile"]
+                sides = 2 if activation == "silu_gated" else 1
+                assert columns % config["split"] == 0
+                assert quantized_gemm.stages(columns, resident, 4 * sides * columns * (height + 4)) >= 2
+            else:
+                assert config["columns"] == family.BUCKETS[rows] and config["warps"] <= 16
+
+
+def test_defaults_for_small_matrices_leave_no_warp_without_work() -> None:
+    for k in (64, 128, 300, 2048):
+        warps, _, depth = quantized_gemv.default(make(64, k, "int4_g128"), 8)
+        assert warps == 1 or (warps // 2) * depth < -(-k // 128)

@@ -131,8 +131,8 @@ def unpack(parts: dict[str, np.ndarray], scheme: Scheme, o: int, k: int) -> Quan
     codes = np.ascontiguousarray(_unpack_codes(at, np.asarray(parts["codes"]))[:o, :k])
     if not at.group:
         return QuantizedTensor(scheme, codes, np.ascontiguousarray(parts["scales"][:o, None]), None, None)
-    rest = [_unpack_groups(at, scheme.group, parts[name]) if name in parts else None for name in ("scales", "zeros", "minima")]
-    return QuantizedTensor(scheme, codes, *rest)
+    groups = {name: _unpack_groups(at, scheme.group, array) for name, array in parts.items() if name != "codes"}
+    return QuantizedTensor(scheme, codes, groups["scales"], groups.get("zeros"), groups.get("minima"))
 
 
 def _pack_codes(at: Tiles, codes: np.ndarray) -> np.ndarray:

@@ -92,5 +92,5 @@ def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
 def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
     """The rows' share of the parts, ids and results moved once; a product to a value."""
     n, k = call.result.bind(symbols)
-    parts = sum(int(np.prod(s.shape)) * BYTES[s.dtype] for s in call.args[1:])
+    parts = sum(int(np.prod(s.bind({}))) * BYTES[s.dtype] for s in call.args[1:])
     return n * parts // int(call.attr("o")) + n * BYTES["int32"] + n * k * BYTES[call.result.dtype], n * k

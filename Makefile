@@ -20,7 +20,7 @@ run: $(STAMP)
 	$(BIN)/llmc run $(MODEL) --raw --max-tokens 64 "$(PROMPT)"
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -54,7 +54,9 @@ def write_weights(table: ParamTable, root: Path, folder: str, advance: Callable[
         relative = f"{folder}/weights-{number:05d}.safetensors"
         written.files[relative] = _write_file(root / relative, params, advance)
         for param in params:
-            written.tensors[param.name] = TensorInfo(relative, param.dtype, list(param.shape), param.scheme or param.dtype, param.source.scheme)
+            written.tensors[param.name] = TensorInfo(
+                relative, param.dtype, list(param.shape), param.scheme or param.dtype, param.source.scheme
+            )
     return written
 
 

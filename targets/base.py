@@ -74,7 +74,8 @@ class TargetModule(Protocol):
         """The kernel families in order of preference."""
 
     def layouts(self, target: Target) -> Sequence[Any]:
-        """The layouts of quantized weights in order of preference (:mod:`llmc.schedules.layouts`); a module without the function has none."""
+        """The layouts of quantized weights in order of preference (:mod:`llmc.schedules.layouts`). A module without this function
+        has none."""
 
     def schedule(self, function: Any, target: Target) -> Any:
         """The PrimFunc, which TVM generated from Relax operators, scheduled for the target."""

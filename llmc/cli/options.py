@@ -50,7 +50,11 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
         metavar="SPEC",
         help="cpu (this machine), cpu:x86-64-v3, cuda:sm_80,sm_90a, ...; may be repeated: one artifact for all (default: cpu)",
     )
-    group.add_argument("--dtype", choices=DTYPES, help="storage type of what is not quantized; for a quantized model, of everything (default: the model's own)")
+    group.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="storage type of what is not quantized; of everything for a quantized model (default: its own)",
+    )
     group.add_argument(
         "--quant", metavar="SCHEME", help="round matrices to int4, int8, int4_g128, fp8_e4m3, mxfp4, ... (default: as the model is)"
     )

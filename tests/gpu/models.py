@@ -59,7 +59,7 @@ REROUTED = 0.08
 
 @dataclass
 class Result:
-    """Relative errors of the logits: of prefill, of decode, and of transformers in the storage dtype, all without rerouted rows, and
+    """Relative errors of the logits of prefill, of decode, and of transformers in the storage dtype, all without rerouted rows, and
     how many rows those are (ours, theirs). ``misses``: tokens whose choice is worse than rounding explains."""
 
     name: str

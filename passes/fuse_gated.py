@@ -22,6 +22,8 @@ from llmc.passes.fuse_epilogue import ACTIVATION_OF
 from llmc.passes.rewrite import Graph, Rewriter, op_name, rewrite
 from llmc.passes.shapes import axis_slice, dims, dtype_of
 
+LAYERS = ("llmc.linear", "llmc.quantized_linear")
+
 Takes = Callable[[relax.Call, relax.Var], bool]
 """Whether the target has kernels for a call, given a variable of its result's type."""
 
@@ -51,13 +53,13 @@ def _product(work: Rewriter, value: relax.Call) -> relax.Call | None:
         left, right = _half(work, gate.args[0]), _half(work, factor)
         if left is None or right is None or not left[0].same_as(right[0]) or (left[1], right[1]) != (0, 1):
             continue
-        layer = work.value(left[0], "llmc.linear")
-        if layer is None or work.uses.get(left[0]) != 2:
+        layer = work.value(left[0])
+        if op_name(layer) not in LAYERS or work.uses.get(left[0]) != 2:
             continue
         attrs = attrs_of(layer)
         if attrs["residual"] or attrs["activation"] != "none":
             continue
-        return call("llmc.linear", *layer.args, **{**attrs, "activation": ACTIVATION_OF[op_name(gate)] + GATED})
+        return call(op_name(layer), *layer.args, **{**attrs, "activation": ACTIVATION_OF[op_name(gate)] + GATED})
     return None
 
 

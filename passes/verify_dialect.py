@@ -52,7 +52,8 @@ def _quantized_linear(s: Shapes, a: dict[str, Any]) -> str:
         (same_dim(s[0][-1], a["k"]), f"x has {s[0][-1]} columns and the weight {a['k']}"),
         (not a["bias"] or s[-2 - a["residual"]] == [a["o"]], "the bias is not one value per output"),
         (not a["residual"] or same_shape(last, result), "the residual does not have the shape of the result"),
-        (a["activation"] in ACTIVATIONS, f"unknown activation {a['activation']}"),
+        (a["activation"].removesuffix(GATED) in ACTIVATIONS, f"unknown activation {a['activation']}"),
+        (not is_gated(a["activation"]) or a["o"] == 2 * result[1], f"{a['o']} gated outputs for {result[1]} results"),
         (a["activations"] in ACTIVATION_DTYPES, f"unknown dtype of activations {a['activations']}"),
     )
 

@@ -8,12 +8,14 @@ import pytest
 from tvm.relax import op
 
 from llmc.dialect.core import attrs_of
-from llmc.dialect.linear import linear
+from llmc.dialect.linear import linear, reference
+from llmc.dialect.quantized import quantized_linear
 from llmc.passes.fuse_gated import fuse_gated
 from llmc.passes.merge_projections import merge_projections
 from llmc.passes.shapes import dims, take_slice
 from llmc.passes.widen import widen
 from tests.passes.test_patterns import Case
+from tests.support.interpreter import OPS
 
 
 def fuse(graph: Any) -> None:
@@ -35,6 +37,21 @@ def test_merged_gate_and_up(activation: str, swapped: bool, bias: bool) -> None:
     layer = c.graph.bindings[-1][1]
     assert attrs_of(layer)["activation"] == f"{activation}_gated"
     assert dims(layer.args[1])[0] == 14 and dims(c.graph.output)[1] == 7
+
+
+def test_quantized_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def meaning(x: Any, codes: Any, scales: Any, *, activation: str, **_: Any) -> Any:
+        return reference(x, codes * scales[:, None], activation=activation)
+
+    def body(c: Case, x: Any) -> Any:
+        y = c.e(quantized_linear(x, [c.w("codes", 14, 6), c.w("scales", 14)], scheme="int8", layout="any", o=14, k=6))
+        return op.multiply(c.e(op.nn.silu(c.e(take_slice(y, 1, 0, 7)))), c.e(take_slice(y, 1, 7, 14)))
+
+    monkeypatch.setitem(OPS, "llmc.quantized_linear", meaning)
+    c = Case(body, 6)
+    assert c.after(fuse) == {"llmc.quantized_linear": 1}
+    attrs = attrs_of(c.graph.bindings[-1][1])
+    assert (attrs["activation"], attrs["scheme"], dims(c.graph.output)[1]) == ("silu_gated", "int8", 7)
 
 
 def test_casts_of_narrow_halves_go() -> None:

@@ -34,6 +34,7 @@ from cuda_smoke import MODELS, fill_weights, headers_only, write_model
 CONTEXT, NEW = 128, 256
 PREFILL = (512, 2048, 8192)
 LIMIT_BATCH = 128
+PEER_SECONDS = 200
 
 
 @dataclass(frozen=True)
@@ -156,14 +157,17 @@ def _ceilings() -> tuple[str, float, float]:
 
 
 def _peers(command: list[str]) -> list[dict[str, Any]]:
-    """The JSON lines that ``command`` prints."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    found = []
-    for line in done.stdout.splitlines():
-        if line.startswith("{"):
-            found.append(json.loads(line))
-    if done.returncode:
-        print(f"the peer {' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-600:]}", flush=True)
+    """The JSON lines that ``command`` prints within :data:`PEER_SECONDS`."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PEER_SECONDS)
+        text, ended = done.stdout, f"ended with {done.returncode}: {done.stderr.strip()[-600:]}" if done.returncode else ""
+    except subprocess.TimeoutExpired as late:
+        text, ended = (late.stdout or b"").decode(errors="replace"), f"was stopped after {PEER_SECONDS} s"
+    if ended:
+        print(f"the peer {' '.join(command)} {ended}", flush=True)
+    found = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
+    for line in found:
+        print(json.dumps(line), flush=True)
     return found
 
 

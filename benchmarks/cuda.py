@@ -203,9 +203,14 @@ def _peer_speed(row: dict[str, Any], theirs: list[dict[str, Any]]) -> tuple[floa
         if p.get("bench") == row["bench"] and "tok_s" in p
         and str(p.get("model", "")).lower().endswith(row["model"])
         and (p.get("batch") == row.get("batch") if row["bench"] == "decode" else p.get("tokens") == row.get("tokens"))
-        and (p.get("weights", "bf16") == "bf16") == (row["weights"] == "bf16")
+        and _bits(p.get("weights", "bf16")) == _bits(row["weights"])
     ]  # fmt: skip
     return max(same) if same else None
+
+
+def _bits(weights: str) -> int:
+    """Bits of a weight in a format: ``bf16``, ``int4_g128``, ``fp8_e4m3``."""
+    return int("".join(c for c in weights.split("_")[0] if c.isdigit()))
 
 
 def to_markdown(

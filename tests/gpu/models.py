@@ -72,7 +72,7 @@ class Result:
 
     @property
     def right(self) -> bool:
-        limit = max(self.tolerance, 1.2 * self.theirs)
+        limit = max(self.tolerance, 1.5 * self.theirs)
         ours, theirs = self.rerouted
         return self.prefill <= limit and self.decode <= limit and self.misses == 0 and ours <= 2 * theirs  # NaN is not
 

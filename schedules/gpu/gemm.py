@@ -57,8 +57,10 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
-    """``tile``: rows and outputs of a thread block; ``square``: rows and outputs of one thread."""
-    return {"tile": [(64, 64), (128, 64), (32, 64), (128, 128)], "square": [4, 8]}
+    """``tile``: rows and outputs of a thread block, and rows (as many outputs) of one thread."""
+    assert isinstance(target, GpuTarget)
+    tiles = [(64, 64, 4), (128, 64, 4), (32, 64, 4), (128, 128, 8), (128, 64, 8), (64, 64, 8), (32, 64, 8)]
+    return {"tile": [tile for tile in tiles if tile[0] * tile[1] // tile[2] ** 2 <= target.max_threads]}
 
 
 def build(call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
@@ -75,7 +77,7 @@ class _Gemm:
     def __init__(self, call: KernelCall, target: GpuTarget, buffers: dict[str, Expr], n: Expr, config: dict[str, Any]) -> None:
         self.call, self.target, self.buffers, self.n = call, target, buffers, n
         self.o, self.k = (int(d) for d in call.args[1].shape)
-        (self.rows, self.columns), self.square = config["tile"], config["square"]
+        self.rows, self.columns, self.square = config["tile"]
         self.threads = self.rows * self.columns // self.square**2
 
     def emit(self) -> None:

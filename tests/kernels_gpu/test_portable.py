@@ -132,9 +132,9 @@ def test_attention_of_a_sequence_has_the_same_bits_in_every_batch(spec: str) -> 
     [
         (gemv, "wide_9x1608_mixed", {"rows": 8, "unroll": 8, "block": 256}),
         (gemv, "odd_19x57", {"rows": 1, "unroll": 1, "block": 64}),
-        (gemm, "extend_136x64_silu", {"tile": (128, 64)}),
-        (gemm, "extend_136x64_silu", {"tile": (128, 128), "square": 8}),
-        (gemm, "extend_130x37", {"tile": (32, 64), "square": 8}),
+        (gemm, "extend_136x64_silu", {"tile": (128, 64, 8)}),
+        (gemm, "extend_136x64_silu", {"tile": (128, 128, 8)}),
+        (gemm, "extend_130x37", {"tile": (32, 64, 8)}),
     ],
 )
 def test_configurations(family: Any, label: str, config: dict[str, Any]) -> None:

@@ -66,5 +66,5 @@ setup(
         "all": COMPILE + CUDA + TUNE,
         "dev": COMPILE + CUDA + TUNE + DEV,
     },
-    entry_points={"console_scripts": ["llmc=llmc.cli.main:main"]},
+    entry_points={"console_scripts": ["llmc=llmc.cli.main:entry"]},
 )

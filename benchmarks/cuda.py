@@ -249,8 +249,7 @@ def to_markdown(
     lines += [f"| {name} | {seconds:.2f} |" for name, seconds in starts.items()]
     lines += [
         "",
-        "Commands: `benchmarks/cuda.py prepare FOLDER` where the compiler is, `benchmarks/cuda.py run FOLDER --peer COMMAND` on the "
-        "GPU.",
+        "Commands: `benchmarks/cuda.py prepare FOLDER` with a compiler, `benchmarks/cuda.py run FOLDER --peer COMMAND` on the GPU.",
         "",
     ]
     return "\n".join(lines)

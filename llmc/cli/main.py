@@ -5,6 +5,7 @@ Nothing but the standard library is imported before a command runs, because ``ll
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import os
@@ -101,5 +102,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return InternalError.exit_code
 
 
+def entry() -> None:
+    """Run the process's command line and end the process with its exit status.
+
+    CPython ends a process by SIGINT itself, whatever status it was given, if the interrupt fell into code compiled from a string
+    (every dataclass has such code); so an interrupted process ends here, once what was registered to run at exit has run.
+    """
+    status = main()
+    if status == INTERRUPTED:
+        atexit._run_exitfuncs()
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

@@ -97,7 +97,9 @@ def run_openvino(path: str, threads: int, ids: list[int]) -> dict[str, float]:
     import openvino
     import openvino_genai
 
-    pipe = openvino_genai.LLMPipeline(path, "CPU", INFERENCE_NUM_THREADS=threads)
+    scheduler = openvino_genai.SchedulerConfig()
+    scheduler.enable_prefix_caching = False  # else a prompt is read once, and found in the cache ever after
+    pipe = openvino_genai.LLMPipeline(path, "CPU", scheduler_config=scheduler, INFERENCE_NUM_THREADS=threads)
 
     def timed(prompt: list[int], tokens: int) -> float:
         config = openvino_genai.GenerationConfig(max_new_tokens=tokens, ignore_eos=True, do_sample=False, apply_chat_template=False)

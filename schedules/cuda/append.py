@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from tvm import tirx
 
 from llmc.schedules.cuda.emit import (
     STORAGE,
-    WIDTH,
     Symbols,
     arguments,
     bind,
@@ -21,7 +19,8 @@ from llmc.schedules.cuda.emit import (
     store_all,
     when,
 )
-from llmc.schedules.protocol import KernelCall, TensorSpec
+from llmc.schedules.gpu import append as portable
+from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 
 Expr = Any
@@ -29,18 +28,7 @@ NAME = "cuda.append"
 OP = "llmc.append"
 
 
-def _call(heads: int, d: int, dv: int, page_size: int, dtype: str = "bfloat16", kv_dtype: str = "bfloat16") -> KernelCall:
-    pages = TensorSpec(("num_pages", heads, page_size * (d + dv)), kv_dtype)
-    k, v = TensorSpec(("n", heads, d), dtype), TensorSpec(("n", heads, dv), dtype)
-    return KernelCall(OP, (k, v, TensorSpec(("n",), "int32"), pages), pages, (("page_size", page_size),))
-
-
-SHAPES: dict[str, KernelCall] = {
-    "heads_8x128": _call(8, 128, 128, 16),
-    "odd_20_12_f32": _call(2, 20, 12, 5, "float32", "float32"),
-    "f16_80": _call(1, 80, 80, 16, "float16", "float16"),
-    "narrowed_96_57": _call(3, 96, 57, 3, "float32", "bfloat16"),
-}
+SHAPES = portable.SHAPES
 
 
 def matches(call: KernelCall, target: Target) -> str | None:
@@ -83,13 +71,4 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     return done()
 
 
-def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
-    from llmc.dialect.paged import append_reference
-
-    k, v, slots, pages = arrays
-    return append_reference(k, v, slots, pages, page_size=call.attr("page_size"))
-
-
-def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
-    width = WIDTH[call.args[0].dtype] + WIDTH[call.args[3].dtype]
-    return sum(int(np.prod(a.bind(symbols))) for a in call.args[:2]) * width, 0
+reference, roofline = portable.reference, portable.roofline

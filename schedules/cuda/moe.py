@@ -9,14 +9,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.schedules.cuda.emit import (
     STORAGE,
     WARP,
-    WIDTH,
     Symbols,
     arguments,
     bind,
@@ -33,7 +31,8 @@ from llmc.schedules.cuda.emit import (
     when,
 )
 from llmc.schedules.cuda.math import ACTIVATIONS, activate
-from llmc.schedules.protocol import KernelCall, TensorSpec
+from llmc.schedules.gpu import moe as portable
+from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 
 Expr = Any
@@ -43,27 +42,7 @@ WARPS = 4
 """Warps of a thread block; each computes one value."""
 
 
-def _call(h: int, i: int, experts: int, top_k: int, dtype: str = "bfloat16", **attrs: Any) -> KernelCall:
-    full = {
-        "top_k": top_k, "activation": "silu", "gated": 1, "interleave": 0, "bias": 0, "alpha": 1.0, "limit": 0.0, "offset": 0.0,
-        **attrs,
-    }  # fmt: skip
-    wide = 2 * i if full["gated"] else i
-    x = TensorSpec(("n", h), dtype)
-    args = [x, TensorSpec(("n", top_k), "int32"), TensorSpec(("n", top_k), dtype)]
-    args += [TensorSpec((experts, wide, h), dtype), TensorSpec((experts, h, i), dtype)]
-    if full["bias"]:
-        args += [TensorSpec((experts, wide), dtype), TensorSpec((experts, h), dtype)]
-    return KernelCall(OP, tuple(args), x, tuple(sorted(full.items())))
-
-
-SHAPES: dict[str, KernelCall] = {
-    "gated_64x96": _call(64, 96, 8, 2),
-    "odd_57_19": _call(57, 19, 5, 3, activation="gelu_tanh"),
-    "interleaved_bias": _call(36, 20, 4, 2, "float16", interleave=1, bias=1),
-    "clipped_gate": _call(40, 22, 4, 2, "float32", interleave=1, bias=1, alpha=1.702, limit=0.5, offset=1.0),
-    "plain": _call(24, 13, 3, 1, gated=0, activation="relu2", bias=1),
-}
+SHAPES = portable.SHAPES
 
 
 def matches(call: KernelCall, target: Target) -> str | None:
@@ -166,18 +145,4 @@ class _Moe:
         when(tirx.floormod(thread, WARP).equal(0), lambda: store(b["out"], value, row, index))
 
 
-def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
-    from llmc.dialect.moe import reference as moe_reference
-
-    attrs = {name: call.attr(name) for name in ("activation", "gated", "interleave", "alpha", "limit", "offset")}
-    return moe_reference(*arrays, **attrs)
-
-
-def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
-    """Every expert that the step can route to is read once."""
-    n, top_k = call.args[1].bind(symbols)
-    experts, h, inner = (int(d) for d in call.args[4].shape)
-    wide = int(call.args[3].shape[1])
-    width = WIDTH[call.args[3].dtype]
-    weights = min(experts, n * top_k) * h * (wide + inner) * width
-    return weights + 2 * WIDTH[call.args[0].dtype] * n * h, 2 * n * top_k * h * (wide + inner)
+reference, roofline = portable.reference, portable.roofline

@@ -5,12 +5,10 @@ from __future__ import annotations
 from math import gcd
 from typing import Any
 
-import numpy as np
 from tvm import tirx
 
 from llmc.schedules.cuda.emit import (
     STORAGE,
-    WIDTH,
     Symbols,
     arguments,
     bind,
@@ -21,7 +19,8 @@ from llmc.schedules.cuda.emit import (
     store_all,
     when,
 )
-from llmc.schedules.protocol import KernelCall, TensorSpec
+from llmc.schedules.gpu import rope as portable
+from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 
 Expr = Any
@@ -29,19 +28,7 @@ NAME = "cuda.rope"
 OP = "llmc.rope"
 
 
-def _call(heads: int, d: int, rotary: int, interleaved: int = 0, dtype: str = "bfloat16", table: str = "float32") -> KernelCall:
-    x, angle = TensorSpec(("n", heads, d), dtype), TensorSpec(("n", rotary), table)
-    return KernelCall(OP, (x, angle, angle), x, (("interleaved", interleaved), ("rotary_dim", rotary)))
-
-
-SHAPES: dict[str, KernelCall] = {
-    "heads_32x128": _call(32, 128, 128),
-    "bf16_table_8x64": _call(8, 64, 64, 0, "bfloat16", "bfloat16"),
-    "partial_80_of_96": _call(2, 96, 80, 0, "float16"),
-    "odd_20": _call(3, 20, 20, 0, "float32"),
-    "pairs_64": _call(2, 64, 64, 1),
-    "pairs_partial_12_of_21": _call(1, 21, 12, 1, "float32"),
-}
+SHAPES = portable.SHAPES
 
 
 def matches(call: KernelCall, target: Target) -> str | None:
@@ -105,12 +92,4 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     return done()
 
 
-def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
-    from llmc.dialect.rope import reference as rope_reference
-
-    return rope_reference(*arrays, **dict(call.attrs))
-
-
-def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
-    x, cos, sin = (int(np.prod(a.bind(symbols))) * WIDTH[a.dtype] for a in call.args)
-    return 2 * x + cos + sin, 3 * int(np.prod(call.args[0].bind(symbols)))
+reference, roofline = portable.reference, portable.roofline

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 from tvm import tirx
 
 from llmc.schedules.cuda.emit import (
     STORAGE,
     WARP,
-    WIDTH,
     Symbols,
     arguments,
     bind,
@@ -27,7 +25,8 @@ from llmc.schedules.cuda.emit import (
     store,
     when,
 )
-from llmc.schedules.protocol import KernelCall, TensorSpec
+from llmc.schedules.gpu import topk as portable
+from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 
 Expr = Any
@@ -35,16 +34,7 @@ NAME = "cuda.topk"
 OP = "llmc.topk"
 
 
-def _call(elements: int, k: int, dtype: str = "float32") -> KernelCall:
-    return KernelCall(OP, (TensorSpec(("n", elements), dtype),), TensorSpec(("n", k), "int32"), (("k", k),))
-
-
-SHAPES: dict[str, KernelCall] = {
-    "8_of_128": _call(128, 8),
-    "2_of_8_bf16": _call(8, 2, "bfloat16"),
-    "3_of_5": _call(5, 3, "float16"),
-    "all_of_37": _call(37, 37),
-}
+SHAPES = portable.SHAPES
 
 
 def matches(call: KernelCall, target: Target) -> str | None:
@@ -101,13 +91,4 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     return done()
 
 
-def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
-    from llmc.dialect.topk import reference as topk_reference
-
-    return topk_reference(*arrays, k=call.attr("k"))
-
-
-def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
-    n, elements = call.args[0].bind(symbols)
-    k = int(call.attr("k"))
-    return n * (WIDTH[call.args[0].dtype] * elements + 4 * k), n * k * elements
+reference, roofline = portable.reference, portable.roofline

@@ -12,6 +12,9 @@ A family is a module in ``schedules/`` (``schedules/cpu/linear.py``) that expose
 - ``reference(call, *arrays) -> np.ndarray``: the result in float64 NumPy;
 - ``roofline(call, **symbols) -> (bytes, flops)``: what a perfect kernel must move and compute, symbols bound to numbers.
 
+A family that picks among several kernels by its sizes when it is called also exposes what :mod:`~llmc.schedules.parts` says, so
+that each of them is tuned and recorded alone.
+
 A target lists its families in order; the first that matches takes the call, and the last one always matches its op.
 """
 

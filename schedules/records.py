@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import OutputError
+from llmc.schedules.parts import Space, has_parts, measured_call, spaces
 from llmc.schedules.protocol import KernelCall, TensorSpec
 
 SHIPPED = Path(__file__).parent / "records"
@@ -85,14 +86,20 @@ def config_text(config: dict[str, Any]) -> str:
     return json.dumps(config, sort_keys=True, separators=(",", ":"))
 
 
+@cache
+def axes(config: str) -> frozenset[str]:
+    """The axes of a configuration that :func:`config_text` wrote."""
+    return frozenset(json.loads(config))
+
+
 def restore(config: str, space: dict[str, list[Any]]) -> dict[str, Any] | None:
     """The configuration that :func:`config_text` wrote, with the very values of ``space``; None if they are not all in it."""
     found, wanted = {}, json.loads(config)
     if set(wanted) != set(space):
         return None
     for axis, values in space.items():
-        text = json.dumps(wanted[axis])
-        match = [v for v in values if json.dumps(v) == text]
+        text = json.dumps(wanted[axis], sort_keys=True)
+        match = [v for v in values if json.dumps(v, sort_keys=True) == text]
         if not match:
             return None
         found[axis] = match[0]
@@ -107,11 +114,18 @@ def machine_class(target: Any) -> str:
 
 
 def source_hash(family: Any) -> str:
-    """Hash of the code of the module that a family lives in; comments and docstrings do not count."""
+    """Hash of the code of the module that a family lives in, and of those of the kernels it picks from; comments and docstrings do
+    not count."""
+    own = _code_hash(_path(family))
+    kernels = [_code_hash(_path(kernel)) for _, kernel in sorted(getattr(family, "KERNELS", {}).items())]
+    return hashlib.sha256("".join([own, *kernels]).encode()).hexdigest()[:16] if kernels else own
+
+
+def _path(family: Any) -> str:
     name = family.__name__ if hasattr(family, "__name__") else type(family).__module__
     path = (sys.modules.get(name) or importlib.import_module(name)).__file__
     assert path is not None
-    return _code_hash(path)
+    return path
 
 
 @cache
@@ -234,11 +248,32 @@ class Records:
         return [r for r in found if r.source == current and r.machine == machine]
 
     def lookup(self, family: Any, call: KernelCall, target: Any) -> Tuned | None:
-        """The configuration for ``call``: the best measured for it, else the one that does best on the nearest calls, else None."""
-        space = family.space(call, target)
+        """The configuration for ``call``: the best measured for it, else the one that does best on the nearest calls, else None.
+
+        Of a family with parts, each part has its own; ``origin`` is ``"record"`` if all that were found are of this very call, and
+        what no record speaks of keeps its default.
+        """
+        known = self.of_family(family, machine_class(target))
+        if not known:
+            return None
+        call = measured_call(family, call)
+        found = {tuple(space): self._best(known, call, target, space) for space in spaces(family, call, target)}
+        tuned = {axes: t for axes, t in found.items() if t is not None}
+        if not tuned:
+            return None
+        if not has_parts(family):
+            return next(iter(tuned.values()))
+        config = {axis: values[0] for axis, values in family.space(call, target).items()}
+        for t in tuned.values():
+            config |= t.config
+        origin = "record" if all(t.origin == "record" for t in tuned.values()) else "nearest"
+        return Tuned(config, origin, "; ".join(f"{', '.join(axes)}: {t.origin}, {t.why}" for axes, t in tuned.items()))
+
+    def _best(self, known: Sequence[Record], call: KernelCall, target: Any, space: Space) -> Tuned | None:
+        """The configuration of one space."""
         if all(len(values) < 2 for values in space.values()):
             return None
-        known = self.of_family(family, machine_class(target))
+        known = [r for r in known if axes(r.config) == space.keys()]
         exact = [r for r in known if r.call == call]
         exact = [r for r in exact if r.target == target.name] or exact
         if scores := slowdowns(exact):

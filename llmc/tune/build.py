@@ -12,6 +12,7 @@ import tvm
 
 from llmc import targets
 from llmc.errors import UsageError
+from llmc.schedules.parts import build
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 from llmc.targets.link import linker
@@ -39,7 +40,7 @@ def compile_kernels(functions: dict[str, Any], target: Target) -> Any:
 
 def compile_one(family: Any, call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     """One candidate as a function of the call's operands and its result."""
-    return compile_kernels({"candidate": family.build(call, target, config)}, target)["candidate"]
+    return compile_kernels({"candidate": build(family, call, target, config)}, target)["candidate"]
 
 
 def export_kernels(functions: dict[str, Any], target: Target, path: Path) -> None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from llmc.schedules.protocol import KernelCall
-from llmc.schedules.records import Record, restore
+from llmc.schedules.records import Record, axes, restore
 from llmc.tune.search import Config
 
 PARAMETERS = {
@@ -32,52 +32,70 @@ GRADES = 31
 """Grades of speed within a group: ranking wants integers. The best is the highest."""
 
 
-def features(config: Config, call: KernelCall, space: dict[str, list[Any]]) -> list[float]:
-    """The numbers a tree may split on; as many for every configuration and call of a family.
+def features(config: Config, call: KernelCall) -> dict[str, float]:
+    """The numbers a tree may split on, by name. What a configuration does not have is unknown to the trees.
 
-    A value that is a name counts as its place in its axis.
+    A part's axis (:mod:`llmc.schedules.parts`) is a name, and the kernel's own axes below it are features as if there were no
+    parts: what is learned of one range of rows is tried on the next.
     """
-    axes: list[float] = []
-    for axis, values in space.items():
-        value = values.index(config[axis]) if isinstance(config[axis], str) else config[axis]
-        parts = value if isinstance(value, tuple | list) else (value,)
-        axes += [math.log2(1 + abs(float(p))) for p in parts]
-        if len(parts) > 1:
-            axes.append(math.log2(math.prod(1 + abs(float(p)) for p in parts)))
+    axes = dict(_numbers(config))
     sizes = [math.log2(d) for spec in call.args[:2] for d in spec.shape if isinstance(d, int) and d > 0]
-    return [*axes, sum(axes), *sizes, *(s - a for s in sizes for a in axes)]
+    found = {**axes, "all": sum(axes.values())}
+    for i, size in enumerate(sizes):
+        found |= {f"size{i}": size, **{f"size{i}/{name}": size - value for name, value in axes.items()}}
+    return found
+
+
+def _numbers(config: Config) -> Iterator[tuple[str, float]]:
+    for axis, value in config.items():
+        if isinstance(value, dict):
+            yield f"is {axis}", 1.0
+            yield from _numbers(value)
+        elif isinstance(value, str):
+            yield f"{axis} is {value}", 1.0
+        else:
+            parts = [math.log2(1 + abs(float(p))) for p in (value if isinstance(value, tuple | list) else (value,))]
+            yield from ((f"{axis}{i or ''}", p) for i, p in enumerate(parts))
+            if len(parts) > 1:
+                yield f"{axis}*", math.log2(math.prod(2**p for p in parts))
 
 
 class CostModel:
     """Ranks configurations of one family's calls. Fit again after every batch: it takes a fraction of a second."""
 
-    def __init__(self, space_of: Any) -> None:
+    def __init__(self, space_of: Callable[[KernelCall], dict[str, list[Any]]]) -> None:
         """``space_of(call)``: the family's space for a call. Raises ImportError without XGBoost."""
         import xgboost
 
         self._xgb, self._space_of = xgboost, space_of
         self._booster: Any = None
+        self._columns: list[str] = []
 
     def fit(self, records: Sequence[Record]) -> None:
-        """Learn from all records of the family; those of one call and device are ranked among themselves, failed ones last."""
+        """Learn from all records of the family; those of one call, part and device are ranked among themselves, failed ones
+        last."""
         groups: dict[tuple[Any, ...], dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for r in records:
             seconds = math.inf if r.seconds is None else r.seconds
-            groups[r.call, r.target, r.device][r.config].append(seconds)
+            groups[r.call, axes(r.config), r.target, r.device][r.config].append(seconds)
         rows, grades, ids = [], [], []
-        for number, ((call, *_), times) in enumerate(groups.items()):
-            space = self._space_of(call)
+        for number, ((call, names, *_), times) in enumerate(groups.items()):
+            space = {axis: values for axis, values in self._space_of(call).items() if axis in names}
             known = {text: c for text in times if (c := restore(text, space)) is not None}
             total = {text: float(np.mean(np.log(times[text]))) for text in known}
             best = min((t for t in total.values() if t < math.inf), default=0.0)
             for text, config in known.items():
-                rows.append(features(config, call, space))
+                rows.append(features(config, call))
                 grades.append(round((GRADES - 1) * math.exp(2 * (best - total[text]))) if total[text] < math.inf else 0)
                 ids.append(number)
         if len(rows) < LEAST or len(set(grades)) < 2:
             return
-        data = self._xgb.DMatrix(np.array(rows, np.float32), label=np.array(grades, np.float32), qid=np.array(ids))
+        self._columns = sorted({name for row in rows for name in row})
+        data = self._xgb.DMatrix(self._matrix(rows), label=np.array(grades, np.float32), qid=np.array(ids))
         self._booster = self._xgb.train(PARAMETERS, data, ROUNDS)
+
+    def _matrix(self, rows: Sequence[dict[str, float]]) -> np.ndarray:
+        return np.array([[row.get(name, math.nan) for name in self._columns] for row in rows], np.float32)
 
     @property
     def ready(self) -> bool:
@@ -86,6 +104,5 @@ class CostModel:
 
     def score(self, configs: Sequence[Config], call: KernelCall) -> list[float]:
         """Higher is faster."""
-        space = self._space_of(call)
-        data = self._xgb.DMatrix(np.array([features(c, call, space) for c in configs], np.float32))
+        data = self._xgb.DMatrix(self._matrix([features(c, call) for c in configs]))
         return [float(v) for v in self._booster.predict(data)]

@@ -68,7 +68,7 @@ def candidates(task: Task, known: Records, count: int, rng: random.Random) -> li
 
     everything = enumerate_space(task.space, rng)
     found = known.lookup(task.family, task.call, task.target)
-    first = [task.default, *([] if found is None else [found.config])]
+    first = [task.default, *([] if found is None else [{axis: found.config[axis] for axis in task.space}])]
     model = CostModel(lambda call: task.family.space(call, task.target))
     model.fit(known.of_family(task.family, machine_class(task.target)))
     score = (lambda configs: model.score(configs, task.call)) if model.ready else None

@@ -24,6 +24,7 @@ import numpy as np
 import llmc
 from llmc.errors import LlmcError, OutputError
 from llmc.schedules import records as records_module
+from llmc.schedules.parts import build
 from llmc.schedules.records import config_text, machine_class, source_hash
 from llmc.targets.base import Target
 from llmc.tune import inputs
@@ -36,8 +37,8 @@ BATCH = 24
 
 CARRIED = (
     "errors.py", "manifest.py", "runtime/cudart.py", "runtime/device.py", "runtime/host.py", "runtime/library.py",
-    "runtime/tensors.py", "schedules/protocol.py", "schedules/records.py", "tune/bench.py", "tune/devices.py", "tune/inputs.py",
-    "tune/offline.py",
+    "runtime/tensors.py", "schedules/parts.py", "schedules/protocol.py", "schedules/records.py", "tune/bench.py",
+    "tune/devices.py", "tune/inputs.py", "tune/offline.py",
 )  # fmt: skip
 RUNNER = "import sys\n\nfrom llmc.tune.offline import main\n\nsys.exit(main())\n"
 
@@ -99,7 +100,7 @@ def _compile(task: Task, configs: Sequence[Config], path: Path, problems: list[s
     functions = {}
     for i, config in enumerate(configs):
         try:
-            functions[f"k{i}"] = task.family.build(task.call, task.target, config)
+            functions[f"k{i}"] = build(task.family, task.call, task.target, config)
         except Exception as error:  # a family may refuse a point of its space in any way
             problems.append(f"{task.label} {config_text(config)}: {_last_line(error)}")
     try:

@@ -11,6 +11,7 @@ from typing import Any
 from llmc import targets
 from llmc.errors import UsageError
 from llmc.manifest import KernelChoice
+from llmc.schedules.parts import has_parts, measured_call
 from llmc.schedules.protocol import KernelCall
 from llmc.schedules.records import call_from_json
 from llmc.targets.base import Target
@@ -19,11 +20,16 @@ from llmc.tune import inputs
 TOKENS_PER_PROMPT = 128
 """Tokens generated for each prompt that is read: how decode steps weigh against prefills."""
 
+STEP_ROWS = 128
+"""Rows up to which a part counts as run by decode steps: more sequences are rarely decoded together, shorter prompts rarely
+read."""
+
 
 @dataclass(frozen=True)
 class Task:
-    """A distinct kernel call of a model, taken by ``family``. ``per_token``, ``per_prefill``: how often a step of decode and of
-    extend runs it; ``sizes``: the symbols it is timed at; ``label``: for people."""
+    """A distinct kernel call of a model, taken by ``family``, or a part of one. ``per_token``, ``per_prefill``: how often a step of
+    decode and of extend runs it; ``sizes``: the symbols it is timed at; ``label``: for people; ``part``: the axis that is searched
+    alone, empty for the whole space (:mod:`llmc.schedules.parts`)."""
 
     family: Any
     call: KernelCall
@@ -32,12 +38,13 @@ class Task:
     per_prefill: int
     sizes: tuple[dict[str, int], ...] = field(hash=False)
     label: str = ""
+    part: str = ""
 
     @property
     def space(self) -> dict[str, list[Any]]:
         """The axes and their values, each one's first the default."""
         found: dict[str, list[Any]] = self.family.space(self.call, self.target)
-        return found
+        return {self.part: found[self.part]} if self.part else found
 
     @property
     def default(self) -> dict[str, Any]:
@@ -57,6 +64,7 @@ class Task:
             "call": call_to_json(self.call),
             "target": self.target.name,
             "sizes": list(self.sizes),
+            "part": self.part,
         }
 
 
@@ -73,16 +81,15 @@ def tasks_of(choices: Sequence[KernelChoice], target: Target, pattern: str = "*"
             continue
         if not any(fnmatch.fnmatch(name, pattern) for name in (choice.kernel, choice.family)):
             continue
-        key = choice.family, call_from_json(choice.call)
+        call = call_from_json(choice.call)
+        key = choice.family, measured_call(families[choice.family], call)
         at = counts.setdefault(key, [0, 0])
         at[0 if choice.function == "decode" else 1] += choice.count
-        phase = key[1].phase
-        names[key] = choice.kernel if phase in choice.kernel else f"{choice.kernel} {phase}"
-    found = [
-        make(families[family], call, target, numbers[0], numbers[1], names[family, call])
-        for (family, call), numbers in counts.items()
-        if prod(map(len, families[family].space(call, target).values())) > 1
-    ]
+        names[key] = choice.kernel if call.phase in choice.kernel or key[1] != call else f"{choice.kernel} {call.phase}"
+    found = []
+    for (name, call), (per_token, per_prefill) in counts.items():
+        if prod(map(len, families[name].space(call, target).values())) > 1:
+            found += make(families[name], call, target, per_token, per_prefill, names[name, call])
     if not found:
         kernels = sorted({c.kernel for c in choices if c.call})
         raise UsageError(
@@ -92,7 +99,15 @@ def tasks_of(choices: Sequence[KernelChoice], target: Target, pattern: str = "*"
     return found
 
 
-def make(family: Any, call: KernelCall, target: Target, per_token: int = 1, per_prefill: int = 0, label: str = "") -> Task:
-    """A task with the sizes of :func:`llmc.tune.inputs.sizes`."""
-    name = label or f"{family.NAME}_{call.args[1].shape}"
-    return Task(family, call, target, per_token, per_prefill, tuple(inputs.sizes(call, target.kind)), name)
+def make(family: Any, call: KernelCall, target: Target, per_token: int = 1, per_prefill: int = 0, label: str = "") -> list[Task]:
+    """The tasks of a call: one with the sizes of :func:`llmc.tune.inputs.sizes`, or one for each part of the family."""
+    name, call = label or f"{family.NAME}_{call.args[1].shape}", measured_call(family, call)
+    if not has_parts(family):
+        return [Task(family, call, target, per_token, per_prefill, tuple(inputs.sizes(call, target.kind)), name)]
+    found = []
+    for part, sizes in family.parts(call, target).items():
+        if len(family.space(call, target)[part]) < 2:
+            continue
+        steps = (per_token, 0) if max(sizes[-1].values()) <= STEP_ROWS else (0, per_prefill)
+        found.append(Task(family, call, target, *steps, tuple(sizes), f"{name} n={part}", part))
+    return found

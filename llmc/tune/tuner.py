@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmc.schedules.records import Record, Records, append, config_text, machine_class, source_hash
+from llmc.schedules.records import Record, Records, append, axes, config_text, machine_class, source_hash
 from llmc.tune.cost_model import CostModel
 from llmc.tune.limits import Limits, measure
 from llmc.tune.offline import spread
@@ -176,15 +176,17 @@ class Tuner:
         state.device = worker.device
         if self.resume:
             self._recall(state)
-        found = self.known.lookup(state.task.family, state.task.call, state.task.target)
-        first = [state.task.default, *([] if found is None else [found.config])]
+        task = state.task
+        found = self.known.lookup(task.family, task.call, task.target)
+        first = [task.default, *([] if found is None else [{axis: found.config[axis] for axis in task.space}])]
         return [c for c in {config_text(c): c for c in first}.values() if config_text(c) not in state.seconds]
 
     def _recall(self, state: State) -> None:
         sizes = [tuple(sorted(s.items())) for s in state.task.sizes]
         table: dict[str, dict[Any, Record]] = {}
         for r in self._records_of(state.task):
-            if r.call == state.task.call and r.device == state.device and r.target == state.task.target.name:
+            of_task = r.call == state.task.call and axes(r.config) == state.task.space.keys()
+            if of_task and r.device == state.device and r.target == state.task.target.name:
                 table.setdefault(r.config, {})[r.symbols] = r
         for text, by_size in table.items():
             if any(r.seconds is None for r in by_size.values()):

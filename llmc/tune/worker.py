@@ -1,7 +1,7 @@
 """The process that builds, checks and times candidates of one kernel call, and may crash or hang doing so.
 
 ``python -m llmc.tune.worker`` reads a JSON object a line and answers each with one; :class:`Worker` is the other end. The first is
-``{family, call, target, sizes}``; then ``{"build": config}`` builds and checks a candidate, ``{"time": number}`` times one.
+``{family, call, target, sizes, part}``; then ``{"build": config}`` builds and checks a candidate, ``{"time": number}`` times one.
 """
 
 from __future__ import annotations
@@ -122,7 +122,8 @@ class _Server:
 
         self.target = targets.parse(setup["target"])
         self.family, self.call = family_named(setup["family"], self.target), call_from_json(setup["call"])
-        self.space = self.family.space(self.call, self.target)
+        space = self.family.space(self.call, self.target)
+        self.space = {setup["part"]: space[setup["part"]]} if setup["part"] else space
         sizes = setup["sizes"]
         wanted = [inputs.expected(self.family, self.call, s, inputs.make(self.call, s)) for s in sizes]
         self.device = open_device(self.target.kind)

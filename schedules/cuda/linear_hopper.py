@@ -19,6 +19,7 @@ from typing import Any
 
 from llmc.schedules.cuda import gemm_hopper, gemm_split, gemv, linear_call
 from llmc.schedules.cuda.host_choice import host_choice
+from llmc.schedules.parts import by_rows
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 
@@ -29,6 +30,8 @@ BUCKETS = {"1-8": 8, "9-16": 16, "17-64": 64, "65-128": 128, "129-256": 256, "25
 """An axis of the configuration -> the most rows that its kernel runs for."""
 
 MOST_SPLIT_ROWS = 256
+MANY_ROWS = 2048
+"""What the last range is tuned for."""
 
 SHAPES: dict[str, KernelCall] = {
     "o_4096x4096": linear_call.sample(4096, 4096, residual=1),
@@ -66,6 +69,14 @@ def candidates(call: KernelCall, rows: str) -> list[dict[str, Any]]:
         fixed = {"blocks": gemm_hopper.MULTIPROCESSORS}
         return [{"kernel": "gemm_hopper", "tile": list(tile), "cluster": cluster, **fixed} for tile, cluster in pairs]
     return [{"kernel": "gemm_split", "tile": list(tile), "split": split} for tile, split in gemm_split.candidates(call, most)]
+
+
+def parts(call: KernelCall, target: Target) -> dict[str, list[dict[str, int]]]:
+    return by_rows(BUCKETS, MANY_ROWS)
+
+
+def build_part(call: KernelCall, target: Target, axis: str, value: dict[str, Any]) -> Any:
+    return KERNELS[value["kernel"]].build(call, target, {**value, "dependent_launch": True})
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:

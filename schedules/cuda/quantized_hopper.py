@@ -18,6 +18,7 @@ from typing import Any
 from llmc.schedules.cuda import linear_call, quantized_call, quantized_gemm, quantized_gemv
 from llmc.schedules.cuda.host_choice import host_choice
 from llmc.schedules.cuda.quantized_call import make
+from llmc.schedules.parts import by_rows
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 
@@ -29,7 +30,7 @@ BUCKETS = {"1-8": 8, "9-16": 16, "17-32": 32, "33-64": 64, "65-128": 128, "129-5
 
 MOST_GEMV_ROWS = 16
 MANY_ROWS = 2048
-"""What the last bucket is tuned for."""
+"""What the last range is tuned for."""
 
 SHAPES: dict[str, KernelCall] = {
     "o_4096x4096_int4_g128": make(4096, 4096, "int4_g128", residual=1),
@@ -65,6 +66,14 @@ def candidates(call: KernelCall, rows: str) -> list[dict[str, Any]]:
     tiles = [t for t in quantized_gemm.TILES if t[1] <= (128 if gated else 256) and t[1] <= max(2 * most, 32)]
     pairs = dict.fromkeys([first, *((tile, split) for tile in tiles for split in (1, 2, 4))])
     return [{"kernel": "gemm", "tile": list(tile), "split": split, "depth": 2 if gated else 4} for tile, split in pairs]
+
+
+def parts(call: KernelCall, target: Target) -> dict[str, list[dict[str, int]]]:
+    return by_rows(BUCKETS, MANY_ROWS)
+
+
+def build_part(call: KernelCall, target: Target, axis: str, value: dict[str, Any]) -> Any:
+    return KERNELS[value["kernel"]].build(call, target, {**value, "dependent_launch": True})
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:

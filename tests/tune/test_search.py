@@ -107,9 +107,18 @@ def test_failed_candidates_rank_last() -> None:
     assert max(scores) == max(fine)
 
 
-def test_features_have_one_length() -> None:
-    lengths = {len(features(c, linear._call(8, k), SPACE)) for c in enumerate_space(SPACE, random.Random(0)) for k in (64, 96)}
-    assert len(lengths) == 1
+def test_features_are_the_same_for_all_of_a_space_and_tell_its_points_apart() -> None:
+    found = [features(c, linear._call(8, k)) for c in enumerate_space(SPACE, random.Random(0)) for k in (64, 96)]
+    assert len({tuple(sorted(f)) for f in found}) == 1
+    assert len({tuple(f.values()) for f in found}) == len(found)
+
+
+def test_features_of_a_part_are_those_of_its_kernel() -> None:
+    call, kernel = linear._call(8, 64), {"warps": 8, "tile": [64, 128]}
+    alone, part = features(kernel, call), features({"1-8": {"kernel": "gemv", **kernel}}, call)
+    assert {"warps", "tile", "tile1", "tile*", "size0/warps"} <= alone.keys() <= part.keys()
+    assert {"is 1-8", "kernel is gemv"} <= part.keys() - alone.keys()
+    assert part["tile*"] == pytest.approx(math.log2(65 * 129))
 
 
 @pytest.mark.parametrize("count", [0, 3])

@@ -22,7 +22,7 @@ from llmc.tune.worker import CandidateFailed, Worker
 from tests.tune.faulty import FAULTS, FAULTY, host
 
 CALL = linear._call(40, 72, bias=1)
-CONTROLLED = partial(Worker, module="tests.tune.faulty", build_seconds=4.0)
+CONTROLLED = partial(Worker, module="tests.tune.faulty", build_seconds=8.0)
 
 
 def task() -> T.Task:

@@ -1,0 +1,53 @@
+"""Families whose configuration falls into parts, each of which decides at some sizes alone.
+
+Such a family holds several kernels and picks one by its sizes when it is called. Trying every combination of their configurations
+would be hopeless and pointless: at 8 rows nothing of what the kernel for 1000 rows does can be seen. So each part is searched,
+measured and recorded as a space of its own, whose configurations have its axis alone. The family exposes
+
+- ``parts(call, target) -> dict[str, list[dict[str, int]]]``: for each axis that is a part, the sizes it is measured at;
+- ``build_part(call, target, axis, value) -> PrimFunc``: the kernel that ``value`` of the part's axis stands for, by itself;
+- ``KERNELS``: the families of these kernels, by name.
+
+Which phase a call is from makes no difference to such a family: sizes decide.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from llmc.schedules.protocol import KernelCall
+
+Config = dict[str, Any]
+Space = dict[str, list[Any]]
+
+
+def has_parts(family: Any) -> bool:
+    return hasattr(family, "parts")
+
+
+def measured_call(family: Any, call: KernelCall) -> KernelCall:
+    """The call that records of ``call`` are kept under: one for both phases if the family has parts."""
+    return replace(call, phase="decode") if has_parts(family) else call
+
+
+def spaces(family: Any, call: KernelCall, target: Any) -> list[Space]:
+    """The spaces that are searched one by one: that of each part, or the family's whole space."""
+    space: Space = family.space(call, target)
+    return [{axis: space[axis]} for axis in family.parts(call, target)] if has_parts(family) else [space]
+
+
+def build(family: Any, call: KernelCall, target: Any, config: Config) -> Any:
+    """The PrimFunc of a configuration of any of :func:`spaces`."""
+    if not has_parts(family):
+        return family.build(call, target, config)
+    ((axis, value),) = config.items()
+    return family.build_part(call, target, axis, value)
+
+
+def by_rows(buckets: dict[str, int | None], many: int) -> dict[str, list[dict[str, int]]]:
+    """Parts for ranges of rows that end where ``buckets`` says: the most rows of each, one row too for the first, ``many`` for a
+    range without an end."""
+    found = {axis: [{"n": most or many}] for axis, most in buckets.items()}
+    first = next(iter(found))
+    return {**found, first: [{"n": 1}, *found[first]]}

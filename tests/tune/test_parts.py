@@ -1,0 +1,139 @@
+"""Families that pick a kernel by their sizes: each part is searched, recorded and looked up alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
+
+# isort: split
+import pytest
+
+from llmc import targets
+from llmc.manifest import KernelChoice
+from llmc.schedules import parts
+from llmc.schedules import records as R
+from llmc.schedules.cuda import linear_hopper, quantized_hopper
+from llmc.schedules.protocol import KernelCall
+from llmc.tune.cost_model import CostModel
+from llmc.tune.task import Task, make, tasks_of
+from llmc.tune.tuner import Budget, Tuner
+
+HOPPER = targets.parse("cuda:sm_90a")
+CALL = linear_hopper.SHAPES["o_4096x4096"]
+
+
+def record(config: dict[str, Any], seconds: float, n: int, call: KernelCall = CALL) -> R.Record:
+    return R.Record(
+        linear_hopper.NAME, parts.measured_call(linear_hopper, call), (("n", n),), HOPPER.name, R.machine_class(HOPPER), "a GPU",
+        R.config_text(config), seconds, 0.0, "", R.source_hash(linear_hopper), "llmc test",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("family", [linear_hopper, quantized_hopper], ids=lambda f: f.NAME)
+def test_parts_are_axes_and_their_sizes_are_theirs(family: Any) -> None:
+    for call in family.SHAPES.values():
+        space, found = family.space(call, HOPPER), family.parts(call, HOPPER)
+        assert found.keys() == family.BUCKETS.keys() <= space.keys()
+        below = 0
+        for axis, most in family.BUCKETS.items():
+            assert all(below < s["n"] <= (most or 10**6) for s in found[axis])
+            below = most or 0
+
+
+def test_a_part_is_built_as_its_kernel_alone() -> None:
+    call = linear_hopper.SHAPES["small_64x64"]
+    value = linear_hopper.space(call, HOPPER)["1-8"][0]
+    built = parts.build(linear_hopper, call, HOPPER, {"1-8": value})
+    whole = linear_hopper.build(call, HOPPER, {axis: v[0] for axis, v in linear_hopper.space(call, HOPPER).items()})
+    assert len(built.params) == len(whole.params)
+    assert len(built.script()) < len(whole.script()) / 2
+
+
+def test_both_phases_are_tuned_once_and_each_part_is_a_task() -> None:
+    def choice(function: str, count: int) -> KernelChoice:
+        call = R.call_to_json(dataclasses.replace(CALL, phase=function))
+        return KernelChoice(function, CALL.op, "linear_4096x4096", linear_hopper.NAME, count, "", {}, "", "default", call)
+
+    tasks = tasks_of([choice("decode", 3), choice("extend", 5)], HOPPER)
+    assert {t.part for t in tasks} == linear_hopper.BUCKETS.keys()
+    assert len(tasks) == len(linear_hopper.BUCKETS)
+    by_part = {t.part: t for t in tasks}
+    assert (by_part["1-8"].per_token, by_part["1-8"].per_prefill) == (3, 0)
+    assert (by_part["1025-"].per_token, by_part["1025-"].per_prefill) == (0, 5)
+    assert by_part["1-8"].sizes == ({"n": 1}, {"n": 8})
+    assert by_part["1-8"].label == "linear_4096x4096 n=1-8"
+
+
+@pytest.mark.parametrize("phase", ["decode", "extend"])
+def test_lookup_puts_the_parts_together_and_keeps_defaults_elsewhere(phase: str) -> None:
+    space = linear_hopper.space(CALL, HOPPER)
+    records = R.Records()
+    for axis, n in (("1-8", 8), ("129-256", 256)):
+        for i, value in enumerate(space[axis]):
+            records.add(record({axis: value}, 1e-5 * (1 + abs(i - 1)), n))
+    found = records.lookup(linear_hopper, dataclasses.replace(CALL, phase=phase), HOPPER)
+    assert found is not None
+    assert found.origin == "record"
+    assert found.config == {axis: values[axis in ("1-8", "129-256")] for axis, values in space.items()}
+    near = linear_hopper.linear_call.sample(4096, 4352, residual=1)
+    other = records.lookup(linear_hopper, near, HOPPER)
+    assert other is not None
+    assert other.origin == "nearest"
+    assert "1-8: nearest, from records of the nearest call" in other.why
+
+
+def test_the_cost_model_ranks_one_part_from_another() -> None:
+    """What warps do for up to 8 rows is believed of 16 until something else is seen."""
+    space = linear_hopper.space(CALL, HOPPER)
+    model = CostModel(lambda call: linear_hopper.space(call, HOPPER))
+    calls = [linear_hopper.linear_call.sample(o, 4096) for o in (2048, 4096, 8192)]
+    model.fit([record({"1-8": v}, 1e-5 * v["depth"], 8, c) for c in calls for v in linear_hopper.space(c, HOPPER)["1-8"]])
+    assert model.ready
+    scores = model.score([{"9-16": v} for v in space["9-16"]], CALL)
+    depths = [v["depth"] for v in space["9-16"]]
+    assert max(scores) == scores[depths.index(min(depths))]
+    assert max(s for s, d in zip(scores, depths, strict=True) if d == max(depths)) < sorted(scores)[len(scores) // 2]
+
+
+class _FakeWorker:
+    """Times every candidate as its place in the part's axis says; the second is the fastest."""
+
+    device = "a GPU"
+
+    def __init__(self, setup: dict[str, Any]) -> None:
+        self.space, self.part, self.sizes = linear_hopper.space(CALL, HOPPER), setup["part"], setup["sizes"]
+        self.built: dict[str, int] = {}
+
+    def build(self, config: dict[str, Any], text: str) -> None:
+        assert config.keys() == {self.part}
+        self.built[text] = self.space[self.part].index(config[self.part])
+
+    def has(self, text: str) -> bool:
+        return text in self.built
+
+    def time(self, text: str) -> list[float]:
+        return [1e-5 * (1 + abs(self.built[text] - 1)) for _ in self.sizes]
+
+    def close(self) -> None:
+        pass
+
+
+def test_tuner_finds_the_best_of_each_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmc.tune import tuner as module
+    from llmc.tune.limits import Limits
+
+    monkeypatch.setattr(module, "measure", lambda target: Limits(1e12, 1e15))
+    tasks: list[Task] = [t for t in make(linear_hopper, CALL, HOPPER, 1, 1) if t.part in ("1-8", "129-256")]
+    known = R.Records()
+    tuner = Tuner(tasks, known, tmp_path / "r.jsonl", Budget(40), worker=_FakeWorker)  # type: ignore[arg-type]
+    tuner.run()
+    found = known.lookup(linear_hopper, CALL, HOPPER)
+    assert found is not None
+    space = linear_hopper.space(CALL, HOPPER)
+    assert (found.config["1-8"], found.config["129-256"]) == (space["1-8"][1], space["129-256"][1])
+    again = Tuner(tasks, known, tmp_path / "r.jsonl", Budget(40), worker=_FakeWorker, resume=True)  # type: ignore[arg-type]
+    again.run()
+    assert again.trials == 0

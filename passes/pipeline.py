@@ -137,9 +137,8 @@ def _phases(s: _State) -> None:
 
 
 def _fuse_append(s: _State) -> None:
-    if any(family.OP == "llmc.rope_append" for family in targets.module_for(s.target).families(s.target)):
-        for graph in s.graphs:
-            fuse_append(graph)
+    for graph in s.graphs:
+        fuse_append(graph)
 
 
 def _lower_kernels(s: _State) -> None:

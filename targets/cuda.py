@@ -27,8 +27,11 @@ from llmc.errors import UsageError
 from llmc.runtime.device import cuda_devices
 from llmc.targets import dependent_launch
 from llmc.targets.base import GpuTarget, Target
+from llmc.targets.gpu import compute_dtype, schedule
 from llmc.targets.link import linker
 
+__all__ = ["KIND", "build", "check_tools", "compute_dtype", "export", "families", "known_specs", "layouts", "parse",
+           "runtime_libraries", "schedule", "tvm_target"]  # fmt: skip
 KIND = "cuda"
 _KB = 1 << 10
 
@@ -109,18 +112,6 @@ def layouts(target: Target) -> Sequence[Any]:
     from llmc.schedules.cuda import LAYOUTS
 
     return LAYOUTS
-
-
-def schedule(function: Any, target: GpuTarget) -> Any:
-    """Schedule a PrimFunc that Relax legalised and fused; see :mod:`llmc.schedules.cuda.elementwise`."""
-    from llmc.schedules.cuda import elementwise
-
-    return elementwise.schedule(function, target)
-
-
-def compute_dtype(storage: str) -> str:
-    """Activations have the dtype that matrices are stored in: tensor cores take both operands in one dtype."""
-    return storage
 
 
 def build(module: tvm.IRModule, target: Target) -> Any:

@@ -22,7 +22,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from llmc.schedules.cuda import attend_simple, hopper
+from llmc.schedules.cuda import hopper
+from llmc.schedules.gpu import attention_tile
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 
@@ -39,7 +40,7 @@ LOAD = "ld.global.nc.L1::no_allocate.L2::256B"
 
 
 def _call(hq: int, hk: int, d: int, dv: int = 0, page_size: int = 16, dtype: str = "bfloat16", **attrs: Any) -> KernelCall:
-    return attend_simple._call(hq, hk, d, dv, page_size, dtype, "decode", **attrs)
+    return attention_tile.make_call(hq, hk, d, dv, page_size, dtype, "decode", **attrs)
 
 
 SHAPES: dict[str, KernelCall] = {
@@ -55,7 +56,7 @@ SHAPES: dict[str, KernelCall] = {
 
 
 def matches(call: KernelCall, target: Target) -> str | None:
-    if call.op != OP or not hopper.is_hopper(target) or call.phase != "decode" or not attend_simple.matches(call, target):
+    if call.op != OP or not hopper.is_hopper(target) or call.phase != "decode" or not attention_tile.takes(call, target):
         return None
     q, pages = call.args[:2]
     (hq, d), hk = (int(v) for v in q.shape[1:]), int(pages.shape[1])
@@ -410,5 +411,5 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     return hopper.finish(attend, f"decode_attention_{hq}x{hk}x{d}", () if has_sinks else ("sinks",), dependent_launch)
 
 
-reference = attend_simple.reference
-roofline = attend_simple.roofline
+reference = attention_tile.reference
+roofline = attention_tile.roofline

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
-from llmc.schedules.cuda import attend_simple, hopper
+from llmc.schedules.cuda import hopper
 from llmc.schedules.cuda.host_choice import host_choice
 from llmc.schedules.cuda.prefill_kernel import kernel, packed_heads
+from llmc.schedules.gpu import attention_tile
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 
@@ -28,7 +29,7 @@ PAGE_SIZES = (8, 16, 32, 64)
 SHORT = 512
 """The most tokens of a sequence, on average, that are a short chunk; half of them for a single sequence, likely behind a prefix."""
 
-_call = attend_simple._call
+_call = attention_tile.make_call
 SHAPES: dict[str, KernelCall] = {
     "gqa_32x8x128": _call(32, 8, 128),
     "gqa_32x8x64_p64": _call(32, 8, 64, page_size=64),
@@ -86,7 +87,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     return host_choice(kernels, [n <= tirx.Select(b > 1, b * SHORT, tirx.const(SHORT // 2, "int64"))])
 
 
-reference = attend_simple.reference
+reference = attention_tile.reference
 
 
 def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:

@@ -138,7 +138,10 @@ def narrow(value: Expr, dtype: str) -> Expr:
     if dtype == "bfloat16":
         bits = bind(tirx.reinterpret("uint32", value))
         odd = (bits >> tirx.const(16, "uint32")) & tirx.const(1, "uint32")
-        return tirx.Cast("uint16", (bits + odd + tirx.const(0x7FFF, "uint32")) >> tirx.const(16, "uint32"))
+        rounded = (bits + odd + tirx.const(0x7FFF, "uint32")) >> tirx.const(16, "uint32")
+        # Of no number, whose bits may be all ones, the rounding would make a zero.
+        number = (bits & tirx.const(0x7FFFFFFF, "uint32")) <= tirx.const(0x7F800000, "uint32")
+        return tirx.Cast("uint16", tirx.Select(number, rounded, tirx.const(0x7FC0, "uint32")))
     return value if dtype == "float32" else tirx.Cast(dtype, value)
 
 

@@ -37,7 +37,7 @@ from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import GpuTarget, Target
 
 Expr = Any
-VALUES_PER_THREAD = 16
+VALUES_PER_THREAD = 8
 BLOCK = 128
 """Threads of a block that several rows share."""
 

@@ -13,8 +13,8 @@ import pytest
 from tvm import te
 
 from llmc import targets
-from llmc.schedules.cuda import append, elementwise, moe, rope, rope_append, topk
-from llmc.schedules.cuda.norm import layer_norm, rms_norm
+from llmc.schedules.gpu import append, elementwise, moe, rope, rope_append, topk
+from llmc.schedules.gpu.norm import layer_norm, rms_norm
 from llmc.targets import dependent_launch
 from tests.support.cuda_emulator import run, source
 

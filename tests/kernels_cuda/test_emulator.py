@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmc.schedules.cuda import append, gemv
+from llmc.schedules.cuda import gemv
+from llmc.schedules.gpu import append
 from llmc.targets import cuda
 from tests.kernels.harness import random_arrays
 from tests.support.cuda_emulator import run, source

@@ -7,14 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from llmc import targets
-from llmc.schedules.gpu import FAMILIES, append, attend_decode, attend_extend, moe, topk
+from llmc.schedules.gpu import FAMILIES
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.limits import METAL, OPENCL, ROCM
-from tests.kernels.harness import error, paged_arrays, random_arrays
-from tests.kernels_cuda.emulated import call as emulate
+from tests.kernels_gpu.cases import arguments, errors, operands
 from tests.kernels_gpu.test_portable import LARGE
 from tests.support.cuda_emulator import run
 
@@ -47,31 +44,12 @@ Largest error of any shape, in units of the result's largest value, for float32 
 """
 
 
-def inputs(family: Any, call: KernelCall) -> tuple[list[np.ndarray], dict[str, int]]:
-    """Random inputs of a call, as its tests have them."""
-    if family is attend_decode:
-        return paged_arrays(call, [131, 1, 40], [1, 1, 1], seed=3)
-    if family is attend_extend:
-        return paged_arrays(call, [140, 5, 8, 9], [20, 5, 0, 1], seed=3)
-    symbols, rng = {"n": 7, "num_pages": 6}, np.random.default_rng(1)
-    arrays = random_arrays(call, symbols, seed=7)
-    if family is append:
-        arrays[2] = rng.permutation(6 * call.attr("page_size"))[:7].astype(np.int32)
-    if family is moe:
-        arrays[1] = np.stack([rng.permutation(call.args[3].shape[0])[: call.attr("top_k")] for _ in range(7)]).astype(np.int32)
-    return arrays, symbols
-
-
 def measured(family: Any, call: KernelCall, spec: str) -> float:
     """The error of one call with one target's limits."""
-    target, (arrays, symbols) = targets.parse(spec), inputs(family, call)
-    if family is append:
-        result = run(family.build(call, target, {}), target, *arrays)[3]
-    elif family is topk:
-        result = run(family.build(call, target, {}), target, *arrays, np.full(call.result.bind(symbols), -1, np.int32))[-1]
-    else:
-        result = emulate(family, call, target, arrays, symbols)
-    return error(result, family.reference(call, *arrays))
+    target, (arrays, symbols) = targets.parse(spec), operands(family, call, 7)
+    config = {axis: values[0] for axis, values in family.space(call, target).items()}
+    after = run(family.build(call, target, config), target, *arguments(family, call, arrays, symbols))
+    return max(errors(family, call, arrays, after).values())
 
 
 def main() -> None:

@@ -95,6 +95,6 @@ def test_a_model_compiled_without_a_gpu(tiny_model_dir: Callable[..., Path], tmp
     sampling = {"llmc.sample_stats", "llmc.sample", "llmc.advance"}
     assert set(dialect) - sampling == {"llmc.linear", "llmc.attend", "llmc.rope_append", "llmc.rms_norm"}
     assert all("bfloat16" in shape for op, shape in dialect.items() if op not in sampling)
-    assert all(k.family.startswith("cuda.") for k in variant.kernels if k.op != "relax")
+    assert all(k.family.startswith(("cuda.", "gpu.")) for k in variant.kernels if k.op != "relax")
     head = [k for k in variant.kernels if "out_dtype=float32" in k.shape]
     assert {k.function for k in head} == {"decode", "extend"} and sum(k.count for k in head) == 2

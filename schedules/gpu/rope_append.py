@@ -1,4 +1,4 @@
-"""``llmc.rope_append`` on a GPU: a group of threads takes one head of one row of the merged projection.
+"""``llmc.rope_append`` on any GPU: a group of threads takes one head of one row of the merged projection.
 
 Queries and keys are held in float32 registers, normalised if asked (sums by shuffles within the group) and rotated, queries to the
 result and keys to their slot of the cache; heads of values are copied to theirs. Both halves of a rotated pair are in one thread.
@@ -13,11 +13,10 @@ import numpy as np
 from tvm import tirx
 
 from llmc.dialect.rope_append import key_dim
-from llmc.schedules.cuda.emit import (
-    STORAGE,
-    WARP,
+from llmc.schedules.gpu.emit import (
     WIDTH,
     Symbols,
+    Team,
     arguments,
     bind,
     ceildiv,
@@ -29,16 +28,16 @@ from llmc.schedules.cuda.emit import (
     launch,
     load,
     registers,
+    storable,
     store,
     store_all,
-    warp_sum,
     when,
 )
 from llmc.schedules.protocol import KernelCall, TensorSpec
-from llmc.targets.base import Target
+from llmc.targets.base import GpuTarget, Target
 
 Expr = Any
-NAME = "cuda.rope_append"
+NAME = "gpu.rope_append"
 OP = "llmc.rope_append"
 THREADS = 128
 
@@ -73,9 +72,7 @@ SHAPES: dict[str, KernelCall] = {
 
 
 def matches(call: KernelCall, target: Target) -> str | None:
-    if call.op != OP or target.kind != "cuda":
-        return None
-    if any(a.dtype not in STORAGE for i, a in enumerate(call.args) if i != 3):
+    if call.op != OP or not storable(call, target, ints=(3,)):
         return None
     return "a group of threads for each head of the merged projection"
 
@@ -84,7 +81,7 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     return {}
 
 
-def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
+def build(call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
     symbols = Symbols()
     rows_spec, _, _, _, pages_spec = call.args[:5]
     heads, kv_heads, dv = int(call.attr("heads")), int(pages_spec.shape[1]), int(call.attr("v_dim"))
@@ -93,12 +90,12 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     turning, every = heads + kv_heads, heads + 2 * kv_heads
     span = rotary if pairs else rotary // 2
     # One width for all loads: it divides the turned part, every offset in a row, and the row's length.
-    lanes = common_lanes([a.dtype for i, a in enumerate(call.args) if i != 3], gcd(span, d, rotary, dv))
+    lanes = common_lanes(target, [a.dtype for i, a in enumerate(call.args) if i != 3], gcd(span, d, rotary, dv))
     # A piece is what turns together: an element of each half, or whole pairs, by two loads where rows are not aligned to pairs.
     unit = max(lanes, 2) if pairs else lanes
     turned = span // unit
     pieces = turned + (d - rotary) // lanes
-    group = 1 << (min(WARP, pieces) - 1).bit_length()
+    group = 1 << (min(target.warp_size, pieces) - 1).bit_length()
     held_lanes = max(unit, lanes if pairs else 2 * lanes)
     steps = -(-pieces // group)
     names = ["qkv", "cos", "sin", "slot_mapping", "kv_pages", "q_weight", "k_weight"][: len(call.args)]
@@ -124,8 +121,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             # Quotients of a negative slot would be out of range even where nothing is stored: TVM may load ahead of the test.
             page = bind(tirx.floordiv(tirx.max(slot, i64(0)), page_size))
             offset = bind(tirx.floormod(tirx.max(slot, i64(0)), page_size))
-            held, total = registers(steps * held_lanes), registers(1)
-            store(total, f32(0.0), 0)
+            held, total = registers(steps * held_lanes), registers(1, start=0.0)
+            team = Team(target, thread, THREADS, group)
 
             def for_each_chunk(body: Any) -> None:
                 """``body(start, place, turned)`` for the chunks of this thread: where in the head, and where in ``held``."""
@@ -153,7 +150,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             when(head < turning, lambda: for_each_chunk(read_chunks))
             scale = f32(1.0)
             if call.attr("norm"):
-                mean = warp_sum(total[0], group) * f32(1.0 / d)
+                mean = team.sum(total[0], group) * f32(1.0 / d)
                 scale = bind(f32(1.0) / tirx.sqrt(mean + f32(call.attr("eps"))))
 
             def scale_chunks(weight: Expr) -> Any:

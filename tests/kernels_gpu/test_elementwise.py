@@ -13,7 +13,7 @@ import tvm
 from tvm import relax, tirx
 
 from llmc import targets
-from llmc.schedules.cuda.elementwise import schedule
+from llmc.schedules.gpu.elementwise import schedule
 from llmc.targets import cuda
 from tests.kernels.harness import DTYPES
 from tests.kernels.test_cpu_elementwise import CASES, lowered

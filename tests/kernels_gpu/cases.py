@@ -1,0 +1,59 @@
+"""Operands of portable kernels for their tests, whatever runs them, and the error of what came back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from llmc.schedules.gpu import append, attend_decode, attend_extend, moe, rope_append
+from llmc.schedules.protocol import KernelCall
+from tests.kernels.harness import DTYPES, error, paged_arrays, random_arrays
+
+PAGES = 6
+SLOTS = {append.NAME: 2, rope_append.NAME: 3}
+"""Families that write pages -> the operand that says where to."""
+
+
+def operands(family: Any, call: KernelCall, n: int, seed: int = 3) -> tuple[list[np.ndarray], dict[str, int]]:
+    """Random inputs for ``n`` rows and the values of the symbols; attention has sequences of its own, of several lengths."""
+    if family is attend_decode:
+        return paged_arrays(call, [131, 1, 40], [1, 1, 1], seed)
+    if family is attend_extend:  # a chunk behind a prefix, a fresh prompt, a sequence without rows and a single row
+        return paged_arrays(call, [140, 5, 8, 9], [20, 5, 0, 1], seed)
+    symbols, rng = {"n": n, "num_pages": PAGES}, np.random.default_rng(seed)
+    arrays = random_arrays(call, symbols, seed)
+    if family.NAME in SLOTS:
+        slots = rng.permutation(PAGES * call.attr("page_size"))[:n].astype(np.int32)
+        slots[n // 2 : n // 2 + (n > 1)] = -1  # a row of padding has no slot
+        arrays[SLOTS[family.NAME]] = slots
+    if family is moe:
+        experts = call.args[3].shape[0]
+        arrays[1] = np.stack([rng.permutation(experts)[: call.attr("top_k")] for _ in range(n)]).astype(np.int32)
+    return arrays, symbols
+
+
+def result_buffer(call: KernelCall, symbols: dict[str, int]) -> np.ndarray:
+    """What a result is before the kernel runs: NaN or -1, so that nothing unwritten goes unnoticed."""
+    dtype = DTYPES[call.result.dtype]
+    return np.full(call.result.bind(symbols), -1 if dtype == np.int32 else np.nan, dtype)
+
+
+def arguments(family: Any, call: KernelCall, arrays: list[np.ndarray], symbols: dict[str, int]) -> list[np.ndarray]:
+    """What the kernel is called with: the operands, and room for a result that is not one of them."""
+    return arrays if family is append else [*arrays, result_buffer(call, symbols)]
+
+
+def errors(family: Any, call: KernelCall, arrays: list[np.ndarray], after: list[np.ndarray]) -> dict[str, float]:
+    """For the dtype of each result its error (:func:`tests.kernels.harness.error`) after the kernel changed its arguments."""
+    expected = family.reference(call, *arrays)
+    if family is append:
+        return {call.result.dtype: error(after[3], expected.astype(np.float64))}
+    if family is rope_append:
+        queries, pages = expected
+        untouched = pages == arrays[4]
+        assert np.array_equal(after[4][untouched], arrays[4][untouched]), "the kernel wrote beside its slots"
+        found = {call.args[4].dtype: error(after[4], pages.astype(np.float64))}
+        found[call.result.dtype] = max(error(after[-1], queries), found.get(call.result.dtype, 0.0))
+        return found
+    return {call.result.dtype: error(after[-1], expected)}

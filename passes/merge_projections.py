@@ -7,8 +7,8 @@ before::                                  after::
     v = llmc.linear(x, wv)
 
 One pass over x and one kernel instead of three. The joined matrix is a :class:`~llmc.importer.params.Concat` in the parameter
-table: weights are never copied at run time. Layers merge if all have a bias or none has, the weights have one storage dtype
-and quantization scheme, and nothing else reads them (a tied embedding does not merge).
+table: weights are never copied at run time. Layers merge if all have a bias or none has, the weights have one storage dtype,
+quantization scheme and order of stored columns, and nothing else reads them (a tied embedding does not merge).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from tvm.relax import TensorType
 from llmc.dialect.core import attrs_of
 from llmc.dialect.linear import linear
 from llmc.importer.params import Concat, ParamTable
+from llmc.passes.quantize.native import stored_order
 from llmc.passes.rewrite import Graph, Rewriter, op_name, rewrite
 from llmc.passes.shapes import dims, take_slice
 
@@ -61,7 +62,8 @@ class _Merge:
             if attrs["residual"] or attrs["activation"] != "none" or not all(self._owned(w) for w in owned):
                 continue
             param = self.params[value.args[1].name]
-            groups[value.args[0], attrs["bias"], param.dtype, param.source.dtype, param.scheme].append((var, value))
+            columns = stored_order(param)
+            groups[value.args[0], attrs["bias"], param.dtype, param.source.dtype, param.scheme, columns].append((var, value))
         return [g for g in groups.values() if len(g) > 1]
 
     def _owned(self, weight: relax.Expr) -> bool:

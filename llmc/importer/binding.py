@@ -19,10 +19,11 @@ import torch
 from transformers.core_model_loading import WeightConverter, WeightRenaming, WeightTransform, dot_natural_key, rename_source_key
 
 from llmc.errors import ModelError, UnsupportedError
-from llmc.importer.gguf.row_permutation import BlockSource, RowPermuted, row_permutation
 from llmc.importer.params import DTYPES, Mapped, ParamTable, Source
+from llmc.importer.rows import reordered
 from llmc.importer.source import Binding
 from llmc.importer.tied import resolve_ties
+from llmc.passes.quantize.native import QuantizedSource
 
 _TORCH_DTYPES = {name: getattr(torch, name) for name in DTYPES}
 _NAMES_SHOWN = 8
@@ -83,22 +84,9 @@ class _Conversion:
         for name, tensor in made.items():
             function = partial(self.numpy, model, name)
             shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
-            in_blocks = reordered(inputs[0], function, shape) if len(inputs) == 1 and isinstance(inputs[0], BlockSource) else None
-            sources[name] = in_blocks or Mapped(inputs, function, shape, dtype, self.label)
+            quantized = all(isinstance(s, QuantizedSource) for s in inputs)
+            sources[name] = (quantized and reordered(inputs, function, shape)) or Mapped(inputs, function, shape, dtype, self.label)
         return sources
-
-
-def reordered(source: Source, function: Any, shape: tuple[int, ...]) -> Source | None:
-    """What ``function`` makes of ``source``, if that only moves rows: the source itself, or its rows (and blocks) reordered.
-
-    None if it does more, or if the source has no blocks that would be worth keeping.
-    """
-    order = row_permutation(function, shape) if source.shape == shape and shape else None
-    if order is None:
-        return None
-    if np.array_equal(order, np.arange(len(order))):
-        return source
-    return RowPermuted(source, order) if isinstance(source, BlockSource) else None
 
 
 def kept(names: Iterable[str], patterns: Iterable[str]) -> list[str]:

@@ -26,6 +26,7 @@ DTYPES: dict[str, np.dtype] = {
     "int8": np.dtype(np.int8),
     "uint8": np.dtype(np.uint8),
     "bool": np.dtype(np.bool_),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 
 
@@ -133,10 +134,35 @@ class Mapped:
         return f"{self.label}({', '.join(s.describe() for s in self.inputs)})"
 
 
-def transposed(source: Source) -> Mapped:
-    """The transpose of a matrix source ``[k, o]``, as ``[o, k]``."""
-    rows, columns = source.shape
-    return Mapped((source,), np.transpose, (columns, rows), source.dtype, "transpose")
+@dataclass(frozen=True)
+class Swapped:
+    """A source with its last two axes exchanged: a Conv1D's ``[k, o]`` as ``[o, k]``, experts ``[E, k, o]`` as ``[E, o, k]``."""
+
+    source: Source
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *leading, rows, columns = self.source.shape
+        return (*leading, columns, rows)
+
+    @property
+    def dtype(self) -> str:
+        return self.source.dtype
+
+    @property
+    def scheme(self) -> str:
+        return self.dtype
+
+    def read(self) -> np.ndarray:
+        return np.ascontiguousarray(np.swapaxes(self.source.read(), -1, -2))
+
+    def describe(self) -> str:
+        return f"transpose({self.source.describe()})"
+
+
+def transposed(source: Source) -> Source:
+    """``source`` with its last two axes exchanged; what is exchanged already is taken back to how it is stored."""
+    return source.source if isinstance(source, Swapped) else Swapped(source)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import numpy as np
 
 from llmc.importer.finite import check_finite
 from llmc.importer.params import Source
-from llmc.passes.quantize.native import native, native_scheme
+from llmc.passes.quantize.native import column_order, native, native_scheme
 from llmc.passes.quantize.report import Stored
 from llmc.passes.quantize.round_to_nearest import quantize
 from llmc.passes.quantize.scheme import QuantizedTensor, Scheme, scheme
@@ -40,10 +40,20 @@ class Matrix:
             self._parts = dict(self.layout.pack(self.quantized()))
         return self._parts.pop(name)
 
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether the source's codes are taken as they are."""
+        held = native_scheme(self.source)
+        return bool(held) and self.scheme in (scheme(held), scheme(held).flat())
+
+    @property
+    def column_order(self) -> np.ndarray | None:
+        """The columns of W that the stored columns are, where they are not in order: x must be taken in this order."""
+        return column_order(self.source) if self.keeps_codes else None
+
     def quantized(self) -> QuantizedTensor:
         """The matrix in its scheme. Raises ModelError if the source holds a NaN or an infinity."""
-        held = native_scheme(self.source)
-        if held and self.scheme in (scheme(held), scheme(held).flat()):
+        if self.keeps_codes:
             self.record.error = 0.0
             stored = native(self.source)
             return stored if stored.scheme == self.scheme else stored.flat()

@@ -15,7 +15,7 @@ from typing import Any
 from tvm import relax
 
 from llmc.importer.params import DTYPES, Param, ParamTable
-from llmc.passes.quantize.native import native_scheme
+from llmc.passes.quantize.native import column_order, native_scheme
 from llmc.passes.quantize.options import NATIVE, NONE, QuantOptions
 from llmc.passes.quantize.report import Stored
 from llmc.passes.quantize.scheme import scheme
@@ -52,7 +52,8 @@ def assign(graph: Graph, params: ParamTable, plan: Plan) -> None:
         names = [param.name, *([HEAD] if head else []), *([EMBEDDING] if "relax.take" in roles else [])]
         chosen, refusal = _chosen(plan.options, names, param), ""
         if chosen != NONE:
-            refusal = _refusal(var, uses, any(result in routers for result, _ in uses))
+            router = any(result in routers for result, _ in uses)
+            refusal = _refusal(var, uses, router, chosen == native_scheme(param.source) and column_order(param.source) is not None)
         if chosen == NONE or refusal:
             plan.stored.append(Stored(param.name, param.shape, param.dtype, dtype_bits(param.dtype), reason=refusal))
         else:
@@ -101,12 +102,14 @@ def _routers(graph: Graph) -> set[relax.Var]:
     return found
 
 
-def _refusal(var: relax.Var, uses: list[tuple[relax.Var, Any]], router: bool) -> str:
+def _refusal(var: relax.Var, uses: list[tuple[relax.Var, Any]], router: bool, reordered: bool) -> str:
     """Why ``var`` cannot be quantized, or an empty string."""
     if router:
         return "it picks the experts"
     for _, value in uses:
         name = op_name(value)
+        if reordered and name == "relax.take":
+            return "the checkpoint stores its columns in another order, and rows of it are looked up"
         if name == "llmc.moe":
             return "llmc.moe has no kernels for quantized experts yet"
         linear = name == "llmc.linear" and value.args[1].same_as(var)

@@ -5,9 +5,11 @@ before::                                    after::
     e = astype(take(w, ids), float32)           e = llmc.quantized_take(ids, w.codes, w.scales, ...)
     y = llmc.linear(x, v, b, h)                 y = llmc.quantized_linear(x, v.panels, b, h, scheme="int4_g32", ...)
 
-A parameter ``w`` becomes the parameters ``w.codes``, ``w.scales``, ... of the target's layout. A matrix that the target has no
-layout for stays what it was, which is recorded; one with two levels of scales is stored with one, if that is what the target
-takes (the same values in more bytes).
+A parameter ``w`` becomes the parameters ``w.codes``, ``w.scales``, ... of the target's layout. Where a checkpoint stores columns in
+another order than the model's (GPTQ's act-order), x is taken in that order: ``take(x, w.columns, axis=1)``.
+
+A matrix that the target has no layout for stays what it was, which is recorded; one with two levels of scales is stored with
+one, if that is what the target takes (the same values in more bytes).
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tvm import relax
 from tvm.relax import TensorType
 
 from llmc.dialect.core import attrs_of
 from llmc.dialect.quantized import quantized_linear, quantized_take
-from llmc.importer.params import Param, ParamTable
+from llmc.importer.params import Constant, Param, ParamTable
 from llmc.passes.quantize.packed import Matrix, Part
 from llmc.passes.quantize.plan import Plan, dtype_bits
 from llmc.passes.quantize.report import Stored
@@ -33,10 +36,11 @@ from llmc.targets.base import Target
 
 @dataclass
 class _Weight:
-    """A matrix that was replaced: its parts, and the attributes that say what they are."""
+    """A matrix that was replaced: its parts, the attributes that say what they are, and the order of its columns if it has one."""
 
     parts: list[relax.Var]
     attrs: dict[str, Any]
+    columns: relax.Var | None
 
 
 def quantize_weights(graph: Graph, params: ParamTable, plan: Plan, target: Target) -> None:
@@ -49,7 +53,7 @@ def quantize_weights(graph: Graph, params: ParamTable, plan: Plan, target: Targe
             signature.append(var)
         else:
             replaced[var] = weight
-            signature += weight.parts
+            signature += weight.parts if weight.columns is None else [*weight.parts, weight.columns]
     graph.params = signature
     activations = plan.options.activations or ("int8" if target.kind == "cpu" else "compute")
     rewrite(graph, lambda work, var, value: _rule(work, var, value, replaced, activations))
@@ -79,7 +83,11 @@ def _replace(params: ParamTable, param: Param, plan: Plan, target: Target) -> _W
         part = params.add(f"{param.name}.{name}", Part(matrix, name, spec))
         part.scheme = wanted.name
         variables.append(relax.Var(part.name, TensorType(list(part.shape), part.dtype)))
-    return _Weight(variables, {"scheme": stored.name, "layout": layout.NAME, "o": o, "k": k})
+    columns = None
+    if matrix.column_order is not None:
+        order = params.add(f"{param.name}.columns", Constant(matrix.column_order.astype(np.int32), f"columns of {param.name}"))
+        columns = relax.Var(order.name, TensorType([k], "int32"))
+    return _Weight(variables, {"scheme": stored.name, "layout": layout.NAME, "o": o, "k": k}, columns)
 
 
 def _rule(
@@ -91,7 +99,12 @@ def _rule(
         rest = list(value.args[2:])
         bias = rest.pop(0) if attrs.pop("bias") else None
         residual = rest.pop(0) if attrs.pop("residual") else None
-        return quantized_linear(value.args[0], weight.parts, bias, residual, **weight.attrs, **attrs, activations=activations)
+        x = (
+            value.args[0]
+            if weight.columns is None
+            else work.emit(relax.op.take(value.args[0], weight.columns, axis=1, mode="clip"))
+        )
+        return quantized_linear(x, weight.parts, bias, residual, **weight.attrs, **attrs, activations=activations)
     if name == "relax.take" and value.args[0] in replaced:
         weight = replaced[value.args[0]]
         return quantized_take(value.args[1], weight.parts, **weight.attrs, out_dtype=dtype_of(var))

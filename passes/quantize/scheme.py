@@ -34,6 +34,8 @@ import numpy as np
 from llmc.errors import UsageError
 
 SCALE_BITS = {"float16": 16, "bfloat16": 16, "float32": 32}
+GROUPS = (16, 32, 64, 128, 256, 512, 1024)
+"""Columns that may share a scale."""
 E4M3_MAX = 448.0
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -92,8 +94,10 @@ class Scheme:
 
     def flat(self) -> Scheme:
         """The scheme with one level of float32 scales that holds the same values, for a scheme with two levels."""
+        if not self.super_group:
+            return self
         infix = {"none": "", "minimum": "z"}[self.offset]
-        return scheme(f"int{self.bits}{infix}_g{self.group}_f32") if self.super_group else self
+        return scheme(f"int{self.bits}{infix}_g{self.group}_f32")
 
 
 @dataclass
@@ -231,7 +235,9 @@ def scheme(name: str) -> Scheme:
     group = int(found["group"] or 0)
     if not group and not found["row"] and full != "int8" and not (found["bits"] == "8"):
         raise UsageError(f"the scheme {name!r} does not say how many columns share a scale: use {full}_g32, or {full}_row for all")
-    if found["group"] and group not in (16, 32, 64, 128, 256):
-        raise UsageError(f"the scheme {name!r} has groups of {group} columns: use 16, 32, 64, 128 or 256, or _row for a whole row")
+    if found["group"] and group not in GROUPS:
+        raise UsageError(
+            f"the scheme {name!r} has groups of {group} columns: use one of {', '.join(map(str, GROUPS))}, or _row for a whole row"
+        )
     kind, bits = ("table", 4) if found["nf4"] else ("int", int(found["bits"]))
     return Scheme(full, kind, bits, group, _OFFSETS[found["offset"] or ""], _DTYPES[found["scale"]])

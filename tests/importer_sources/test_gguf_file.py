@@ -12,7 +12,8 @@ import pytest
 
 from llmc.errors import ModelError, UnsupportedError
 from llmc.importer.gguf.file import GGUFSource, open_gguf
-from llmc.importer.gguf.row_permutation import BlockSource, RowPermuted, row_permutation
+from llmc.importer.rows import Rows, row_order
+from llmc.passes.quantize.native import QuantizedSource
 
 METADATA: dict[str, Any] = {
     "a.int": 7,
@@ -70,7 +71,7 @@ def test_metadata_and_tensors(tmp_path: Path) -> None:
             assert (source.scheme, source.dtype) == (tensor.name[2:], "float32")
             assert np.array_equal(source.blocks(), tensor.data.reshape(3, 5, -1))
         else:
-            assert not isinstance(source, BlockSource)
+            assert not isinstance(source, QuantizedSource)
             assert source.dtype == source.scheme == {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}[tensor.name[2:]]
 
 
@@ -78,32 +79,35 @@ def test_rows_move_with_their_blocks(tmp_path: Path) -> None:
     source = open_gguf(write(tmp_path / "x.gguf", {"w": (random(6, 64), "Q4_1")})).tensors["w"]
     assert isinstance(source, GGUFSource)
     order = np.array([3, 1, 5, 0, 2, 4])
-    moved = RowPermuted(source, order)
-    assert isinstance(moved, BlockSource)
+    moved = Rows((source,), order, (6, 64))
+    assert isinstance(moved, QuantizedSource)
     assert np.array_equal(moved.read(), source.read()[order])
-    assert np.array_equal(moved.blocks(), source.blocks()[order])
+    assert np.array_equal(moved.quantized().codes, source.quantized().codes[order])
+    assert np.array_equal(moved.quantized().dequantize(), moved.read())
     assert (moved.scheme, moved.shape, moved.dtype) == ("Q4_1", (6, 64), "float32")
 
 
-def test_row_permutations_are_told_from_other_functions() -> None:
+def test_functions_that_take_rows_are_told_from_others() -> None:
     order = np.array([2, 0, 1, 3])
-    found = row_permutation(lambda a: a[order], (4, 9))
+    found = row_order(lambda a: a[order], [(4, 9)], (4, 9))
     assert found is not None
     assert found.tolist() == order.tolist()
-    vector = row_permutation(lambda a: a[::-1], (5,))
+    vector = row_order(lambda a: a[::-1], [(5,)], (5,))
     assert vector is not None
     assert vector.tolist() == [4, 3, 2, 1, 0]
+    stacked = row_order(lambda a, b: np.stack([b, a]), [(2, 9), (2, 9)], (2, 2, 9))
+    assert stacked is not None
+    assert stacked.tolist() == [2, 3, 0, 1]
     others = [
         lambda a: a - 1,
         lambda a: a.T,
         lambda a: a[:, ::-1],
         lambda a: np.log(-a),
-        lambda a: a[[0, 0, 1, 2]],
         lambda a: a.reshape(4, 9),
         lambda a: None,
         lambda a: a + 2,
     ]
-    assert [row_permutation(f, (4, 9)) for f in others] == [None] * len(others)
+    assert [row_order(f, [(4, 9)], (4, 9)) for f in others] == [None] * len(others)
 
 
 @pytest.fixture

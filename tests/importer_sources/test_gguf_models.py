@@ -21,8 +21,8 @@ from llmc.errors import ModelError, UnsupportedError
 from llmc.importer.binding import bind_sources, to_torch
 from llmc.importer.gguf.file import GGUFSource, open_gguf
 from llmc.importer.gguf.model import GGUFModel
-from llmc.importer.gguf.row_permutation import RowPermuted
 from llmc.importer.params import Mapped
+from llmc.importer.rows import Rows
 from llmc.importer.source import Binding
 from tests.importer_sources.gguf_writer import gguf_tensors, write_gguf
 
@@ -160,12 +160,13 @@ def test_blocks_survive_row_permutation(tmp_path: Path) -> None:
     source, _, binding = bound(path)
     assert source.dtype == "float16"
     q = binding.table["model.layers.1.self_attn.q_proj.weight"].source
-    assert isinstance(q, RowPermuted)
+    assert isinstance(q, Rows)
     stored = {t.name: t for t in gguf.GGUFReader(path).tensors}["blk.1.attn_q.weight"]
-    assert sorted(map(bytes, q.blocks())) == sorted(map(bytes, stored.data))
-    assert np.array_equal(gguf.dequantize(q.blocks(), gguf.GGMLQuantizationType.Q4_0), q.read())
+    rows = gguf.dequantize(stored.data, gguf.GGMLQuantizationType.Q4_0)
+    assert sorted(map(bytes, rows)) == sorted(map(bytes, q.read()))
+    assert np.array_equal(q.quantized().dequantize(), q.read())
     kinds = Counter(type(p.source) for p in binding.table.values() if len(p.shape) == 2)
-    assert kinds == {GGUFSource: 12, RowPermuted: 4}
+    assert kinds == {GGUFSource: 12, Rows: 4}
 
 
 def test_conversions_that_only_move_rows_keep_blocks(tmp_path: Path) -> None:
@@ -174,12 +175,12 @@ def test_conversions_that_only_move_rows_keep_blocks(tmp_path: Path) -> None:
     _, model, _ = bound(path)
     stored = open_gguf(path).tensors["output.weight"]
     order = np.random.default_rng(0).permutation(77)
-    for operation, kind in ((PermuteRows(torch.from_numpy(order)), RowPermuted), (SubtractOne(), Mapped)):
+    for operation, kind in ((PermuteRows(torch.from_numpy(order)), Rows), (SubtractOne(), Mapped)):
         converter = WeightConverter(r"output\.weight", "lm_head.weight", [operation])
         source = bind_sources(model, {"output.weight": stored}, [converter], "x.gguf").table["lm_head.weight"].source
         assert type(source) is kind
         assert source.shape == (77, 96)
-        if isinstance(source, RowPermuted):
+        if isinstance(source, Rows):
             assert np.array_equal(source.read(), stored.read()[order])
         else:
             assert np.array_equal(source.read(), stored.read() - 1)

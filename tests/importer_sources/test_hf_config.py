@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from llmc.errors import ModelError, UnsupportedError
-from llmc.importer.huggingface.config import load_config
+from llmc.importer.huggingface.config import load_config, load_quantization
 
 
 def folder_with(folder: Path, config: dict[str, Any] | str) -> Path:
@@ -38,8 +38,6 @@ def test_broken(tmp_path: Path, config: dict[str, Any] | str, message: str) -> N
     [
         ({"model_type": "brandnew"}, r"model_type 'brandnew', which transformers 5\S+ does not know: install"),
         ({"model_type": "brandnew", "auto_map": {"AutoConfig": "a.B"}}, r"own Python code, which llmc never runs"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, r"weights are quantized by awq"),
-        ({"model_type": "llava", "text_config": {"quantization_config": {"quant_method": "fp8"}}}, r"weights are quantized by fp8"),
         (
             {"model_type": "bert", "architectures": ["BertForMaskedLM"]},
             r"BertForMaskedLM \(model_type 'bert'\), which does not predict",
@@ -81,3 +79,18 @@ def test_plain_model(tmp_path: Path) -> None:
     )
     assert not is_part
     assert config.hidden_size == 60
+
+
+@pytest.mark.parametrize(
+    ("config", "files", "expected"),
+    [
+        ({"quantization_config": {"quant_method": "awq"}}, {}, {"quant_method": "awq"}),
+        ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, {}, {"quant_method": "fp8"}),
+        ({}, {"quantize_config.json": {"bits": 4}}, {"quant_method": "gptq", "bits": 4}),
+        ({}, {}, None),
+    ],
+)
+def test_quantization(tmp_path: Path, config: dict[str, Any], files: dict[str, Any], expected: dict[str, Any] | None) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    assert load_quantization(folder_with(tmp_path, {"model_type": "llama", **config})) == expected

@@ -12,7 +12,7 @@ from llmc.dialect.moe import moe as moe_op
 from llmc.importer.aten.registry import converts
 from llmc.importer.aten.shape import permuted
 from llmc.importer.boundary import UNKNOWN
-from llmc.importer.params import Mapped
+from llmc.importer.params import transposed as transposed_source
 from llmc.importer.report import Refused
 from llmc.importer.values import MaskMarker, Tensor, stored_shape
 from llmc.importer.walker import Walker
@@ -108,10 +108,7 @@ def expert_matrix(w: Walker, weight: Tensor, transposed: bool) -> relax.Expr:
     var = weight.param
     if var is None:
         raise Refused("expert matrices that are not parameters")
-    source = w.params[var.name].source
-    e, k, o = source.shape
-    turned = Mapped((source,), lambda a: a.transpose(0, 2, 1), (e, o, k), source.dtype, "transpose")
-    return w.parameter(f"{var.name}.T", turned, weight.dtype)
+    return w.parameter(f"{var.name}.T", transposed_source(w.params[var.name].source), weight.dtype)
 
 
 @converts("llmc.moe")

@@ -86,12 +86,12 @@ class GGUFSource:
 
     @property
     def quantization(self) -> str:
-        """The scheme's name; only matrices have one."""
-        return self.scheme.lower() if len(self.shape) == 2 else ""
+        """The scheme's name; vectors have none."""
+        return self.scheme.lower() if len(self.shape) > 1 else ""
 
     def quantized(self) -> QuantizedTensor:
-        """The matrix with its codes, bit for bit."""
-        return unpack(self.blocks(), self.scheme)
+        """The matrix with its codes, bit for bit; the rows of a stack of matrices one below the other."""
+        return unpack(self.blocks().reshape(-1, self.bytes_per_row), self.scheme)
 
     def read(self) -> np.ndarray:
         """The values, float32."""

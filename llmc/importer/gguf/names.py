@@ -17,10 +17,11 @@ import numpy as np
 import torch
 
 from llmc.errors import ModelError, UnsupportedError
-from llmc.importer.binding import bind_sources, reordered, to_numpy
+from llmc.importer.binding import bind_sources, to_numpy
 from llmc.importer.gguf.config import ROPE_TENSORS
 from llmc.importer.gguf.file import GGUFFile
 from llmc.importer.params import Mapped, Source
+from llmc.importer.rows import reordered
 from llmc.importer.source import Binding
 
 
@@ -94,7 +95,7 @@ def _processed(
         inputs = tuple(tensors[n] for n in members)
         shape = tuple(state[target].shape) if target in state else inputs[0].shape
         function = partial(_run, processor, names, members, target)
-        same = reordered(inputs[0], function, shape) if len(inputs) == 1 else None
+        same = reordered(inputs, function, shape)
         if same is None and len(inputs) == 1 and prod(inputs[0].shape) != prod(shape):
             same = inputs[0]  # no reordering can make it fit: binding reports the two shapes
         checked = partial(_checked, function, shape, f"{target} of {file.path}")

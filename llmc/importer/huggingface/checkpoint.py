@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmc.errors import ModelError
 from llmc.importer.file_tensor import FileTensor
 from llmc.importer.huggingface.safetensors_file import read_header
+from llmc.importer.params import Source
 from llmc.importer.source import Progress
 
 INDEX = "model.safetensors.index.json"
@@ -34,13 +36,14 @@ class Checkpoint:
             digest.update(f"{name} {source.dtype} {source.shape} {source.file.name} {source.offset}\n".encode())
         return digest.hexdigest()
 
-    def natural_dtype(self) -> str:
-        """The floating-point dtype that most of the checkpoint's bytes are stored in; float32 if there is none."""
-        sizes: dict[str, int] = {}
-        for source in self.tensors.values():
-            if "float" in source.dtype:
-                sizes[source.dtype] = sizes.get(source.dtype, 0) + source.nbytes
-        return max(sizes, key=lambda d: sizes[d]) if sizes else "float32"
+
+def natural_dtype(sources: Iterable[Source]) -> str:
+    """The floating-point dtype that most bytes of the plain tensors are stored in; float32 if there is none."""
+    sizes: dict[str, int] = {}
+    for source in sources:
+        if isinstance(source, FileTensor) and "float" in source.dtype:
+            sizes[source.dtype] = sizes.get(source.dtype, 0) + source.nbytes
+    return max(sizes, key=lambda d: sizes[d]) if sizes else "float32"
 
 
 def _indexed_files(folder: Path, index: Path) -> dict[str, list[str]]:

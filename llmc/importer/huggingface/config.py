@@ -9,6 +9,10 @@ from typing import Any
 from llmc.errors import ModelError, UnsupportedError
 
 CONFIG = "config.json"
+QUANTIZATION = ("quantization_config", "compression_config")
+"""Where ``config.json`` says how weights are quantized; the second is what compressed-tensors wrote first."""
+QUANTIZATION_FILES = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq"}
+"""Files that say so where ``config.json`` does not -> the method they are of."""
 # class-name endings that mean "predicts the next token" in transformers and in the model code it grew from
 _CAUSAL_ENDINGS = ("ForCausalLM", "LMHeadModel", "ModelWithLMHead", "Decoder")
 
@@ -88,19 +92,28 @@ def causal_config(config: Any, where: str) -> Any:
 def load_config(folder: Path) -> tuple[Any, bool]:
     """The causal language model's config in ``folder``, and whether it is the text part of a multimodal model.
 
-    Raises ModelError and UnsupportedError as the functions above, and UnsupportedError for quantized checkpoints.
+    It says nothing of quantization: transformers builds the model of plain layers. Raises ModelError and UnsupportedError as the
+    functions above.
     """
     path = folder / CONFIG
     values = read_json(path)
-    text = values.get("text_config")
-    places = (values, text if isinstance(text, dict) else {})
-    quantized = [p[key] for p in places for key in ("quantization_config", "compression_config") if isinstance(p.get(key), dict)]
-    if quantized:
-        method = quantized[0].get("quant_method", "an unnamed method")
-        raise UnsupportedError(
-            f"{path} says that the weights are quantized by {method}, which llmc cannot read: "
-            "use the model's unquantized weights, or a GGUF file of it"
-        )
+    for part in (values, values.get("text_config")):
+        if isinstance(part, dict):
+            for key in QUANTIZATION:
+                part.pop(key, None)
     config = config_from_dict(values, str(path))
     causal = causal_config(config, str(path))
     return causal, causal is not config
+
+
+def load_quantization(folder: Path) -> dict[str, Any] | None:
+    """How the weights in ``folder`` are quantized, a ``quantization_config``; None if they are not."""
+    values = read_json(folder / CONFIG)
+    for part in (values, values.get("text_config")):
+        for key in QUANTIZATION:
+            if isinstance(part, dict) and isinstance(part.get(key), dict):
+                return dict(part[key])
+    for name, method in QUANTIZATION_FILES.items():
+        if (folder / name).is_file():
+            return {"quant_method": method, **read_json(folder / name)}
+    return None

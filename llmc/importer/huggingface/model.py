@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from llmc.importer.binding import bind_sources
-from llmc.importer.huggingface.checkpoint import Checkpoint, open_checkpoint
-from llmc.importer.huggingface.config import CONFIG, load_config
+from llmc.importer.huggingface.checkpoint import Checkpoint, natural_dtype, open_checkpoint
+from llmc.importer.huggingface.config import CONFIG, load_config, load_quantization
+from llmc.importer.huggingface.quantized import quantized_sources
+from llmc.importer.huggingface.quantized.modules import QuantizedWeight
 from llmc.importer.huggingface.tokenizer import write_folder_tokenizer
+from llmc.importer.params import Source, Swapped
 from llmc.importer.source import Binding, Progress, TokenizerInfo
 
 
@@ -25,7 +28,9 @@ class HuggingFaceModel:
         self.config: Any
         self.config, self._is_text_part = load_config(folder)
         self._checkpoint: Checkpoint = open_checkpoint(folder, progress)
-        self.dtype = self._checkpoint.natural_dtype()
+        quantization = load_quantization(folder)
+        self._sources: dict[str, Source] = quantized_sources(quantization, self._checkpoint.tensors, str(folder))
+        self.dtype = natural_dtype(self._sources.values())
 
     def bind(self, model: Any) -> Binding:
         """Map the checkpoint onto ``model`` by transformers' conversion rules; see :func:`~llmc.importer.binding.bind_sources`."""
@@ -38,7 +43,7 @@ class HuggingFaceModel:
             base = model.base_model_prefix
             nested = ((rf"^{base}\.language_model\.", f"{base}."), (r"^language_model\.(?=lm_head\.|model\.)", ""))
             transforms = [WeightRenaming(old, new) for old, new in nested] + transforms
-        return bind_sources(model, self._checkpoint.tensors, transforms, str(self.path))
+        return bind_sources(model, _turned(self._sources, model), transforms, str(self.path))
 
     def write_tokenizer(self, folder: Path) -> TokenizerInfo | None:
         """See :func:`~llmc.importer.huggingface.tokenizer.write_folder_tokenizer`."""
@@ -49,3 +54,16 @@ class HuggingFaceModel:
         digest = hashlib.sha256((self.path / CONFIG).read_bytes())
         digest.update(self._checkpoint.fingerprint().encode())
         return digest.hexdigest()
+
+
+def _turned(sources: dict[str, Source], model: Any) -> dict[str, Source]:
+    """``sources`` with quantized weights of Conv1D layers as the model has them, [k, o]: quantizers store [o, k] for any layer."""
+    from transformers.pytorch_utils import Conv1D
+
+    layers = [f".{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)]
+    if not layers:
+        return sources
+    return {
+        name: Swapped(source) if isinstance(source, QuantizedWeight) and any(f.endswith(f".{name}") for f in layers) else source
+        for name, source in sources.items()
+    }

@@ -25,6 +25,7 @@ _DTYPE_NAMES = {
     "I8": "int8",
     "U8": "uint8",
     "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
 }
 # the reference implementation refuses larger headers too: a wild length is a damaged file, not a big model
 _MAX_HEADER = 100_000_000

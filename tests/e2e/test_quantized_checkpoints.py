@@ -1,0 +1,96 @@
+"""Quantized checkpoints through the whole compiler: logits are those of transformers on the weights they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import llmc
+from llmc.compiler import CompileReport
+from llmc.compiler import compile as compile_model
+from tests.support import quantized_checkpoints as made
+from tests.support.tiny_models import VOCAB
+
+SIZES = {
+    "num_hidden_layers": 1,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+}
+ROUNDED = 3e-2
+"""Relative error of logits where kernels round activations to 8 bits, on a model of random weights."""
+EXACT = 2e-5
+"""The same where activations stay floats."""
+
+
+def logits_error(artifact: Path, folder: Path, state: dict[str, torch.Tensor]) -> float:
+    """Of all logits of a sequence, in the Frobenius norm, against transformers with the weights ``state``."""
+    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    reference.load_state_dict(state)
+    ids = [int(i) for i in np.random.default_rng(3).integers(0, VOCAB, 29)]
+    with torch.no_grad():
+        expected = reference(torch.tensor([ids])).logits[0].numpy()
+    with llmc.load(artifact) as model:
+        found = model.logits(ids)
+        assert len(model.generate(ids[:5], max_tokens=4, ignore_eos=True).token_ids) == 4
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def compiled(folder: Path, out: Path, **options: Any) -> dict[str, Any]:
+    """The report's rows by name."""
+    report: CompileReport = compile_model(str(folder), out=out, page_size=4, **options)
+    return {row.name: row for row in report.weights}
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}
+CASES: dict[str, tuple[str, made.Packer, dict[str, Any], str, float]] = {
+    "gptq_act_order": ("llama", made.gptq(symmetric=False, act_order=True), GPTQ, "int4p_g32", ROUNDED),
+    "awq": ("qwen3", made.awq(), {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}, "int4p_g32", ROUNDED),
+    "fp8_blocks": (
+        "llama",
+        made.fp8("block", "weight_scale_inv"),
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        "fp8_e4m3_b128",
+        EXACT,
+    ),
+    "nf4": ("llama", made.nf4(), {"quant_method": "bitsandbytes", "load_in_4bit": True}, "nf4_g64_f32", EXACT),
+}
+
+
+@pytest.mark.parametrize("name", [c if c == "gptq_act_order" else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+def test_logits(name: str, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    model_type, pack, config, scheme, tolerance = CASES[name]
+    plain = tiny_model_dir(model_type, **SIZES)
+    folder, state = made.quantize_folder(plain, tmp_path / "model", pack, config)
+    rows = compiled(folder, tmp_path / "out")
+    for part in ("self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj", "mlp.gate_proj+up_proj", "mlp.down_proj"):
+        row = rows[f"model.layers.*.{part}.weight"]
+        assert (row.scheme, row.error, row.reason) == (scheme, 0.0, "")
+    assert rows["lm_head.weight"].scheme == "float32"
+    assert logits_error(tmp_path / "out", plain, state) < tolerance
+
+
+@pytest.mark.slow
+def test_layers_without_quantization_stay_and_others_can_be_rounded_anew(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    plain = tiny_model_dir("llama", **SIZES)
+    config = made.compressed_config("pack-quantized")
+    folder, state = made.quantize_folder(
+        plain, tmp_path / "model", made.pack_quantized(act_order=True), config, keep=lambda n: "v_proj" in n or n == "lm_head"
+    )
+    rows = compiled(folder, tmp_path / "out", keep=["down_proj=int8", "o_proj=none"], quant=None)
+    assert rows["model.layers.*.self_attn.q_proj+k_proj.weight"].scheme == "int4_g32_bf16"
+    assert rows["model.layers.*.self_attn.v_proj.weight"].scheme == "float32"
+    assert rows["model.layers.*.self_attn.o_proj.weight"].scheme == "float32"
+    assert rows["model.layers.*.mlp.down_proj.weight"].scheme == "int8"
+    assert 0 < rows["model.layers.*.mlp.down_proj.weight"].error < 1e-2
+    assert logits_error(tmp_path / "out", plain, state) < ROUNDED

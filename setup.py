@@ -29,6 +29,7 @@ COMPILE = [
     "huggingface-hub>=1.0",
     "ziglang==0.17.1",
     "sentencepiece>=0.2",
+    "cyclonedx-python-lib>=11,<12",
 ]
 CUDA = ["nvidia-cuda-nvrtc==13.*", "nvidia-cuda-runtime==13.*", "nvidia-cuda-cccl==13.*"]
 TUNE = ["xgboost>=3,<4", "scipy>=1.11"]

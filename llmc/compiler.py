@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +15,12 @@ from llmc.errors import UsageError
 from llmc.extras import require
 from llmc.importer.resolve import resolve
 from llmc.importer.source import ModelSource, TokenizerInfo
-from llmc.manifest import KernelChoice, Limits, Manifest, ModelInfo, TokenizerFiles
+from llmc.manifest import KernelChoice, Limits, Manifest, ModelInfo, TokenizerFiles, Variant
 from llmc.passes.quantize.options import QuantOptions
-from llmc.passes.quantize.report import Row, rows
+from llmc.passes.quantize.report import Row, Stored, rows
 from llmc.paths import records_folder
-from llmc.progress import Phase, Progress, SilentProgress
+from llmc.progress import Clock, Phase, Progress, SilentProgress
+from llmc.sbom import write_sbom
 from llmc.targets.base import Target, folder_name
 from llmc.version import __version__
 
@@ -29,6 +28,8 @@ if TYPE_CHECKING:
     from llmc.importer.model import ImportedModel
     from llmc.passes.pipeline import Lowered
     from llmc.schedules.records import Records
+    from llmc.variants import SharedWeights
+    from llmc.weights_file import Written
 
 STORAGE_DTYPES = ("float32", "bfloat16", "float16")
 MAX_ROWS = {"cpu": 512}
@@ -65,19 +66,15 @@ class Settings:
     page_size: int
 
 
-class _Clock:
-    """Times phases while showing them."""
+@dataclass(frozen=True)
+class Built:
+    """What compiling for several targets gave, apart from their weights. ``imported`` and ``lowered`` are the last target's."""
 
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Phase]:
-        start = time.perf_counter()
-        with self.progress.phase(title, total, unit) as phase:
-            yield phase
-        self.seconds[title] = self.seconds.get(title, 0.0) + time.perf_counter() - start
+    variants: list[Variant]
+    stored: list[Stored]
+    parameters: int
+    imported: ImportedModel
+    lowered: Lowered
 
 
 def compile(
@@ -111,14 +108,14 @@ def compile(
     Raises an :class:`llmc.errors.LlmcError`; ``out`` is then as it was before.
     """
     require("compile", "compiling a model")
-    clock = _Clock(progress or SilentProgress())
+    clock = Clock(progress or SilentProgress())
     chosen = targets.parse_all(target)
     _check_positive(max_batch=max_batch, page_size=page_size, context=context)
     with ArtifactWriter(Path(out), force=force) as writer, explained(writer.out):
         with clock.phase("model") as phase:
             source = resolve(model, progress=phase.callback())
         settings = _settings(source, dtype, kv_dtype, quant, keep, context, max_batch, page_size)
-        return _compile(model, source, chosen, settings, _records(records), dump_ir, clock, writer)
+        return _compile(model, source, chosen, settings, tuning_records(records), dump_ir, clock, writer)
 
 
 def kernels(
@@ -139,7 +136,7 @@ def kernels(
     Arguments and errors are those of :func:`compile`.
     """
     require("compile", "finding a model's kernels")
-    clock = _Clock(progress or SilentProgress())
+    clock = Clock(progress or SilentProgress())
     chosen = targets.parse(target)
     _check_positive(max_batch=max_batch, page_size=page_size, context=context)
     with clock.phase("model") as phase:
@@ -207,32 +204,16 @@ def _compile(
     settings: Settings,
     records: Records,
     dump_ir: Path | None,
-    clock: _Clock,
+    clock: Clock,
     writer: ArtifactWriter,
 ) -> CompileReport:
     with clock.phase("load compiler"):
         import llmc.tvm_setup  # noqa: F401  must come before anything that parses TVMScript
-        from llmc.variants import SharedWeights, build_variant
-    limits = _limits(settings, chosen)
-    weights = SharedWeights()
-    variants, stored = [], []
-    for target in chosen:
-        ir_folder = dump_ir if dump_ir is None or len(chosen) == 1 else dump_ir / folder_name(target)
-        imported = _import(source, target, settings, clock)
-        parameters = _count_parameters(imported.params)
-        with clock.phase("passes") as phase:
-            lowered = lower_model(imported, target, settings, limits, records, ir_folder, phase)
-        with clock.phase("machine code"):
-            variants.append(build_variant(lowered, target, weights.share(lowered.weights, imported.params), writer.root))
-            _copy_runtime(target, writer.root)
-        stored += lowered.stored
-    for note in records.notes:
-        clock.progress.note(note)
-    writer.check_room(weights.table.nbytes)
-    with clock.phase("weights", weights.table.nbytes, "B") as phase:
-        from llmc.weights_file import write_weights
-
-        written = write_weights(weights.table, writer.root, "weights", lambda nbytes, name: phase.update(phase.done + nbytes, name))
+        from llmc.variants import SharedWeights
+    limits, weights = _limits(settings, chosen), SharedWeights()
+    built = build_variants(source, chosen, settings, limits, records, dump_ir, clock, weights, writer.root)
+    imported, lowered = built.imported, built.lowered
+    written = stream_weights(weights, clock, writer)
     with clock.phase("tokenizer"):
         tokenizer = _write_tokenizer(source, writer.root)
     contents = Manifest(
@@ -243,30 +224,72 @@ def _compile(
             source=model,
             fingerprint=source.fingerprint(),
             architecture=(source.config.architectures or [source.config.model_type])[0],
-            parameters=parameters,
+            parameters=built.parameters,
             vocab_size=imported.vocab_size,
             context=settings.context,
             trained_context=imported.trained_context,
+            license=source.license,
         ),
         kv=_kv_info(settings, lowered.kv_layers),
         limits=limits,
         graph_sha256=lowered.graph_sha256,
         options={"dtype": settings.storage_dtype, "kv_dtype": settings.kv_dtype, **settings.quantization.described()},
-        variants=variants,
+        variants=built.variants,
         tensors=written.tensors,
         tokenizer=tokenizer,
         files=written.files,
     )
-    lines = rows(stored)
+    lines = rows(built.stored)
     report = {"unused": imported.unused, "weights": [asdict(line) for line in lines]}
     (writer.root / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     with clock.phase("finish"):
+        write_sbom(contents, writer.root)
         writer.commit(contents)
     total = sum(f.bytes for f in contents.files.values())
     return CompileReport(contents, writer.out, total, clock.seconds, imported.unused, lines)
 
 
-def _import(source: ModelSource, target: Target, settings: Settings, clock: _Clock) -> ImportedModel:
+def build_variants(
+    source: ModelSource,
+    chosen: Sequence[Target],
+    settings: Settings,
+    limits: Limits,
+    records: Records,
+    dump_ir: Path | None,
+    clock: Clock,
+    weights: SharedWeights,
+    root: Path,
+) -> Built:
+    """Compile for each target of ``chosen`` into ``root/variants``; ``weights`` then holds what the artifact must store for them."""
+    from llmc.variants import build_variant
+
+    variants, stored = [], []
+    for target in chosen:
+        ir_folder = dump_ir if dump_ir is None or len(chosen) == 1 else dump_ir / folder_name(target)
+        imported = _import(source, target, settings, clock)
+        parameters = _count_parameters(imported.params)
+        with clock.phase("passes") as phase:
+            lowered = lower_model(imported, target, settings, limits, records, ir_folder, phase)
+        with clock.phase("machine code"):
+            variants.append(build_variant(lowered, target, weights.share(lowered.weights, imported.params), root))
+            _copy_runtime(target, root)
+        stored += lowered.stored
+    for note in records.notes:
+        clock.progress.note(note)
+    return Built(variants, stored, parameters, imported, lowered)
+
+
+def stream_weights(weights: SharedWeights, clock: Clock, writer: ArtifactWriter, first: int = 1) -> Written:
+    """Write what ``weights`` must store, into files numbered from ``first`` on."""
+    writer.check_room(weights.table.nbytes)
+    with clock.phase("weights", weights.table.nbytes, "B") as phase:
+        from llmc.weights_file import write_weights
+
+        advance = lambda nbytes, name: phase.update(phase.done + nbytes, name)  # noqa: E731
+        return write_weights(weights.table, writer.root, "weights", advance, first)
+
+
+def _import(source: ModelSource, target: Target, settings: Settings, clock: Clock) -> ImportedModel:
     from llmc.importer.model import import_model
 
     with clock.phase("import graph") as phase:
@@ -279,7 +302,7 @@ def _import(source: ModelSource, target: Target, settings: Settings, clock: _Clo
         )
 
 
-def _records(folder: Path | None) -> Records:
+def tuning_records(folder: Path | None) -> Records:
     """llmc's own records, then those tuning has left in the cache, then those of ``folder``: the later count."""
     from llmc.schedules.records import SHIPPED, load
 
@@ -325,7 +348,8 @@ def _copy_runtime(target: Target, root: Path) -> None:
     (root / "runtime").mkdir(exist_ok=True)
     for name in targets.module_for(target).runtime_libraries(target):
         library = next(Path(tvm.__file__).parent.rglob(name))
-        shutil.copy2(library, root / "runtime" / library.name)
+        if not (root / "runtime" / library.name).exists():
+            shutil.copy2(library, root / "runtime" / library.name)
 
 
 def _write_tokenizer(source: ModelSource, root: Path) -> TokenizerFiles | None:

@@ -19,6 +19,7 @@ PACKAGES: dict[str, dict[str, str]] = {
         "huggingface_hub": "huggingface-hub",
         "ziglang": "ziglang",
         "sentencepiece": "sentencepiece",
+        "cyclonedx": "cyclonedx-python-lib",
     },
     "tune": {"xgboost": "xgboost", "scipy": "scipy"},
 }

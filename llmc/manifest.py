@@ -45,7 +45,8 @@ FILE_NAME = "manifest.json"
 
 @dataclass
 class ModelInfo:
-    """The source model. ``context``: the most positions a sequence may have here; ``trained_context``: what it was made for."""
+    """The source model. ``context``: the most positions a sequence may have here; ``trained_context``: what it was made for;
+    ``license``: as the model names its own, None if it does not."""
 
     name: str
     source: str
@@ -55,6 +56,7 @@ class ModelInfo:
     vocab_size: int
     context: int
     trained_context: int
+    license: str | None = None
 
 
 @dataclass

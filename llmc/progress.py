@@ -134,6 +134,21 @@ class _RichPhase(Phase):
         self._bars.update(self._task, completed=self.done, total=self.total, what=what)
 
 
+class Clock:
+    """Times phases while showing them; ``seconds`` by title, of the same title added up."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Phase]:
+        start = time.perf_counter()
+        with self.progress.phase(title, total, unit) as phase:
+            yield phase
+        self.seconds[title] = self.seconds.get(title, 0.0) + time.perf_counter() - start
+
+
 def on_stderr(quiet: bool = False) -> Progress:
     """Bars if stderr is a terminal, lines if it is not, nothing if ``quiet``. rich is imported for a terminal only."""
     if quiet:

@@ -4,19 +4,42 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
+
 from llmc import targets
 from llmc.importer.params import Param, ParamTable
-from llmc.manifest import Variant
+from llmc.manifest import TensorInfo, Variant
 from llmc.passes.pipeline import Lowered
+from llmc.runtime.weights import stored_weights
 from llmc.targets.base import Target, folder_name
+from llmc.weights_file import stored
+
+
+class HeldWeights:
+    """The weights that an artifact has already, compared by their bytes: it does not say what they were made from."""
+
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo]) -> None:
+        self._folder, self._tensors = folder, tensors
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def same(self, name: str, param: Param) -> bool:
+        """Whether ``name`` is what ``param`` would be stored as. Reads both, one tensor at a time."""
+        info = self._tensors[name]
+        if (info.dtype, tuple(info.shape)) != (param.dtype, param.shape):
+            return False
+        (held,) = stored_weights(self._folder, self._tensors, [name])
+        return np.array_equal(stored(param).reshape(-1).view(np.uint8), held.array.reshape(-1).view(np.uint8))
 
 
 class SharedWeights:
-    """``table``: the weights of all variants, each stored once. Where two targets store one weight differently (another dtype,
-    another layout), the later one's gets a name of its own: ``lm_head.weight@2``."""
+    """``table``: the weights of all variants that are yet to be written, each once. Where two targets store one weight differently
+    (another dtype, another layout), the later one's gets a name of its own: ``lm_head.weight@2``. ``held``: what is written."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: HeldWeights | None = None) -> None:
         self.table = ParamTable()
+        self._held = held
 
     def share(self, names: list[str], params: ParamTable) -> list[str]:
         """Add the weights ``names`` of a variant; the names they are stored by, in the same order."""
@@ -24,14 +47,24 @@ class SharedWeights:
 
     def _place(self, param: Param) -> str:
         name, number = param.name, 1
-        while name in self.table:
-            held = self.table[name]
-            if (held.shape, held.dtype, held.source.describe()) == (param.shape, param.dtype, param.source.describe()):
-                return name
+        while True:
+            if self._held is not None and name in self._held:
+                if self._held.same(name, param):
+                    return name
+            elif name in self.table:
+                if _alike(self.table[name], param):
+                    return name
+            else:
+                break
             number += 1
             name = f"{param.name}@{number}"
         self.table.add(name, param.source, param.dtype).scheme = param.scheme
         return name
+
+
+def _alike(one: Param, other: Param) -> bool:
+    """Whether two parameters are stored as the same bytes, known from where they come from."""
+    return (one.shape, one.dtype, one.source.describe()) == (other.shape, other.dtype, other.source.describe())
 
 
 def build_variant(lowered: Lowered, target: Target, weights: list[str], root: Path) -> Variant:

@@ -42,15 +42,15 @@ class Written:
     files: dict[str, FileInfo]
 
 
-def write_weights(table: ParamTable, root: Path, folder: str, advance: Callable[[int, str], None]) -> Written:
-    """Stream every parameter of ``table`` into ``root/folder/weights-NNNNN.safetensors``, in its stored dtype.
+def write_weights(table: ParamTable, root: Path, folder: str, advance: Callable[[int, str], None], first: int = 1) -> Written:
+    """Stream every parameter of ``table`` into ``root/folder/weights-NNNNN.safetensors``, numbered from ``first``, in its stored dtype.
 
     ``advance(nbytes, name)`` is called after each tensor. Raises ModelError for a NaN or infinite weight, or one that does not
     fit the stored dtype; OSError where the disk refuses.
     """
     (root / folder).mkdir(parents=True, exist_ok=True)
     written = Written({}, {})
-    for number, params in enumerate(_shards(table), start=1):
+    for number, params in enumerate(_shards(table), start=first):
         relative = f"{folder}/weights-{number:05d}.safetensors"
         written.files[relative] = _write_file(root / relative, params, advance)
         for param in params:

@@ -56,6 +56,8 @@ class ModelSource(Protocol):
     """The natural storage dtype: the checkpoint's own, or float16 for quantized blocks."""
     config: Any
     """The transformers ``PreTrainedConfig``."""
+    license: str | None
+    """The licence that the model says it has (``"apache-2.0"``), None if it says nothing."""
 
     def bind(self, model: Any) -> Binding:
         """Map the checkpoint onto ``model`` (a transformers model on the meta device). Reads headers only.

@@ -29,6 +29,8 @@ class GGUFModel:
         self._values = config_values(self._file)
         self.config: Any = causal_config(config_from_dict(self._values, f"the metadata of {path}"), str(path))
         self.dtype = self._natural_dtype()
+        named = self._file.metadata.get("general.license")
+        self.license = str(named) if named else None
 
     def _natural_dtype(self) -> str:
         """float16 for quantized blocks, else the narrowest float type in the file (norms are float32 in any file)."""

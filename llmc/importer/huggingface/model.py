@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ class HuggingFaceModel:
         quantization = load_quantization(folder)
         self._sources: dict[str, Source] = quantized_sources(quantization, self._checkpoint.tensors, str(folder))
         self.dtype = natural_dtype(self._sources.values())
+        self.license = _license(folder)
 
     def bind(self, model: Any) -> Binding:
         """Map the checkpoint onto ``model`` by transformers' conversion rules; see :func:`~llmc.importer.binding.bind_sources`."""
@@ -67,3 +69,14 @@ def _turned(sources: dict[str, Source], model: Any) -> dict[str, Source]:
         name: Swapped(source) if isinstance(source, QuantizedWeight) and any(f.endswith(f".{name}") for f in layers) else source
         for name, source in sources.items()
     }
+
+
+def _license(folder: Path) -> str | None:
+    """The ``license`` in the metadata block that begins the folder's model card."""
+    try:
+        card = (folder / "README.md").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    block = re.match(r"---\n(.*?)\n---", card, re.DOTALL)
+    named = re.search(r"^license:[ ]*([\w.-]+)[ ]*$", block[1], re.MULTILINE) if block else None
+    return named[1] if named else None

@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from llmc import manifest
@@ -56,6 +56,31 @@ def explained(out: Path) -> Iterator[None]:
         raise
 
 
+def write_manifest(contents: Manifest, folder: Path) -> None:
+    """Hash the files of ``folder`` that are not in ``contents.files`` yet, and write the manifest."""
+    for path in files_below(folder):
+        relative = path.relative_to(folder).as_posix()
+        if relative not in contents.files:
+            contents.files[relative] = hash_file(path)
+    contents.files = dict(sorted(contents.files.items()))
+    (folder / manifest.FILE_NAME).write_text(contents.to_json(), encoding="utf-8")
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The files in ``folder`` and the folders below it, in order."""
+    return sorted(p for p in folder.rglob("*") if p.is_file())
+
+
+def link_files(source: Path, root: Path, names: Iterable[str]) -> None:
+    """The files ``names`` of ``source`` under ``root`` too: as hard links, or copies where the file system has none."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source / name, root / name)
+        except OSError:
+            shutil.copy2(source / name, root / name)
+
+
 class ArtifactWriter:
     """A context manager: write below ``root``, then :meth:`commit`. Leaving without a commit removes everything.
 
@@ -63,9 +88,11 @@ class ArtifactWriter:
     written, or is being written by another process.
     """
 
-    def __init__(self, out: Path, *, force: bool = False) -> None:
+    def __init__(self, out: Path, *, force: bool = False, marker: str = manifest.FILE_NAME) -> None:
+        """``marker``: the file by which a folder is known as one that ``force`` may replace."""
         self.out = Path(out).absolute()
         self.force = force
+        self.marker = marker
         self.root = Path()
 
     def __enter__(self) -> ArtifactWriter:
@@ -93,7 +120,7 @@ class ArtifactWriter:
             raise OutputError(f"{self.out} is a file, and an artifact is a folder: choose another -o")
         if not any(self.out.iterdir()):
             return
-        if not (self.out / manifest.FILE_NAME).is_file():
+        if not (self.out / self.marker).is_file():
             raise OutputError(f"{self.out} is a folder with other things in it, which llmc will not touch: choose another -o")
         if not self.force:
             raise OutputError(f"{self.out} already holds an artifact: add --force to replace it, or choose another -o")
@@ -108,13 +135,12 @@ class ArtifactWriter:
             )
 
     def commit(self, contents: Manifest) -> None:
-        """Hash the files not in ``contents.files`` yet, write the manifest, and rename the folder into place."""
-        for path in sorted(p for p in self.root.rglob("*") if p.is_file()):
-            relative = path.relative_to(self.root).as_posix()
-            if relative not in contents.files:
-                contents.files[relative] = hash_file(path)
-        contents.files = dict(sorted(contents.files.items()))
-        (self.root / manifest.FILE_NAME).write_text(contents.to_json(), encoding="utf-8")
+        """Write the manifest, and rename the folder into place."""
+        write_manifest(contents, self.root)
+        self.rename()
+
+    def rename(self) -> None:
+        """The last step, where the folder is no artifact itself."""
         umask = os.umask(0)
         os.umask(umask)
         self.root.chmod(0o777 & ~umask)  # mkdtemp made it private

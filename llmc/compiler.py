@@ -260,7 +260,7 @@ def build_variants(
     weights: SharedWeights,
     root: Path,
 ) -> Built:
-    """Compile for each target of ``chosen`` into ``root/variants``; ``weights`` then holds what the artifact must store for them."""
+    """Compile for each target of ``chosen`` into ``root/variants``; ``weights`` then has what the artifact must store for them."""
     from llmc.variants import build_variant
 
     variants, stored = [], []
@@ -343,10 +343,13 @@ def _copy_runtime(target: Target, root: Path) -> None:
 
     import tvm
 
-    if sys.platform != "linux" or not target.triple.startswith(platform.machine()):
-        return  # this machine's libraries would not run there; `llmc doctor` on the other machine says what to install
+    from llmc.runtime.platforms import platform_of
+
+    system = platform_of(target.triple)
+    if system is None or sys.platform != "linux" or not target.triple.startswith(platform.machine()):
+        return  # this machine's libraries would not run there; `llmc package` fetches the right ones
     (root / "runtime").mkdir(exist_ok=True)
-    for name in targets.module_for(target).runtime_libraries(target):
+    for name in system.libraries(target.kind):
         library = next(Path(tvm.__file__).parent.rglob(name))
         if not (root / "runtime" / library.name).exists():
             shutil.copy2(library, root / "runtime" / library.name)

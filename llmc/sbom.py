@@ -12,19 +12,18 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from llmc.artifact import hash_file
+from llmc.artifact import files_below, hash_file
 from llmc.manifest import Manifest
 
 FILE_NAME = "sbom.cdx.json"
 
 _BUILT_WITH = ("apache-tvm", "torch", "transformers", "ziglang", "nvidia-cuda-nvrtc", "nvidia-cuda-cccl")
 _RUNS_WITH = ("apache-tvm-ffi", "numpy", "tokenizers", "jinja2")
-_KIND = "llmc:kind"
 
 
 def write_sbom(contents: Manifest, root: Path) -> None:
-    """Write ``root/sbom.cdx.json``: the model, the native libraries in ``root/runtime``, the modules in ``root/variants``, the packages
-    that running needs, and those that made the modules."""
+    """Write ``root/sbom.cdx.json``: the model, the native libraries in ``root/runtime``, the modules in ``root/variants``, the
+    packages that running needs, and those that made the modules."""
     from cyclonedx.model.bom import Bom
     from cyclonedx.model.component import Component, ComponentType
     from cyclonedx.output.json import JsonV1Dot6
@@ -38,8 +37,8 @@ def write_sbom(contents: Manifest, root: Path) -> None:
         description=f"{contents.model.architecture}, {contents.model.parameters} parameters, compiled by llmc {contents.llmc}",
     )
     parts = [
-        *(_file(root, path, "Apache-2.0", "runtime library of Apache TVM") for path in _files(root, "runtime")),
-        *(_file(root, path, None, "machine code that llmc generated") for path in _files(root, "variants")),
+        *(_file(root, path, "Apache-2.0", "runtime library of Apache TVM") for path in files_below(root / "runtime")),
+        *(_file(root, path, None, "machine code that llmc generated") for path in files_below(root / "variants")),
         *_packages(_RUNS_WITH, "needed to run it from Python"),
         *_packages(_BUILT_WITH, "took part in compiling it"),
     ]
@@ -51,10 +50,6 @@ def write_sbom(contents: Manifest, root: Path) -> None:
         warnings.simplefilter("ignore")
         text = JsonV1Dot6(bom).output_as_string(indent=1)
     (root / FILE_NAME).write_text(text + "\n", encoding="utf-8")
-
-
-def _files(root: Path, folder: str) -> list[Path]:
-    return sorted(p for p in (root / folder).rglob("*") if p.is_file())
 
 
 def _file(root: Path, path: Path, licence: str | None, what: str) -> Any:

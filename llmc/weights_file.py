@@ -19,6 +19,7 @@ from llmc.errors import ModelError
 from llmc.importer.finite import check_finite
 from llmc.importer.params import DTYPES, Param, ParamTable
 from llmc.manifest import FileInfo, TensorInfo
+from llmc.runtime.weights import Stored
 
 ALIGNMENT = 64
 SHARD_BYTES = 4 << 30
@@ -34,6 +35,32 @@ _TAGS = {
 }
 
 
+@dataclass(frozen=True)
+class Held:
+    """A :class:`~llmc.importer.params.Source` over a weight that an artifact stores: the same bytes once more."""
+
+    weight: Stored
+    info: TensorInfo
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.info.shape)
+
+    @property
+    def dtype(self) -> str:
+        return self.info.dtype
+
+    @property
+    def scheme(self) -> str:
+        return self.info.source
+
+    def read(self) -> np.ndarray:
+        return self.weight.array.view(DTYPES[self.info.dtype])
+
+    def describe(self) -> str:
+        return str(self.weight.path)
+
+
 @dataclass
 class Written:
     """What was written: per tensor where it is, per file its size and hash; paths are relative to the artifact."""
@@ -43,10 +70,10 @@ class Written:
 
 
 def write_weights(table: ParamTable, root: Path, folder: str, advance: Callable[[int, str], None], first: int = 1) -> Written:
-    """Stream every parameter of ``table`` into ``root/folder/weights-NNNNN.safetensors``, numbered from ``first``, in its stored dtype.
+    """Stream every parameter of ``table`` into ``root/folder/weights-NNNNN.safetensors``, in its stored dtype.
 
-    ``advance(nbytes, name)`` is called after each tensor. Raises ModelError for a NaN or infinite weight, or one that does not
-    fit the stored dtype; OSError where the disk refuses.
+    Files are numbered from ``first``. ``advance(nbytes, name)`` is called after each tensor. Raises ModelError for a NaN or
+    infinite weight, or one that does not fit the stored dtype; OSError where the disk refuses.
     """
     (root / folder).mkdir(parents=True, exist_ok=True)
     written = Written({}, {})

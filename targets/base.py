@@ -86,8 +86,5 @@ class TargetModule(Protocol):
     def build(self, module: Any, target: Target) -> Any:
         """A lowered IRModule as a ``relax.VMExecutable``. Raises MissingExtraError without the tools that takes."""
 
-    def runtime_libraries(self, target: Target) -> Sequence[str]:
-        """The libraries of TVM's own package that a machine needs to run what is built for the target."""
-
     def export(self, executable: Any, target: Target, path: str) -> None:
         """Link a built ``relax.VMExecutable`` into one shared library at ``path``."""

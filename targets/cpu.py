@@ -122,10 +122,6 @@ def build(module: tvm.IRModule, target: Target) -> Any:
         return relax.build(module, tvm_t, relax_pipeline=None, tir_pipeline=PIPELINE)
 
 
-def runtime_libraries(target: Target) -> Sequence[str]:
-    return ("libtvm_runtime.so",)
-
-
 def export(executable: Any, target: Target, path: str) -> None:
     """Link a built module into one shared library. Raises MissingExtraError without a linker for the target."""
     executable.export_library(path, fcompile=linker(target))

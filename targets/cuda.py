@@ -123,10 +123,6 @@ def build(module: tvm.IRModule, target: Target) -> Any:
         return relax.build(module, tvm_t, relax_pipeline=None, tir_pipeline=PIPELINE)
 
 
-def runtime_libraries(target: Target) -> Sequence[str]:
-    return ("libtvm_runtime.so", "libtvm_runtime_cuda.so")
-
-
 def export(executable: Any, target: Target, path: str) -> None:
     """Link a built module into one shared library; the device code is data in it."""
     executable.export_library(path, fcompile=linker(target))

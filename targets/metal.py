@@ -14,7 +14,6 @@ Metal program that ships without a metallib.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -30,8 +29,8 @@ from llmc.targets.gpu import compute_dtype, families, schedule
 from llmc.targets.limits import METAL
 from llmc.targets.link import linker
 
-__all__ = ["KIND", "build", "check_tools", "compute_dtype", "export", "families", "known_specs", "parse", "runtime_libraries",
-           "schedule", "tvm_target"]  # fmt: skip
+__all__ = ["KIND", "build", "check_tools", "compute_dtype", "export", "families", "known_specs", "parse", "schedule",
+           "tvm_target"]  # fmt: skip
 KIND = "metal"
 TRIPLE = "arm64-apple-macos13.0"
 
@@ -66,10 +65,6 @@ def tvm_target(target: Target) -> tvm.target.Target:
 
 def build(module: tvm.IRModule, target: Target) -> Any:
     return gpu.build(module, tvm_target(target))
-
-
-def runtime_libraries(target: Target) -> Sequence[str]:
-    return ("libtvm_runtime.dylib", "libtvm_runtime_metal.dylib")
 
 
 def export(executable: Any, target: Target, path: str) -> None:

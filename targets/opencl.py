@@ -6,7 +6,6 @@ run for real in tests, on a CPU, through an OpenCL implementation that needs no 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
@@ -20,8 +19,8 @@ from llmc.targets.gpu import compute_dtype, families, schedule
 from llmc.targets.limits import OPENCL
 from llmc.targets.link import linker
 
-__all__ = ["KIND", "build", "check_tools", "compute_dtype", "export", "families", "known_specs", "parse", "runtime_libraries",
-           "schedule", "tvm_target"]  # fmt: skip
+__all__ = ["KIND", "build", "check_tools", "compute_dtype", "export", "families", "known_specs", "parse", "schedule",
+           "tvm_target"]  # fmt: skip
 KIND = "opencl"
 
 
@@ -52,10 +51,6 @@ def tvm_target(target: Target) -> tvm.target.Target:
 
 def build(module: tvm.IRModule, target: Target) -> Any:
     return gpu.build(module, tvm_target(target))
-
-
-def runtime_libraries(target: Target) -> Sequence[str]:
-    return ("libtvm_runtime.so",)
 
 
 def export(executable: Any, target: Target, path: str) -> None:

@@ -19,7 +19,6 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -39,8 +38,8 @@ from llmc.targets.gpu import compute_dtype, families, schedule
 from llmc.targets.limits import ROCM
 from llmc.targets.link import linker
 
-__all__ = ["KIND", "build", "check_tools", "compute_dtype", "export", "families", "known_specs", "parse", "runtime_libraries",
-           "schedule", "tvm_target"]  # fmt: skip
+__all__ = ["KIND", "build", "check_tools", "compute_dtype", "export", "families", "known_specs", "parse", "schedule",
+           "tvm_target"]  # fmt: skip
 KIND = "rocm"
 
 Expr = Any
@@ -80,10 +79,6 @@ def build(module: tvm.IRModule, target: Target) -> Any:
     """The executable, its code objects linked. Raises MissingExtraError without ziglang."""
     check_tools(target)
     return gpu.build(module, tvm_target(target))
-
-
-def runtime_libraries(target: Target) -> Sequence[str]:
-    return ("libtvm_runtime.so",)
 
 
 def export(executable: Any, target: Target, path: str) -> None:

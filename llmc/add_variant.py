@@ -7,14 +7,12 @@ Programs that have the old one open keep it.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from llmc import manifest, targets
-from llmc.artifact import ArtifactWriter, explained
+from llmc.artifact import ArtifactWriter, explained, link_files
 from llmc.compiler import CompileReport, Settings, build_variants, stream_weights, tuning_records
 from llmc.errors import ArtifactError, UsageError
 from llmc.extras import require
@@ -63,8 +61,8 @@ def add(
         if source.fingerprint() != old.model.fingerprint:
             raise ArtifactError(
                 f"the artifact {folder} was not compiled from {model or old.model.source} as it is now (fingerprint "
-                f"{source.fingerprint()[:16]}, and the manifest says {old.model.fingerprint[:16]}): name its model with --model, or "
-                "compile anew"
+                f"{source.fingerprint()[:16]}, and the manifest says {old.model.fingerprint[:16]}): name its model with "
+                "--model, or compile anew"
             )
         with clock.phase("load compiler"):
             import llmc.tvm_setup  # noqa: F401  must come before anything that parses TVMScript
@@ -99,16 +97,6 @@ def add(
             writer.commit(contents)
     total = sum(f.bytes for f in contents.files.values())
     return CompileReport(contents, writer.out, total, clock.seconds, built.imported.unused, lines)
-
-
-def link_files(source: Path, root: Path, names: Sequence[str]) -> None:
-    """The files ``names`` of ``source`` under ``root`` too: as hard links, or copies where the file system has none."""
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source / name, root / name)
-        except OSError:
-            shutil.copy2(source / name, root / name)
 
 
 def _settings(m: Manifest) -> Settings:

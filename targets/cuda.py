@@ -31,7 +31,7 @@ from llmc.targets.gpu import compute_dtype, schedule
 from llmc.targets.link import linker
 
 __all__ = ["KIND", "build", "check_tools", "compute_dtype", "export", "families", "known_specs", "layouts", "parse",
-           "runtime_libraries", "schedule", "tvm_target"]  # fmt: skip
+           "schedule", "tvm_target"]  # fmt: skip
 KIND = "cuda"
 _KB = 1 << 10
 

@@ -74,12 +74,14 @@ def _packages(names: Iterable[str], what: str) -> list[Any]:
         except metadata.PackageNotFoundError:
             continue
         version = package["Version"]
-        classifiers = [c for c in package.get_all("Classifier", []) if c.startswith("License ::")]
-        named = package.get("License-Expression") or (package.get("License") or "").strip().partition("\n")[0]
-        licences = [named or (classifiers[0].rpartition(" :: ")[2] if classifiers else None)]
+        named = [
+            *package.get_all("License-Expression", []),
+            *(v.strip().partition("\n")[0] for v in package.get_all("License", [])),
+        ]
+        named += [c.rpartition(" :: ")[2] for c in package.get_all("Classifier", []) if c.startswith("License ::")]
         url = PackageURL("pypi", name=name, version=version)
         found.append(
-            Component(name=name, version=version, bom_ref=str(url), purl=url, licenses=_licences(licences), description=what)
+            Component(name=name, version=version, bom_ref=str(url), purl=url, licenses=_licences(named[:1]), description=what)
         )
     return found
 

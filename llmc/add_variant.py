@@ -13,12 +13,11 @@ from pathlib import Path
 
 from llmc import manifest, targets
 from llmc.artifact import ArtifactWriter, explained, link_files
-from llmc.compiler import CompileReport, Settings, build_variants, stream_weights, tuning_records
+from llmc.compiler import CompileReport, build_variants, stream_weights, tuning_records
 from llmc.errors import ArtifactError, UsageError
 from llmc.extras import require
 from llmc.importer.resolve import resolve
 from llmc.manifest import Manifest
-from llmc.passes.quantize.options import NATIVE, NONE, QuantOptions
 from llmc.passes.quantize.report import Row, rows
 from llmc.progress import Clock, Progress, SilentProgress
 from llmc.runtime.artifact import check_sizes, check_versions
@@ -71,7 +70,7 @@ def add(
         kept = [name for name in old.files if name not in (_REPORT, SBOM)]
         link_files(folder, writer.root, kept)
         records_used = tuning_records(records)
-        built = build_variants(source, chosen, _settings(old), old.limits, records_used, None, clock, weights, writer.root)
+        built = build_variants(source, chosen, settings_from(old), old.limits, records_used, None, clock, weights, writer.root)
         files = {name: old.files[name] for name in kept}
         tensors = dict(old.tensors)
         if len(weights.table):
@@ -97,13 +96,6 @@ def add(
             writer.commit(contents)
     total = sum(f.bytes for f in contents.files.values())
     return CompileReport(contents, writer.out, total, clock.seconds, built.imported.unused, lines)
-
-
-def _settings(m: Manifest) -> Settings:
-    """The options of the compile that made an artifact."""
-    quant, keep = m.options.get("quant", NONE), tuple(m.options.get("keep", ()))
-    options = QuantOptions(None if quant in (NATIVE, NONE) else quant, keep, native=quant == NATIVE)
-    return Settings(m.options["dtype"], m.options["kv_dtype"], options, m.model.context, m.limits.max_batch, m.kv.page_size)
 
 
 def _write_report(old: Path, root: Path, new: list[Row]) -> list[Row]:

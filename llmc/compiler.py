@@ -16,11 +16,12 @@ from llmc.extras import require
 from llmc.importer.resolve import resolve
 from llmc.importer.source import ModelSource, TokenizerInfo
 from llmc.manifest import KernelChoice, Limits, Manifest, ModelInfo, TokenizerFiles, Variant
-from llmc.passes.quantize.options import QuantOptions
+from llmc.passes.choices import Choices
 from llmc.passes.quantize.report import Row, Stored, rows
 from llmc.paths import records_folder
 from llmc.progress import Clock, Phase, Progress, SilentProgress
 from llmc.sbom import write_sbom
+from llmc.settings import Settings, check_positive, described, limits_of, settings_of, with_choices
 from llmc.targets.base import Target, folder_name
 from llmc.version import __version__
 
@@ -30,15 +31,6 @@ if TYPE_CHECKING:
     from llmc.schedules.records import Records
     from llmc.variants import SharedWeights
     from llmc.weights_file import Written
-
-STORAGE_DTYPES = ("float32", "bfloat16", "float16")
-MAX_ROWS = {"cpu": 512}
-"""Rows of one extend step by kind of target: enough that a prefill reads the weights rarely, small enough that the workspace stays
-in megabytes."""
-GPU_MAX_ROWS = 4096
-"""The same for other kinds: a GPU is busy only with thousands of rows, and has hundreds of megabytes to spare for them."""
-MAX_LOGIT_ROWS = 128
-"""Rows of one extend step that may ask for logits; a vocabulary is wide, so this bounds the largest intermediate."""
 
 
 @dataclass
@@ -52,18 +44,6 @@ class CompileReport:
     seconds: dict[str, float] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
     weights: list[Row] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The options of a compile once they are checked and defaults are filled in."""
-
-    storage_dtype: str
-    kv_dtype: str
-    quantization: QuantOptions
-    context: int
-    max_batch: int
-    page_size: int
 
 
 @dataclass(frozen=True)
@@ -88,8 +68,9 @@ def compile(
     keep: Sequence[str] = (),
     context: int | None = None,
     max_batch: int = 8,
-    page_size: int = 16,
+    page_size: int | None = None,
     records: Path | None = None,
+    choices: Choices | None = None,
     dump_ir: Path | None = None,
     progress: Progress | None = None,
     force: bool = False,
@@ -102,20 +83,23 @@ def compile(
     ``dtype``). ``quant``: a scheme that matrices are rounded to (``"int4"``, ``"int8"``, ...: see
     :mod:`llmc.passes.quantize.scheme`); ``keep``: exceptions ``"NAME=SCHEME"`` with a regular expression for names and a scheme or
     ``none``. ``context``: the most positions a sequence may have (None: what the model was trained for). ``max_batch``: sequences
-    in one decode step. ``page_size``: positions of one KV page. ``records``: a folder of tuning records to use beside llmc's own
-    and those in the cache. ``dump_ir``: a folder for the IR after every pass.
+    in one decode step. ``page_size``: positions of one KV page (None: as ``choices`` has it). ``records``: a folder of tuning
+    records to use beside llmc's own and those in the cache. ``choices``: what is fused, and the page size (None: as ``llmc tune
+    --whole`` measured for such models, else the defaults). ``dump_ir``: a folder for the IR after every pass.
 
     Raises an :class:`llmc.errors.LlmcError`; ``out`` is then as it was before.
     """
     require("compile", "compiling a model")
     clock = Clock(progress or SilentProgress())
     chosen = targets.parse_all(target)
-    _check_positive(max_batch=max_batch, page_size=page_size, context=context)
+    check_positive(max_batch=max_batch, page_size=page_size, context=context)
     with ArtifactWriter(Path(out), force=force) as writer, explained(writer.out):
         with clock.phase("model") as phase:
             source = resolve(model, progress=phase.callback())
-        settings = _settings(source, dtype, kv_dtype, quant, keep, context, max_batch, page_size)
-        return _compile(model, source, chosen, settings, tuning_records(records), dump_ir, clock, writer)
+        known = tuning_records(records)
+        settings = settings_of(source, dtype, kv_dtype, quant, keep, context, max_batch)
+        settings = with_choices(settings, source, chosen, known, choices, page_size)
+        return _compile(model, source, chosen, settings, known, dump_ir, clock, writer)
 
 
 def kernels(
@@ -128,7 +112,7 @@ def kernels(
     keep: Sequence[str] = (),
     context: int | None = None,
     max_batch: int = 8,
-    page_size: int = 16,
+    page_size: int | None = None,
     progress: Progress | None = None,
 ) -> list[KernelChoice]:
     """The kernels that compiling ``model`` for one target would take, found without making machine code or reading weights.
@@ -138,63 +122,16 @@ def kernels(
     require("compile", "finding a model's kernels")
     clock = Clock(progress or SilentProgress())
     chosen = targets.parse(target)
-    _check_positive(max_batch=max_batch, page_size=page_size, context=context)
+    check_positive(max_batch=max_batch, page_size=page_size, context=context)
     with clock.phase("model") as phase:
         source = resolve(model, progress=phase.callback())
-    settings = _settings(source, dtype, kv_dtype, quant, keep, context, max_batch, page_size)
     with clock.phase("load compiler"):
         from llmc.schedules.records import Records
+    settings = settings_of(source, dtype, kv_dtype, quant, keep, context, max_batch)
+    settings = with_choices(settings, source, [chosen], Records(), None, page_size)
     imported = _import(source, chosen, settings, clock)
     with clock.phase("passes") as phase:
-        return lower_model(imported, chosen, settings, _limits(settings, [chosen]), Records(), None, phase).kernels
-
-
-def _limits(settings: Settings, chosen: Sequence[Target]) -> Limits:
-    """The largest steps of an artifact: all its variants share them, so the target that can do least decides."""
-    rows = min(min(MAX_ROWS.get(t.kind, GPU_MAX_ROWS) for t in chosen), settings.context * settings.max_batch)
-    return Limits(settings.max_batch, max(rows, settings.max_batch), max(MAX_LOGIT_ROWS, settings.max_batch))
-
-
-def _check_positive(**values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < 1:
-            raise UsageError(f"{name.replace('_', ' ')} must be at least 1, and {value} was asked")
-
-
-def default_context(config: Any) -> int:
-    """The positions a model was trained for.
-
-    Where rope frequencies change beyond an original length (longrope, dynamic scaling), the original length: one artifact has
-    one set of frequencies, and the unscaled set is what the model uses on everything shorter.
-    """
-    trained = int(getattr(config, "max_position_embeddings", None) or 4096)
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
-    for rope in nested:
-        kind = str(rope.get("rope_type", "default"))
-        original = rope.get("original_max_position_embeddings")
-        if original and (kind == "longrope" or "dynamic" in kind):
-            trained = min(trained, int(original))
-    return trained
-
-
-def _settings(
-    source: ModelSource,
-    dtype: str | None,
-    kv_dtype: str | None,
-    quant: str | None,
-    keep: Sequence[str],
-    context: int | None,
-    max_batch: int,
-    page_size: int,
-) -> Settings:
-    storage = dtype or source.dtype
-    for name in (storage, kv_dtype or storage):
-        if name not in STORAGE_DTYPES:
-            raise UsageError(f"unknown dtype {name!r}: choose one of {', '.join(STORAGE_DTYPES)}")
-    trained = default_context(source.config.get_text_config())
-    quantization = QuantOptions(quant, tuple(keep), native=dtype is None)
-    return Settings(storage, kv_dtype or storage, quantization, context or trained, max_batch, page_size)
+        return lower_model(imported, chosen, settings, limits_of(settings, [chosen]), Records(), None, phase).kernels
 
 
 def _compile(
@@ -210,7 +147,7 @@ def _compile(
     with clock.phase("load compiler"):
         import llmc.tvm_setup  # noqa: F401  must come before anything that parses TVMScript
         from llmc.variants import SharedWeights
-    limits, weights = _limits(settings, chosen), SharedWeights()
+    limits, weights = limits_of(settings, chosen), SharedWeights()
     built = build_variants(source, chosen, settings, limits, records, dump_ir, clock, weights, writer.root)
     imported, lowered = built.imported, built.lowered
     written = stream_weights(weights, clock, writer)
@@ -233,7 +170,7 @@ def _compile(
         kv=_kv_info(settings, lowered.kv_layers),
         limits=limits,
         graph_sha256=lowered.graph_sha256,
-        options={"dtype": settings.storage_dtype, "kv_dtype": settings.kv_dtype, **settings.quantization.described()},
+        options=described(settings),
         variants=built.variants,
         tensors=written.tensors,
         tokenizer=tokenizer,
@@ -332,6 +269,7 @@ def lower_model(
         max_logit_rows=limits.max_logit_rows,
         quantization=settings.quantization,
         records=records,
+        unfused=settings.unfused,
     )
     return lower(imported.mod, imported.params, target, options, dump_ir, phase.callback())
 

@@ -62,7 +62,7 @@ class Options:
 
     ``page_size``: positions in a page; ``kv_dtype``: of stored keys and values; ``context``: most positions of a sequence;
     ``max_batch``: sequences in a step; ``max_rows``: tokens in an extend step; ``max_logit_rows``: rows with logits in one;
-    ``quantization``: how weights are stored;
+    ``quantization``: how weights are stored; ``unfused``: what not to fuse (:class:`llmc.passes.choices.Choices`);
     ``records``: the measurements that kernels get their configurations from.
     """
 
@@ -74,6 +74,7 @@ class Options:
     max_logit_rows: int = 64
     quantization: QuantOptions = field(default_factory=QuantOptions)
     records: Records | None = None
+    unfused: frozenset[str] = frozenset()
 
     def upper_bounds(self, phase: str) -> dict[str, int]:
         """The most that each symbolic dimension of ``phase`` can be."""
@@ -121,6 +122,8 @@ class _State:
 
 
 def _fuse_gated(s: _State) -> None:
+    if "gated" in s.options.unfused:
+        return
     families = targets.module_for(s.target).families(s.target)
     fuse_gated(s.graphs[0], lambda layer, y: all(takes(kernel_call(layer, y, p), s.target, families) for p in PHASES))
 
@@ -137,6 +140,8 @@ def _phases(s: _State) -> None:
 
 
 def _fuse_append(s: _State) -> None:
+    if "append" in s.options.unfused:
+        return
     for graph in s.graphs:
         fuse_append(graph)
 
@@ -189,7 +194,8 @@ def _plan_memory(s: _State) -> None:
 
 
 def _one_region(s: _State) -> None:
-    s.module = one_region(s.module, "decode", s.target)
+    if "step" not in s.options.unfused:
+        s.module = one_region(s.module, "decode", s.target)
 
 
 def _lower_vm(s: _State) -> None:

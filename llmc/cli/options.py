@@ -67,7 +67,7 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--kv-dtype", choices=DTYPES, help="storage type of the KV cache (default: follows --dtype)")
     group.add_argument("--max-batch", type=positive, default=8, metavar="N", help="sequences in one step (default: 8)")
-    group.add_argument("--page-size", type=positive, default=16, metavar="N", help="positions in one KV page (default: 16)")
+    group.add_argument("--page-size", type=positive, metavar="N", help="positions in one KV page (default: as tuned, else 16)")
 
 
 def compile_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--minutes", type=float, metavar="M", help="stop searching after M minutes")
     budget.add_argument("--kernels", default="*", metavar="PATTERN", help="only kernels or families that fit, such as 'gemv*'")
     budget.add_argument("--resume", action="store_true", help="do not try again what this machine's records already have")
+    budget.add_argument(
+        "--whole", action="store_true", help="tune what concerns the whole model instead: page size, fusion; compiles it for each"
+    )
     budget.add_argument("--records", type=Path, metavar="DIR", help="folder for the records (default: records in llmc's cache)")
     elsewhere = parser.add_argument_group("a machine without a compiler or a network")
     elsewhere.add_argument("--offline", type=Path, metavar="DIR", help="time nothing: pack the candidates and a runner into DIR")
@@ -39,9 +42,11 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("llmc tune needs a MODEL or an artifact folder (or --import FILE)")
     if args.minutes is not None and args.minutes <= 0:
         raise UsageError(f"--minutes {args.minutes:g} is no time: give a number above 0")
+    if args.whole and (args.offline is not None or args.kernels != "*"):
+        raise UsageError("--whole runs the model here and has no kernels to pick: give no --offline and no --kernels with it")
     if args.target and len(args.target) > 1:
         raise UsageError(f"one target is tuned at a time, and {len(args.target)} were named: run `llmc tune` once for each")
-    return _tune(args, folder)
+    return _whole(args, folder) if args.whole else _tune(args, folder)
 
 
 def _import(path: Path, folder: Path) -> int:
@@ -96,6 +101,22 @@ def _tune(args: argparse.Namespace, folder: Path) -> int:
     _warn(known.notes)
     _print(tuner, args, interrupted)
     return 130 if interrupted else 0
+
+
+def _whole(args: argparse.Namespace, folder: Path) -> int:
+    from llmc.extras import require
+    from llmc.progress import on_stderr
+
+    require("compile", "llmc tune")
+    from llmc import targets
+    from llmc.tune.extract import records_file
+    from llmc.tune.whole import search_model
+
+    compiling = options.compile_options(args)
+    target = targets.parse(compiling.pop("target")[0])
+    outcome = search_model(args.model, target, compiling, records_file(folder, target), on_stderr(args.quiet))
+    print(outcome.to_json() if args.json else outcome.table())
+    return 0
 
 
 def _print(tuner: Any, args: argparse.Namespace, interrupted: bool) -> None:

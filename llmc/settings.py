@@ -1,0 +1,150 @@
+"""What a compile was asked: its options checked, their defaults filled in from the model, the target and what tuning found."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from llmc.errors import UsageError
+from llmc.importer.resolve import resolve
+from llmc.importer.source import ModelSource
+from llmc.manifest import Limits, Manifest
+from llmc.passes.choices import DEFAULT, Choices, find, model_call
+from llmc.passes.quantize.options import NATIVE, NONE, QuantOptions
+from llmc.targets.base import Target
+
+if TYPE_CHECKING:
+    from llmc.schedules.protocol import KernelCall
+    from llmc.schedules.records import Records
+
+STORAGE_DTYPES = ("float32", "bfloat16", "float16")
+MAX_ROWS = {"cpu": 512}
+"""Rows of one extend step by kind of target: enough that a prefill reads the weights rarely, small enough that the workspace stays
+in megabytes."""
+GPU_MAX_ROWS = 4096
+"""The same for other kinds: a GPU is busy only with thousands of rows, and has hundreds of megabytes to spare for them."""
+MAX_LOGIT_ROWS = 128
+"""Rows of one extend step that may ask for logits; a vocabulary is wide, so this bounds the largest intermediate."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a compile once they are checked and defaults are filled in. ``choices``: where those for the whole model are
+    from (:mod:`llmc.passes.choices`)."""
+
+    storage_dtype: str
+    kv_dtype: str
+    quantization: QuantOptions
+    context: int
+    max_batch: int
+    page_size: int
+    unfused: frozenset[str] = frozenset()
+    choices: str = "default"
+
+
+def check_positive(**values: int | None) -> None:
+    """Raise UsageError for a value below 1."""
+    for name, value in values.items():
+        if value is not None and value < 1:
+            raise UsageError(f"{name.replace('_', ' ')} must be at least 1, and {value} was asked")
+
+
+def limits_of(settings: Settings, chosen: Sequence[Target]) -> Limits:
+    """The largest steps of an artifact: all its variants share them, so the target that can do least decides."""
+    rows = min(min(MAX_ROWS.get(t.kind, GPU_MAX_ROWS) for t in chosen), settings.context * settings.max_batch)
+    return Limits(settings.max_batch, max(rows, settings.max_batch), max(MAX_LOGIT_ROWS, settings.max_batch))
+
+
+def default_context(config: Any) -> int:
+    """The positions a model was trained for.
+
+    Where rope frequencies change beyond an original length (longrope, dynamic scaling), the original length: one artifact has
+    one set of frequencies, and the unscaled set is what the model uses on everything shorter.
+    """
+    trained = int(getattr(config, "max_position_embeddings", None) or 4096)
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [p for p in parameters.values() if isinstance(p, dict)] or [parameters]
+    for rope in nested:
+        kind = str(rope.get("rope_type", "default"))
+        original = rope.get("original_max_position_embeddings")
+        if original and (kind == "longrope" or "dynamic" in kind):
+            trained = min(trained, int(original))
+    return trained
+
+
+def settings_of(
+    source: ModelSource,
+    dtype: str | None,
+    kv_dtype: str | None,
+    quant: str | None,
+    keep: Sequence[str],
+    context: int | None,
+    max_batch: int,
+) -> Settings:
+    """The options of :func:`llmc.compile` by the same names. Raises UsageError for one that means nothing."""
+    storage = dtype or source.dtype
+    for name in (storage, kv_dtype or storage):
+        if name not in STORAGE_DTYPES:
+            raise UsageError(f"unknown dtype {name!r}: choose one of {', '.join(STORAGE_DTYPES)}")
+    trained = default_context(source.config.get_text_config())
+    quantization = QuantOptions(quant, tuple(keep), native=dtype is None)
+    return Settings(storage, kv_dtype or storage, quantization, context or trained, max_batch, DEFAULT.page_size)
+
+
+def whole_model_of(model: str, **compiling: Any) -> KernelCall:
+    """What records of ``model`` as a whole are kept under, compiled with these arguments of :func:`compile`."""
+    source = resolve(model)
+    names = ("dtype", "kv_dtype", "quant")
+    asked = [compiling.get(name) for name in names]
+    return whole_model(source, settings_of(source, *asked, compiling.get("keep", ()), None, 1))
+
+
+def whole_model(source: ModelSource, settings: Settings) -> KernelCall:
+    """What records of the model as a whole are kept under."""
+    config = source.config.get_text_config()
+    hidden, vocab, layers = (int(getattr(config, n, None) or 0) for n in ("hidden_size", "vocab_size", "num_hidden_layers"))
+    scheme = settings.quantization.default
+    return model_call(hidden, vocab, layers, settings.storage_dtype if scheme == NONE else scheme)
+
+
+def with_choices(
+    settings: Settings,
+    source: ModelSource,
+    chosen: Sequence[Target],
+    records: Records,
+    choices: Choices | None,
+    page_size: int | None,
+) -> Settings:
+    """The settings with what is fused and the page size: as asked, else as records have it for the model."""
+    origin = "default"
+    if choices is None and len(chosen) == 1:  # several targets share their pages, and nothing was measured for all of them together
+        choices, origin = find(records, whole_model(source, settings), chosen[0])
+    choices = choices or DEFAULT
+    return replace(settings, page_size=page_size or choices.page_size, unfused=choices.unfused, choices=origin)
+
+
+def described(settings: Settings) -> dict[str, Any]:
+    """The options as a manifest has them; :func:`settings_from` reads them back."""
+    options = {"dtype": settings.storage_dtype, "kv_dtype": settings.kv_dtype, **settings.quantization.described()}
+    if settings.choices != "default":
+        options["choices"] = settings.choices
+    if settings.unfused:
+        options["unfused"] = sorted(settings.unfused)
+    return options
+
+
+def settings_from(m: Manifest) -> Settings:
+    """The options of the compile that made an artifact."""
+    quant, keep = m.options.get("quant", NONE), tuple(m.options.get("keep", ()))
+    options = QuantOptions(None if quant in (NATIVE, NONE) else quant, keep, native=quant == NATIVE)
+    return Settings(
+        m.options["dtype"],
+        m.options["kv_dtype"],
+        options,
+        m.model.context,
+        m.limits.max_batch,
+        m.kv.page_size,
+        frozenset(m.options.get("unfused", ())),
+        m.options.get("choices", "default"),
+    )

@@ -1,0 +1,58 @@
+"""Decisions for a whole model that no rule makes well: how many positions a KV page has, and what is fused.
+
+Each costs or gains by the model, the batch and the machine: a wide page is read in longer runs and wasted by short sequences; a
+fused kernel saves a round through memory and may keep a plain one from using all threads. ``llmc tune --whole`` measures them
+(:mod:`llmc.tune.whole`) and records them as if a model were a kernel of this family: same files, same look-up, same nearest
+neighbour.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+from llmc.schedules.protocol import KernelCall, TensorSpec
+from llmc.schedules.records import Records
+from llmc.targets.base import Target
+
+NAME = "model"
+OP = "llmc.model"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """``page_size``: positions of a KV page. Fused into one kernel: ``gated``, both halves of a gated feed-forward layer with its
+    activation (:mod:`~llmc.passes.fuse_gated`); ``append``, rotation and append (:mod:`~llmc.passes.fuse_append`); ``step``, all
+    kernels of a decode step on a CPU (:mod:`~llmc.passes.one_region`)."""
+
+    page_size: int = 16
+    gated: bool = True
+    append: bool = True
+    step: bool = True
+
+    @property
+    def unfused(self) -> frozenset[str]:
+        """What stays in kernels of its own."""
+        return frozenset(axis for axis in ("gated", "append", "step") if not getattr(self, axis))
+
+
+DEFAULT = Choices()
+
+
+def model_call(hidden: int, vocab: int, layers: int, storage: str) -> KernelCall:
+    """What records of a model are kept under: models of one shape and storage (``"int4_g32"``, ``"bfloat16"``) are alike."""
+    x, head = TensorSpec(("n", hidden), "float32"), TensorSpec((vocab, hidden), storage)
+    return KernelCall(OP, (x, head), TensorSpec(("n", vocab), "float32"), (("layers", layers),), "decode")
+
+
+def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
+    """The axes of :class:`Choices`, defaults first; those that mean nothing to the target have one value."""
+    step = [True, False] if target.kind == "cpu" else [True]
+    return {"page_size": [16, 32, 64], "gated": [True, False], "append": [True, False], "step": step}
+
+
+def find(records: Records, call: KernelCall, target: Target) -> tuple[Choices, str]:
+    """The choices that records give a model, and where they are from: ``"default"`` without any."""
+    found = records.lookup(sys.modules[__name__], call, target)
+    return (DEFAULT, "default") if found is None else (Choices(**found.config), f"{found.origin}: {found.why}")

@@ -23,6 +23,7 @@ from llmc.progress import Clock, Progress, SilentProgress
 from llmc.runtime.artifact import check_sizes, check_versions
 from llmc.sbom import FILE_NAME as SBOM
 from llmc.sbom import write_sbom
+from llmc.settings import settings_from
 
 _REPORT = "report.json"
 

@@ -36,7 +36,7 @@ HEADER_BYTES = 1 << 20
 CONTENT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 BUILDERS = ("apache-tvm", "apache-tvm-ffi", "torch", "transformers")
 COMPILER_PARTS = ("llmc.importer", "llmc.dialect", "llmc.passes", "llmc.schedules", "llmc.targets")
-COMPILER_FILES = ("compiler.py", "weights_file.py", "artifact.py", "manifest.py")
+COMPILER_FILES = ("compiler.py", "settings.py", "weights_file.py", "artifact.py", "manifest.py")
 
 
 def artifact_for(model: str, options: dict[str, Any], progress: Progress, *, recompile: bool = False) -> Path:

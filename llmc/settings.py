@@ -95,9 +95,8 @@ def settings_of(
 def whole_model_of(model: str, **compiling: Any) -> KernelCall:
     """What records of ``model`` as a whole are kept under, compiled with these arguments of :func:`compile`."""
     source = resolve(model)
-    names = ("dtype", "kv_dtype", "quant")
-    asked = [compiling.get(name) for name in names]
-    return whole_model(source, settings_of(source, *asked, compiling.get("keep", ()), None, 1))
+    dtype, kv_dtype, quant = (compiling.get(name) for name in ("dtype", "kv_dtype", "quant"))
+    return whole_model(source, settings_of(source, dtype, kv_dtype, quant, compiling.get("keep", ()), None, 1))
 
 
 def whole_model(source: ModelSource, settings: Settings) -> KernelCall:

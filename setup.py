@@ -58,7 +58,7 @@ setup(
     python_requires=">=3.11",
     package_dir={"": ".", **PACKAGE_DIRS},
     packages=packages(),
-    package_data={"llmc.schedules": ["records/*.jsonl"], "llmc.deploy": ["files/*"]},
+    package_data={"llmc.schedules": ["records/*.jsonl"], "llmc.deploy": ["files/*"], "llmc.texts": ["*.txt"]},
     install_requires=RUNTIME,
     extras_require={
         "compile": COMPILE,

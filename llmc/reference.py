@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,10 @@ class Reference:
         with torch.no_grad():
             out: np.ndarray = self._model(torch.tensor([list(ids)])).logits[0].float().numpy()
         return out
+
+    def teacher_forced(self, ids: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+        """:meth:`logits` as the runtime's model gives them in chunks: here one, with the index of its first row."""
+        yield 0, self.logits(ids)
 
     def greedy(self, ids: Sequence[int], tokens: int) -> list[int]:
         """The ``tokens`` likeliest next tokens, one after the other; the end-of-text token does not stop it."""

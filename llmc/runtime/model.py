@@ -106,7 +106,7 @@ class Model:
         """
         tokens = self._check_ids(ids)
         out = np.empty((len(tokens), self.manifest.model.vocab_size), np.float32)
-        for start, part in self._teacher_forced(tokens):
+        for start, part in self.teacher_forced(tokens):
             out[start : start + len(part)] = part
         return out
 
@@ -119,13 +119,14 @@ class Model:
         if len(tokens) < 2:
             raise RequestError(f"the text has {len(tokens)} token, and a score needs at least 2: give a longer text")
         logprobs: list[float] = []
-        for start, part in self._teacher_forced(tokens):
+        for start, part in self.teacher_forced(tokens):
             targets = tokens[start + 1 : start + 1 + len(part)]
             logprobs += log_softmax(part)[np.arange(len(targets)), targets].tolist()
         return Score(tokens, logprobs)
 
-    def _teacher_forced(self, tokens: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-        """Logits of all of ``tokens`` in chunks: (index of the first row, float32 [rows, vocab], valid until the next chunk)."""
+    def teacher_forced(self, ids: Sequence[int] | np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """What :meth:`logits` gives, in chunks: (index of the first row, float32 [rows, vocab], valid until the next chunk)."""
+        tokens = self._check_ids(ids)
         self._check_length(len(tokens), "the text")
         executor = self._open_executor()
         sequence = TokenSequence(tokens, self.pages)

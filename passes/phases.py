@@ -27,7 +27,7 @@ ROW_WISE = {
     "relax.logical_or", "relax.logical_not", "relax.abs", "relax.astype", "relax.clip", "relax.cos", "relax.erf", "relax.exp",
     "relax.log", "relax.negative", "relax.nn.gelu", "relax.nn.gelu_tanh", "relax.nn.relu", "relax.nn.silu", "relax.rsqrt",
     "relax.sigmoid", "relax.sin", "relax.sqrt", "relax.square", "relax.tanh", "relax.reshape",
-    "llmc.linear", "llmc.rms_norm", "llmc.layer_norm", "llmc.moe", "llmc.rope", "llmc.topk",
+    "llmc.linear", "llmc.quantized_linear", "llmc.rms_norm", "llmc.layer_norm", "llmc.moe", "llmc.rope", "llmc.topk",
 }  # fmt: skip
 """Operators whose row i of the result depends on row i of the operands alone, if both have the rows as their first axis."""
 
@@ -90,7 +90,8 @@ class _Rows:
         if name == "relax.strided_slice":
             return all(int(a) % len(dims(var)) != 0 for a in value.args[1])
         if name == "relax.take":
-            return int(value.attrs.axis) == 0 and not self.depends(value.args[0])
+            table, ids = value.args
+            return not self.depends(table if int(value.attrs.axis) == 0 else ids)
         if name not in ROW_WISE and name not in ALONG_AXIS:
             return False
         if name in ALONG_AXIS:

@@ -38,6 +38,7 @@ from llmc.schedules.cpu.emit import (
 from llmc.schedules.cpu.layout_panel import BLOCK, QUADS, ROWS, Panels, geometry
 from llmc.schedules.cpu.math import ACTIVATIONS, Math
 from llmc.schedules.cpu.quantized_dot import Dot
+from llmc.schedules.cpu.two_level_scales import TwoLevel
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import Target
 
@@ -74,6 +75,11 @@ SHAPES: dict[str, KernelCall] = {
     "zero_points_24x128_int8p_g32": _call(24, 128, "int8p_g32"),
     "six_bits_16x80_int6_g16_f32": _call(16, 80, "int6_g16_f32", bias=1),
     "three_bits_17x64_int3z_g32_bf16": _call(17, 64, "int3z_g32_bf16"),
+    "q2_k_17x256": _call(17, 256, "q2_k", bias=1),
+    "q3_k_35x512": _call(35, 512, "q3_k", phase="decode"),
+    "q4_k_40x512": _call(40, 512, "q4_k", residual=1),
+    "q5_k_19x256": _call(19, 256, "q5_k"),
+    "q6_k_33x512": _call(33, 512, "q6_k", phase="decode"),
     "one_output_q4_0": _call(1, 32, "q4_0", activation="relu2"),
 }
 
@@ -214,17 +220,30 @@ class _Tile:
         store(register, value, 0, lanes=self.lanes)
 
     def _scales(self, panel: Expr, record: Expr, part: int, s: int) -> Expr:
+        if self.at.field_bytes:
+            return self._two_level(panel).scale(record, s, part * self.lanes, self.lanes)
         size = self.at.scale_bytes
         return self._floats(panel, record + self.at.scales_at + (s * ROWS + part * self.lanes) * size)
 
     def _offsets(self, panel: Expr, record: Expr, part: int, s: int) -> Expr:
         at = self.at
+        if at.field_bytes:
+            return (
+                self._two_level(panel).minimum(record, s, part * self.lanes, self.lanes)
+                if self.scheme.offset == "minimum"
+                else None
+            )
         start = record + at.offsets_at + (s * ROWS + part * self.lanes) * at.offset_bytes
         if self.scheme.offset == "minimum":
             return bind(self._floats(panel, start))
         if self.scheme.offset == "zero_point":
             return bind(tirx.Cast(vector("float32", self.lanes), read(self.buffers["panels"], panel, start, lanes=self.lanes)))
         return None
+
+    def _two_level(self, panel: Expr) -> TwoLevel:
+        return TwoLevel(
+            self.simd, self.scheme, self.at, lambda start, lanes: read(self.buffers["panels"], panel, start, lanes=lanes)
+        )
 
     def _floats(self, panel: Expr, start: Expr) -> Expr:
         """A vector of scales or minima as float32."""

@@ -24,6 +24,7 @@ from llmc.schedules.cpu.emit import (
     store,
 )
 from llmc.schedules.cpu.layout_panel import BLOCK, PLANES, ROWS, geometry
+from llmc.schedules.cpu.two_level_scales import TwoLevel
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import Target
 
@@ -44,6 +45,10 @@ SHAPES: dict[str, KernelCall] = {
     "odd_19x70_int4_g64": _call(19, 70, "int4_g64"),
     "odd_33x45_int8": _call(33, 45, "int8"),
     "q5_0_40x96": _call(40, 96, "q5_0"),
+    "q2_k_17x256": _call(17, 256, "q2_k"),
+    "q3_k_19x256": _call(19, 256, "q3_k"),
+    "q4_k_35x512": _call(35, 512, "q4_k"),
+    "q6_k_40x256": _call(40, 256, "q6_k"),
 }
 
 
@@ -76,9 +81,15 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             def block(index: Expr, count: int) -> None:
                 record = bind(tirx.floordiv(index, at.blocks) * at.record_bytes)
                 base = bind(record + tirx.floormod(index, at.blocks) * at.block_bytes + lane * 4)
+                two_level = TwoLevel(simd, kind, at, lambda start, lanes: read(panels, panel, start, lanes=lanes))
                 for s in range(at.sets):
-                    scale = one(record + at.scales_at + (i64(s * ROWS) + lane) * at.scale_bytes)
+                    if at.field_bytes:
+                        scale = two_level.scale(record, s, lane, 1)
+                    else:
+                        scale = one(record + at.scales_at + (i64(s * ROWS) + lane) * at.scale_bytes)
                     offset_at = bind(record + at.offsets_at + (i64(s * ROWS) + lane) * at.offset_bytes)
+                    if kind.offset == "minimum":
+                        minimum = two_level.minimum(record, s, lane, 1) if at.field_bytes else one(offset_at)
                     size = BLOCK // at.sets
                     for quad in range(s * size // 4, (s + 1) * size // 4):
                         code = tirx.Cast("float32x4", _quad(panels, panel, base, at.bits, quad))
@@ -88,7 +99,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                             zero = tirx.Cast("float32", read(panels, panel, offset_at))
                             value = (code - simd.splat(zero, 4)) * simd.splat(scale, 4)
                         else:
-                            value = simd.fma(code, simd.splat(scale, 4), simd.splat(one(offset_at), 4))
+                            value = simd.fma(code, simd.splat(scale, 4), simd.splat(minimum, 4))
                         value = bind(value)
                         for start, width in elements(max(0, min(4, count - quad * 4)), 4):
                             piece = value if width == 4 else shuffle([value], range(start, start + width))

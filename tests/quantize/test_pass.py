@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -103,6 +104,15 @@ def test_a_tied_embedding_is_stored_once() -> None:
     assert parts and len(parts) == len(set(parts))
     ops = {k.op for k in lowered.kernels}
     assert {"llmc.quantized_take", "llmc.quantized_linear"} <= ops and "llmc.linear" not in ops
+
+
+def test_extend_computes_only_wanted_rows_after_the_last_attention() -> None:
+    _, lowered = compiled("grouped", options("int4"))
+    rows: Counter[str] = Counter()
+    for kernel in lowered.kernels:
+        if kernel.function == "extend" and kernel.op == "llmc.quantized_linear":
+            rows[kernel.call["args"][0][0][0]] += kernel.count
+    assert rows == {"n": 5, "r": 4}  # as without quantization: see test_graph_passes
 
 
 def test_keep_names_exceptions_and_splits_what_would_merge() -> None:

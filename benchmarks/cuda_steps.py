@@ -80,8 +80,9 @@ class Runs:
 
     def __init__(self, artifact: Path, batch: int) -> None:
         from llmc.runtime.artifact import open_artifact
-        from llmc.runtime.cuda import CudaExecutor, StepTimer
+        from llmc.runtime.cuda import CudaExecutor
         from llmc.runtime.footprint import footprint
+        from llmc.runtime.gpu import StepTimer
         from llmc.runtime.model import Model
 
         opened = open_artifact(artifact)
@@ -96,7 +97,7 @@ class Runs:
         self.models[False] = Model(opened.manifest, HostSampling(self.executor), artifact)
         self.vocab = opened.manifest.model.vocab_size
         self.depth = self.executor.pipeline.depth
-        self.timer = StepTimer(self.executor.cuda)
+        self.timer = StepTimer(self.executor.driver)
 
     @staticmethod
     def _free_memory() -> int:
@@ -125,7 +126,7 @@ class Runs:
         for _ in range(8 * batch):
             next(events)
         self.executor.timer = self.timer
-        self.executor.cuda.synchronize()
+        self.executor.driver.synchronize()
         start = time.perf_counter()
         for _ in range((TOKENS - 8) * batch):
             last = next(events)

@@ -5,28 +5,51 @@ Every refusal says what was built, what was found, and the command that mends it
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from llmc import manifest
 from llmc.errors import ArtifactError
 from llmc.manifest import Manifest, Variant
-from llmc.runtime.device import CudaDevice, cuda_devices, runs_on
+from llmc.runtime.device import AmdDevice, CudaDevice, amd_devices, cuda_devices, opencl_devices, runs_on
 from llmc.runtime.host import Host, host
 from llmc.runtime.library import LIBRARY_NAME, installed_version
 from llmc.version import __version__
 
+_log = logging.getLogger("llmc")
 _SYSTEM_WORDS = {"linux": ("linux",), "darwin": ("darwin", "macos"), "windows": ("windows",)}
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """An artifact this machine can run: its folder, what its manifest says, and the variant chosen for this machine."""
+    """An artifact this machine can run: its folder, what its manifest says, the variant for this machine, and why that one."""
 
     folder: Path
     manifest: Manifest
     variant: Variant
+    why: str = ""
+
+
+class Gpu(Protocol):
+    """A device that the machine has beside its processor. ``kind``: of target."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+
+
+DRIVEN = ("cuda", "rocm", "opencl")
+"""The kinds of GPU target that this runtime drives."""
+
+
+def gpus_of(kinds: Iterable[str]) -> list[Gpu]:
+    """The GPUs of this machine that targets of ``kinds`` may run on. Asks no driver that none of them has."""
+    find: dict[str, Callable[[], Sequence[Gpu]]] = {"cuda": cuda_devices, "rocm": amd_devices, "opencl": opencl_devices}
+    return [gpu for kind in DRIVEN if kind in kinds for gpu in find[kind]()]
 
 
 def _release(version: str, parts: int) -> list[str]:
@@ -55,46 +78,71 @@ def check_versions(m: Manifest, where: Path) -> None:
         )
 
 
-def refusal(variant: Variant, machine: Host, gpus: Sequence[CudaDevice] = ()) -> str | None:
+def refusal(variant: Variant, machine: Host, gpus: Sequence[Gpu] = ()) -> str | None:
     """Why ``machine`` with its ``gpus`` cannot run ``variant``, as one clause; None if it can."""
-    if variant.kind not in ("cpu", "cuda"):
-        return f"{variant.target} needs a {variant.kind} device, and this runtime drives CPUs and NVIDIA GPUs"
+    if variant.kind not in ("cpu", *DRIVEN):
+        return f"{variant.target} needs a {variant.kind} device, and this runtime drives CPUs, NVIDIA, AMD and OpenCL devices"
     arch = variant.triple.split("-")[0]
     arch = {"arm64": "aarch64", "amd64": "x86_64"}.get(arch, arch)
     words = _SYSTEM_WORDS.get(machine.system, (machine.system,))
     if arch != machine.machine or not any(word in variant.triple for word in words):
         return f"{variant.target} is for {variant.triple}, and this machine is {machine.machine} {machine.system}"
-    if variant.kind == "cuda":
-        return _gpu_refusal(variant, gpus)
+    if variant.kind != "cpu":
+        return _gpu_refusal(variant, [gpu for gpu in gpus if gpu.kind == variant.kind])
     absent = [] if machine.features is None else [f for f in variant.features if f not in machine.features]
     if absent:
         return f"{variant.target} needs the CPU features {', '.join(absent)}, which this {machine.cpu_name} does not have"
     return None
 
 
-def _gpu_refusal(variant: Variant, gpus: Sequence[CudaDevice]) -> str | None:
+_NO_GPU = {
+    "cuda": "needs an NVIDIA GPU, and no NVIDIA driver answers on this machine",
+    "rocm": "needs an AMD GPU, and the amdgpu driver lists none on this machine",
+    "opencl": "needs an OpenCL device with shared virtual memory, and there is none on this machine",
+}
+
+
+def _gpu_refusal(variant: Variant, gpus: Sequence[Any]) -> str | None:
     if not gpus:
-        return f"{variant.target} needs an NVIDIA GPU, and no NVIDIA driver answers on this machine"
+        return f"{variant.target} {_NO_GPU[variant.kind]}"
     gpu = gpus[0]  # models run on the first one
-    if runs_on(variant.mcpu, gpu.capability):
+    fits = {"cuda": lambda: runs_on(variant.mcpu, gpu.capability), "rocm": lambda: variant.mcpu == gpu.arch, "opencl": lambda: True}
+    if fits[variant.kind]():
         return None
     return f"{variant.target} is machine code for {variant.mcpu}, and this machine's {gpu.name} is {gpu.arch}"
 
 
-def choose_variant(m: Manifest, where: Path, machine: Host, gpus: Sequence[CudaDevice] = ()) -> Variant:
-    """The variant for the GPU, or the one that uses the most features of the processor.
+def score(variant: Variant, gpus: Sequence[Any] = ()) -> tuple[int, str, int]:
+    """How well a variant that runs here suits the machine, the more the better: a GPU by its own code before one by OpenCL, before
+    the processor, before OpenCL on the processor; then the newer GPU architecture; then more features of the processor."""
+    if variant.kind == "cpu":
+        return 1, "", len(variant.features)
+    if variant.kind == "opencl":
+        return 2 if any(gpu.kind == "opencl" and gpu.gpu for gpu in gpus) else 0, "", 0
+    return 3, variant.mcpu, 0
+
+
+def choose_variant(m: Manifest, where: Path, machine: Host, gpus: Sequence[Gpu] = ()) -> tuple[Variant, str]:
+    """The variant with the best score of those that run here, and why that one, as a clause.
 
     Raises ArtifactError saying why each one cannot run here.
     """
     if not m.variants:
         raise ArtifactError(f"the artifact {where} holds no compiled module: recompile it with {_recompile(m)}")
     reasons = {v.name: refusal(v, machine, gpus) for v in m.variants}
-    usable = [v for v in m.variants if reasons[v.name] is None]
+    usable = sorted((v for v in m.variants if reasons[v.name] is None), key=lambda v: score(v, gpus), reverse=True)
     if not usable:
-        target = f"cuda:{gpus[0].arch}" if gpus else "cpu"
+        target = next((f"{gpu.kind}:{gpu.arch}" for gpu in gpus if isinstance(gpu, CudaDevice | AmdDevice)), "cpu")
         why = "; ".join(str(reason) for reason in reasons.values())
-        raise ArtifactError(f"no variant of the artifact {where} runs on this machine: {why}: add one with {_recompile(m, target)}")
-    return max(usable, key=lambda v: (v.kind == "cuda", v.mcpu if v.kind == "cuda" else "", len(v.features)))
+        raise ArtifactError(f"no variant of the artifact {where} runs on this machine: {why}: add one with `{_add(where, target)}`")
+    best, *others = usable
+    device = next((gpu.name for gpu in gpus if gpu.kind == best.kind), machine.cpu_name)
+    rest = [f"rather than {v.target}, which would run too" for v in others] + [str(r) for r in reasons.values() if r is not None]
+    return best, "; ".join([f"{best.target} suits {device} best" if rest else f"{best.target} is the only variant", *rest])
+
+
+def _add(where: Path, target: str) -> str:
+    return f"llmc add {where} --target {target}"
 
 
 def check_sizes(m: Manifest, where: Path) -> None:
@@ -118,7 +166,7 @@ def open_artifact(folder: str | Path) -> Artifact:
     where = Path(folder)
     m = manifest.read(where)
     check_versions(m, where)
-    gpus = cuda_devices() if any(v.kind == "cuda" for v in m.variants) else []
-    variant = choose_variant(m, where, host(), gpus)
+    variant, why = choose_variant(m, where, host(), gpus_of({v.kind for v in m.variants}))
     check_sizes(m, where)
-    return Artifact(where, m, variant)
+    _log.info("%s", why)
+    return Artifact(where, m, variant, why)

@@ -1,14 +1,20 @@
-"""CUDA's runtime library through ctypes: memory, copies, one stream, and graphs. What running a model on a GPU needs, no more."""
+"""CUDA's runtime library through ctypes: memory, copies, one stream, and graphs. What running a model on a GPU needs, no more.
+
+:class:`Driver` is that interface; HIP's library (:mod:`llmc.runtime.hip`) has the same functions under names of its own, and
+OpenCL's (:mod:`llmc.runtime.opencl`) others to the same end.
+"""
 
 from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -54,23 +60,27 @@ _libc.malloc.argtypes = (ctypes.c_size_t,)
 class DeviceTensors:
     """Tensors over device memory for compiled modules. The memory is the caller's and must outlive them."""
 
-    def __init__(self, ffi: Any, device: int) -> None:
-        self._ffi, self._device = ffi, device
+    def __init__(self, ffi: Any, device: int, kind: int = DL_CUDA) -> None:
+        """``kind``: DLPack's number of the kind of device."""
+        self._ffi, self._device, self._kind = ffi, device, kind
 
     def tensor(self, address: int, shape: Sequence[int], dtype: str) -> Any:
         """A ``tvm_ffi.Tensor`` over the memory at ``address``, C-contiguous."""
-        code, bits = dtype_code(dtype)
+        return self._ffi.from_dlpack(_new_capsule(self.managed(address, shape, *dtype_code(dtype)), b"dltensor", None))
+
+    def managed(self, address: int, shape: Sequence[int], code: int, bits: int) -> int:
+        """The address of a new DLManagedTensor of the dtype that DLPack's ``code`` and ``bits`` mean. Who gets it owns it."""
         # Header and shape are one block of the C library, whose own ``free`` is the deleter: a tensor may then die in any thread
         # and after the interpreter.
         block = _libc.malloc(ctypes.sizeof(_ManagedTensor) + 8 * len(shape))
         sizes = (ctypes.c_int64 * len(shape)).from_address(block + ctypes.sizeof(_ManagedTensor))
         sizes[:] = list(shape)
         header = _ManagedTensor.from_address(block)
-        header.data, header.device_type, header.device_id = address, DL_CUDA, self._device
+        header.data, header.device_type, header.device_id = address, self._kind, self._device
         header.ndim, header.code, header.bits, header.lanes = len(shape), code, bits, 1
         header.shape, header.strides, header.byte_offset = ctypes.cast(sizes, ctypes.POINTER(ctypes.c_int64)), None, 0
         header.manager, header.deleter = None, ctypes.cast(_libc.free, ctypes.c_void_p)
-        return self._ffi.from_dlpack(_new_capsule(block, b"dltensor", None))
+        return int(block)
 
 
 class Piece(NamedTuple):
@@ -82,7 +92,7 @@ class Piece(NamedTuple):
     nbytes: int
 
 
-def _read(descriptor: int, buffer: np.ndarray, piece: Piece) -> None:
+def read_piece(descriptor: int, buffer: np.ndarray, piece: Piece) -> None:
     """Fill ``buffer`` from the file. Raises ArtifactError if it ends before."""
     view, done = buffer.data, 0
     while done < piece.nbytes:
@@ -92,118 +102,197 @@ def _read(descriptor: int, buffer: np.ndarray, piece: Piece) -> None:
         done += count
 
 
-class Cuda:
-    """One GPU with one stream. Memory that is allocated here is freed by :meth:`close`.
+class Driver(Protocol):
+    """One device with one stream of work. Memory that is allocated here is freed by :meth:`close`.
 
-    Calls raise InternalError with CUDA's own words, except where they say otherwise.
+    ``graphs``: whether :meth:`capture` can be called. Calls raise InternalError with the library's own words, except where they say
+    otherwise.
     """
 
+    device: int
+    stream: int
+    graphs: bool
+
+    def use(self) -> None:
+        """Make this GPU the calling thread's."""
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes that are free on the GPU, and all of them."""
+
+    def allocate(self, nbytes: int, zero: bool = False) -> int:
+        """The address of ``nbytes`` of device memory, with ``zero`` filled with zeros in stream order."""
+
+    def allocate_all(self, sizes: Sequence[int]) -> list[int]:
+        """Addresses of memory that is needed together; sizes are multiples of what the device aligns to."""
+
+    def free(self, address: int) -> None:
+        """Give back what :meth:`allocate` gave."""
+
+    def pinned(self, nbytes: int) -> np.ndarray:
+        """Host memory that the GPU copies from and to directly, as bytes."""
+
+    def copy_in(self, target: int, source: np.ndarray) -> None:
+        """Pinned host memory to the device, in stream order."""
+
+    def copy_out(self, target: np.ndarray, source: int) -> None:
+        """Device memory to pinned host memory, in stream order."""
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Device memory to device memory, in stream order."""
+
+    def synchronize(self) -> None:
+        """Wait until everything in the stream is done."""
+
+    def event(self, timing: bool = False) -> int:
+        """A mark for the stream. With ``timing`` it also keeps when it was passed."""
+
+    def record(self, event: int) -> None:
+        """Put ``event`` behind everything that is in the stream now."""
+
+    def wait(self, event: int) -> None:
+        """Wait until the device has passed ``event``; at once if it was never recorded."""
+
+    def elapsed(self, start: int, end: int) -> float:
+        """Seconds of the device between two events that it has passed."""
+
+    def upload(self, pieces: Sequence[Piece]) -> None:
+        """Parts of files to the device. Returns when all of it is there. Raises ArtifactError if a file has become shorter."""
+
+    def capture(self, work: Callable[[], Any]) -> Callable[[], None]:
+        """The device work that ``work`` puts into the stream, as one graph: a function that starts it. Nothing runs yet."""
+
+    def close(self) -> None:
+        """Free all memory. Arrays and tensors over it must not be used afterwards."""
+
+
+class Cuda:
+    """CUDA's :class:`Driver`. A subclass may be another library with the same functions: ``prefix`` of their names, and ``renamed``
+    where the rest of the name is another."""
+
+    graphs = True
+    prefix = "cuda"
+    renamed: Mapping[str, str] = MappingProxyType({})
+
     def __init__(self, device: int) -> None:
-        """Raises MissingExtraError without libcudart 13, ArtifactError if the GPU cannot be used."""
-        path = find_cudart()
-        if path is None:
-            raise MissingExtraError(
-                "running on a GPU needs libcudart.so.13, and it is not installed here: run `pip install nvidia-cuda-runtime==13.*`"
-            )
-        self._library = ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
-        self._library.cudaGetErrorString.restype = ctypes.c_char_p
+        """Raises MissingExtraError without the library, ArtifactError if the GPU cannot be used."""
+        self._library = self.open_library()
+        getattr(self._library, self._name("GetErrorString")).restype = ctypes.c_char_p
         self.device = device
         self._allocations: list[int] = []
         self._pinned: list[int] = []
         self._events: list[int] = []
         try:
-            self._call("cudaSetDevice", device)
+            self._call("SetDevice", device)
             stream = ctypes.c_void_p()
-            self._call("cudaStreamCreateWithFlags", ctypes.byref(stream), _NON_BLOCKING_STREAM)
+            self._call("StreamCreateWithFlags", ctypes.byref(stream), _NON_BLOCKING_STREAM)
         except InternalError as error:
-            raise ArtifactError(f"the GPU {device} cannot be used ({error}): see what nvidia-smi says about it") from error
+            raise ArtifactError(f"the GPU {device} cannot be used ({error}): see what {self.tool} says about it") from error
         self.stream = int(stream.value or 0)
 
+    tool = "nvidia-smi"
+
+    def open_library(self) -> ctypes.CDLL:
+        """Raises MissingExtraError without libcudart 13."""
+        path = find_cudart()
+        if path is None:
+            raise MissingExtraError(
+                "running on a GPU needs libcudart.so.13, and it is not installed here: run `pip install nvidia-cuda-runtime==13.*`"
+            )
+        return ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL)
+
+    def _name(self, function: str) -> str:
+        return self.prefix + self.renamed.get(function, function)
+
     def _call(self, name: str, *arguments: Any) -> None:
-        status = getattr(self._library, name)(*arguments)
+        status = getattr(self._library, self._name(name))(*arguments)
         if status:
-            self._library.cudaGetLastError()  # a sticky error would be blamed on a later call
-            raise InternalError(f"{name}: {self._library.cudaGetErrorString(status).decode()}")
+            getattr(self._library, self._name("GetLastError"))()  # a sticky error would be blamed on a later call
+            words = getattr(self._library, self._name("GetErrorString"))(status).decode()
+            raise InternalError(f"{self._name(name)}: {words}")
 
     def use(self) -> None:
-        """Make this GPU the calling thread's."""
-        self._call("cudaSetDevice", self.device)
+        """See :meth:`Driver.use`."""
+        self._call("SetDevice", self.device)
 
     def memory(self) -> tuple[int, int]:
-        """Bytes that are free on the GPU, and all of them."""
+        """See :meth:`Driver.memory`."""
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
-        self._call("cudaMemGetInfo", ctypes.byref(free), ctypes.byref(total))
+        self._call("MemGetInfo", ctypes.byref(free), ctypes.byref(total))
         return free.value, total.value
 
     def allocate(self, nbytes: int, zero: bool = False) -> int:
-        """The address of ``nbytes`` of device memory, with ``zero`` filled with zeros in stream order."""
+        """See :meth:`Driver.allocate`."""
         address = ctypes.c_void_p()
-        self._call("cudaMalloc", ctypes.byref(address), ctypes.c_size_t(max(nbytes, 1)))
+        self._call("Malloc", ctypes.byref(address), ctypes.c_size_t(max(nbytes, 1)))
         found = int(address.value or 0)
         self._allocations.append(found)
         if zero:
-            self._call("cudaMemsetAsync", address, 0, ctypes.c_size_t(nbytes), ctypes.c_void_p(self.stream))
+            self._call("MemsetAsync", address, 0, ctypes.c_size_t(nbytes), ctypes.c_void_p(self.stream))
         return found
 
+    def allocate_all(self, sizes: Sequence[int]) -> list[int]:
+        """See :meth:`Driver.allocate_all`: one allocation, cut up."""
+        start = self.allocate(sum(sizes))
+        return [start + offset for offset in accumulate(sizes, initial=0)][:-1]
+
     def free(self, address: int) -> None:
-        """Give back what :meth:`allocate` gave."""
+        """See :meth:`Driver.free`."""
         self._allocations.remove(address)
-        self._call("cudaFree", ctypes.c_void_p(address))
+        self._call("Free", ctypes.c_void_p(address))
 
     def pinned(self, nbytes: int) -> np.ndarray:
-        """Host memory that the GPU copies from and to directly, as bytes."""
+        """See :meth:`Driver.pinned`."""
         address = ctypes.c_void_p()
-        self._call("cudaMallocHost", ctypes.byref(address), ctypes.c_size_t(max(nbytes, 1)))
+        self._call("HostAlloc", ctypes.byref(address), ctypes.c_size_t(max(nbytes, 1)), 0)
         self._pinned.append(int(address.value or 0))
         return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(int(address.value or 0)))
 
     def _copy(self, target: int, source: int, nbytes: int, kind: int, stream: int) -> None:
         to, where = ctypes.c_void_p(target), ctypes.c_void_p(source)
-        self._call("cudaMemcpyAsync", to, where, ctypes.c_size_t(nbytes), kind, ctypes.c_void_p(stream))
+        self._call("MemcpyAsync", to, where, ctypes.c_size_t(nbytes), kind, ctypes.c_void_p(stream))
 
     def copy_in(self, target: int, source: np.ndarray) -> None:
-        """Pinned host memory to the device, in stream order."""
+        """See :meth:`Driver.copy_in`."""
         self._copy(target, source.ctypes.data, source.nbytes, _HOST_TO_DEVICE, self.stream)
 
     def copy_out(self, target: np.ndarray, source: int) -> None:
-        """Device memory to pinned host memory, in stream order."""
+        """See :meth:`Driver.copy_out`."""
         self._copy(target.ctypes.data, source, target.nbytes, _DEVICE_TO_HOST, self.stream)
 
     def copy(self, target: int, source: int, nbytes: int) -> None:
-        """Device memory to device memory, in stream order."""
+        """See :meth:`Driver.copy`."""
         self._copy(target, source, nbytes, _DEVICE_TO_DEVICE, self.stream)
 
     def synchronize(self) -> None:
-        """Wait until everything in the stream is done."""
-        self._call("cudaStreamSynchronize", ctypes.c_void_p(self.stream))
+        """See :meth:`Driver.synchronize`."""
+        self._call("StreamSynchronize", ctypes.c_void_p(self.stream))
 
     def event(self, timing: bool = False) -> int:
-        """A mark for the stream. With ``timing`` it also keeps when it was passed."""
+        """See :meth:`Driver.event`."""
         handle = ctypes.c_void_p()
-        self._call("cudaEventCreateWithFlags", ctypes.byref(handle), 0 if timing else _NO_TIMING)
+        self._call("EventCreateWithFlags", ctypes.byref(handle), 0 if timing else _NO_TIMING)
         self._events.append(int(handle.value or 0))
         return self._events[-1]
 
     def record(self, event: int) -> None:
-        """Put ``event`` behind everything that is in the stream now."""
-        self._call("cudaEventRecord", ctypes.c_void_p(event), ctypes.c_void_p(self.stream))
+        """See :meth:`Driver.record`."""
+        self._call("EventRecord", ctypes.c_void_p(event), ctypes.c_void_p(self.stream))
 
     def wait(self, event: int) -> None:
-        """Wait until the device has passed ``event``; at once if it was never recorded."""
-        self._call("cudaEventSynchronize", ctypes.c_void_p(event))
+        """See :meth:`Driver.wait`."""
+        self._call("EventSynchronize", ctypes.c_void_p(event))
 
     def elapsed(self, start: int, end: int) -> float:
-        """Seconds of the device between two events that it has passed."""
+        """See :meth:`Driver.elapsed`."""
         milliseconds = ctypes.c_float()
-        self._call("cudaEventElapsedTime", ctypes.byref(milliseconds), ctypes.c_void_p(start), ctypes.c_void_p(end))
+        self._call("EventElapsedTime", ctypes.byref(milliseconds), ctypes.c_void_p(start), ctypes.c_void_p(end))
         return milliseconds.value / 1e3
 
     def upload(self, pieces: Sequence[Piece]) -> None:
-        """Parts of files to the device. Returns when all of it is there.
+        """See :meth:`Driver.upload`.
 
         Each of a few threads reads into a pinned buffer of its own and has it copied from there, so that reading and the transfers
         overlap. Reading costs one copy out of the page cache; touching a mapping would cost a page fault for every 4 KB beside it.
-        Raises ArtifactError if a file has become shorter.
         """
         chunks = [
             Piece(p.address + start, p.path, p.offset + start, min(_UPLOAD_BYTES, p.nbytes - start))
@@ -216,15 +305,15 @@ class Cuda:
         def work(index: int) -> None:
             self.use()
             stream = ctypes.c_void_p()
-            self._call("cudaStreamCreateWithFlags", ctypes.byref(stream), _NON_BLOCKING_STREAM)
+            self._call("StreamCreateWithFlags", ctypes.byref(stream), _NON_BLOCKING_STREAM)
             try:
                 for chunk in chunks[index :: len(buffers)]:
                     staged = buffers[index][: chunk.nbytes]
-                    _read(files[chunk.path].fileno(), staged, chunk)
+                    read_piece(files[chunk.path].fileno(), staged, chunk)
                     self._copy(chunk.address, staged.ctypes.data, chunk.nbytes, _HOST_TO_DEVICE, int(stream.value or 0))
-                    self._call("cudaStreamSynchronize", stream)
+                    self._call("StreamSynchronize", stream)
             finally:
-                self._call("cudaStreamDestroy", stream)
+                self._call("StreamDestroy", stream)
 
         try:
             with ThreadPoolExecutor(len(buffers)) as pool:
@@ -236,34 +325,34 @@ class Cuda:
                 self._free_pinned(buffer.ctypes.data)
 
     def capture(self, work: Callable[[], Any]) -> Callable[[], None]:
-        """The device work that ``work`` puts into the stream, as one graph: a function that starts it. Nothing runs yet."""
+        """See :meth:`Driver.capture`."""
         stream, graph, executable = ctypes.c_void_p(self.stream), ctypes.c_void_p(), ctypes.c_void_p()
-        self._call("cudaStreamBeginCapture", stream, _CAPTURE_RELAXED)
+        self._call("StreamBeginCapture", stream, _CAPTURE_RELAXED)
         try:
             work()
         except BaseException:
             with suppress(InternalError):  # the stream must leave capture mode; why it failed is already on its way
-                self._call("cudaStreamEndCapture", stream, ctypes.byref(graph))
+                self._call("StreamEndCapture", stream, ctypes.byref(graph))
             raise
-        self._call("cudaStreamEndCapture", stream, ctypes.byref(graph))
-        self._call("cudaGraphInstantiate", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
-        self._call("cudaGraphDestroy", graph)
-        return lambda: self._call("cudaGraphLaunch", executable, stream)
+        self._call("StreamEndCapture", stream, ctypes.byref(graph))
+        self._call("GraphInstantiate", ctypes.byref(executable), graph, ctypes.c_ulonglong(0))
+        self._call("GraphDestroy", graph)
+        return lambda: self._call("GraphLaunch", executable, stream)
 
     def _free_pinned(self, address: int) -> None:
         self._pinned.remove(address)
-        self._call("cudaFreeHost", ctypes.c_void_p(address))
+        self._call("FreeHost", ctypes.c_void_p(address))
 
     def close(self) -> None:
-        """Free all memory. Arrays and tensors over it must not be used afterwards."""
+        """See :meth:`Driver.close`."""
         self.synchronize()
         for event in self._events:
-            self._call("cudaEventDestroy", ctypes.c_void_p(event))
+            self._call("EventDestroy", ctypes.c_void_p(event))
         self._events = []
         for address in list(self._pinned):
             self._free_pinned(address)
         for address in self._allocations:
-            self._call("cudaFree", ctypes.c_void_p(address))
+            self._call("Free", ctypes.c_void_p(address))
         self._allocations = []
 
 

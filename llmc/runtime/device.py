@@ -1,12 +1,21 @@
-"""NVIDIA GPUs as the driver describes them, asked through ``libcuda`` without any other library."""
+"""The GPUs of this machine as their drivers describe them: NVIDIA's through ``libcuda``, AMD's by the kernel, others by OpenCL."""
 
 from __future__ import annotations
 
 import ctypes
 from dataclasses import dataclass
+from pathlib import Path
 
 # CUdevice_attribute in cuda.h
 _MAJOR, _MINOR, _MULTIPROCESSORS = 75, 76, 16
+# cl.h
+_CL_GPU, _CL_ALL = 1 << 2, 0xFFFFFFFF
+_CL_TYPE, _CL_NAME, _CL_MEMORY, _CL_SVM, _CL_COARSE = 0x1000, 0x102B, 0x101F, 0x1053, 1
+_MOST = 64
+
+OPENCL_LIBRARY = "libOpenCL.so.1"
+TOPOLOGY = Path("/sys/class/kfd/kfd/topology/nodes")
+"""Where the kernel's driver for AMD GPUs lists them."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,7 @@ class CudaDevice:
     capability: tuple[int, int]
     multiprocessors: int
     memory: int
+    kind = "cuda"
 
     @property
     def arch(self) -> str:
@@ -60,3 +70,84 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     if arch.endswith("a"):
         return capability == (major, minor)
     return capability[0] == major and capability[1] >= minor
+
+
+@dataclass(frozen=True)
+class AmdDevice:
+    """A GPU: its place among those of the machine, and its architecture (``"gfx942"``)."""
+
+    index: int
+    arch: str
+    kind = "rocm"
+
+    @property
+    def name(self) -> str:
+        return f"AMD GPU {self.index}"
+
+
+def amd_devices() -> list[AmdDevice]:
+    """The GPUs that the kernel's driver (amdkfd) lists; empty without it. Processors are nodes of version 0 there."""
+    found: list[AmdDevice] = []
+    for node in sorted(TOPOLOGY.glob("*/properties"), key=lambda path: int(path.parent.name)):
+        try:
+            fields = dict(line.split(None, 1) for line in node.read_text(encoding="ascii").splitlines() if " " in line)
+        except OSError:
+            continue  # a node that this user may not see
+        version = int(fields.get("gfx_target_version", 0))
+        if version:
+            # 90402 is 9.4.2: two decimal digits each, written in hexadecimal in the architecture's name
+            major, minor, step = version // 10000, version // 100 % 100, version % 100
+            found.append(AmdDevice(len(found), f"gfx{major}{minor:x}{step:x}"))
+    return found
+
+
+@dataclass(frozen=True)
+class OpenClDevice:
+    """A device: its handle, its name, whether it is a GPU or a processor, its memory in bytes."""
+
+    handle: int
+    name: str
+    gpu: bool
+    memory: int
+    kind = "opencl"
+
+
+def opencl_library() -> ctypes.CDLL | None:
+    """OpenCL's loader with the types of what its functions return; None if it is not installed."""
+    try:
+        library = ctypes.CDLL(OPENCL_LIBRARY)
+    except OSError:
+        return None
+    for name in ("clCreateContext", "clCreateCommandQueue", "clCreateProgramWithSource", "clCreateKernel", "clSVMAlloc"):
+        getattr(library, name).restype = ctypes.c_void_p
+    library.clSVMFree.restype = None
+    return library
+
+
+def opencl_devices() -> list[OpenClDevice]:
+    """The devices that can run llmc's kernels, GPUs first; empty without an OpenCL."""
+    library = opencl_library()
+    if library is None:
+        return []
+    platforms, count = (ctypes.c_void_p * _MOST)(), ctypes.c_uint()
+    if library.clGetPlatformIDs(_MOST, platforms, ctypes.byref(count)):
+        return []
+    found: list[OpenClDevice | None] = []
+    for platform in platforms[: count.value]:
+        devices = (ctypes.c_void_p * _MOST)()
+        if not library.clGetDeviceIDs(ctypes.c_void_p(platform), ctypes.c_uint64(_CL_ALL), _MOST, devices, ctypes.byref(count)):
+            found += [_describe_opencl(library, int(d or 0)) for d in devices[: count.value]]
+    return sorted((d for d in found if d is not None), key=lambda d: not d.gpu)
+
+
+def _describe_opencl(library: ctypes.CDLL, handle: int) -> OpenClDevice | None:
+    def number(what: int) -> int:
+        value = ctypes.c_uint64()
+        library.clGetDeviceInfo(ctypes.c_void_p(handle), what, ctypes.c_size_t(8), ctypes.byref(value), None)
+        return value.value
+
+    name = ctypes.create_string_buffer(256)
+    library.clGetDeviceInfo(ctypes.c_void_p(handle), _CL_NAME, ctypes.c_size_t(len(name)), name, None)
+    if not number(_CL_SVM) & _CL_COARSE:
+        return None
+    return OpenClDevice(handle, name.value.decode(errors="replace"), bool(number(_CL_TYPE) & _CL_GPU), number(_CL_MEMORY))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmc.errors import RequestError
 from llmc.manifest import Manifest
@@ -14,8 +16,13 @@ from llmc.runtime.executor import Executor, TvmExecutor
 from llmc.runtime.host import memory
 from llmc.runtime.model import Model, bounded
 
+if TYPE_CHECKING:
+    from llmc.runtime.gpu import GpuExecutor
+
 _MEMORY_SHARE = 0.5
 """The most of the memory now available that the KV cache takes unless told otherwise, on a machine that does other things too."""
+
+_EXECUTORS = {"cuda": ("cuda", "CudaExecutor"), "rocm": ("hip", "HipExecutor"), "opencl": ("opencl", "OpenClExecutor")}
 
 _log = logging.getLogger("llmc")
 
@@ -103,10 +110,15 @@ def load(
 
 def _device(artifact: Artifact, threads: int | None) -> tuple[Memory, Callable[[int], Executor]]:
     """The memory that KV pages may come from, and what makes the executor over so many pages."""
-    if artifact.variant.kind != "cuda":
+    if artifact.variant.kind == "cpu":
         return Memory(memory().available), lambda pages: TvmExecutor(artifact, pages, threads)
-    from llmc.runtime.cuda import CudaExecutor, available_memory
-
     if threads is not None:
         raise RequestError(f"threads={threads} cannot be: {artifact.variant.target} computes on the GPU: leave threads out")
-    return Memory(available_memory(artifact), exclusive=True), lambda pages: CudaExecutor(artifact, pages)
+    executor = _gpu_executor(artifact.variant.kind)
+    return Memory(executor.available_memory(artifact), exclusive=True), lambda pages: executor(artifact, pages)
+
+
+def _gpu_executor(kind: str) -> type[GpuExecutor]:
+    module, name = _EXECUTORS[kind]
+    found: type[GpuExecutor] = getattr(import_module(f"llmc.runtime.{module}"), name)
+    return found

@@ -1,4 +1,4 @@
-"""Choose tokens on the GPU and run ahead of the host: the :class:`~llmc.runtime.executor.Pipeline` of :class:`CudaExecutor`.
+"""Choose tokens on the GPU and run ahead of the host: the :class:`~llmc.runtime.executor.Pipeline` of a GPU's executor.
 
 A decode step here is ``decode``, ``sample`` and ``advance`` (:mod:`llmc.manifest`), one CUDA graph for each batch size: it leaves
 the arrays of the next step behind it. So the host may start several in a row. Each step's tokens are copied to a pinned slot of
@@ -23,7 +23,7 @@ from llmc.runtime.executor import Draw
 from llmc.runtime.sampling import Sampler
 
 if TYPE_CHECKING:
-    from llmc.runtime.cuda import CudaExecutor
+    from llmc.runtime.gpu import GpuExecutor
 
 DEPTH = 3
 """Steps in flight: one runs, one waits behind it, and one more covers a host that is late."""
@@ -47,12 +47,12 @@ class CudaPipeline:
 
     depth = DEPTH
 
-    def __init__(self, executor: CudaExecutor, max_draws: int, vocab: int) -> None:
+    def __init__(self, executor: GpuExecutor, max_draws: int, vocab: int) -> None:
         """Raises InternalError if the device has no room for the token counts."""
         self.executor = executor
         self.max_draws = max_draws
         self.vocab = vocab
-        self.cuda = executor.cuda
+        self.cuda = executor.driver
         self.current: CudaFlight | None = None
         self._free: list[_Slot] = []
         self.tokens = self.cuda.allocate(4 * max_draws)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +32,7 @@ class FakeCuda:
     """Stands for :class:`llmc.runtime.cudart.Cuda`."""
 
     total = 1 << 30
+    graphs = True
 
     def __init__(self, device: int = 0) -> None:
         self.device, self.stream = device, 0
@@ -63,6 +64,9 @@ class FakeCuda:
         if zero:
             self.enqueue(lambda: block.fill(0))
         return int(block.ctypes.data)
+
+    def allocate_all(self, sizes: Sequence[int]) -> list[int]:
+        return [self.allocate(size) for size in sizes]
 
     def free(self, address: int) -> None:
         """Address space is not short."""

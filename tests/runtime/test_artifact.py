@@ -17,7 +17,7 @@ from llmc.manifest import FunctionInfo, Limits, TensorInfo, Variant
 from llmc.runtime import host as host_module
 from llmc.runtime import library, load
 from llmc.runtime.artifact import check_versions, choose_variant, open_artifact, refusal
-from llmc.runtime.device import CudaDevice
+from llmc.runtime.device import AmdDevice, CudaDevice, OpenClDevice
 from llmc.runtime.footprint import Footprint, footprint, workspace_bytes
 from llmc.runtime.host import Host, describe, parse_cpuinfo
 from llmc.runtime.loading import Memory, fitted, kv_page_count
@@ -51,7 +51,7 @@ CUDA = variant("sm_90", "x86_64-unknown-linux-gnu", kind="cuda")
 )
 def test_the_variant_that_uses_most_of_the_machine(machine: Host, variants: list[Variant], want: Variant) -> None:
     m = replace(manifest(5, 8, Limits(1, 1, 1)), variants=variants)
-    assert choose_variant(m, Path("a"), machine) is want
+    assert choose_variant(m, Path("a"), machine)[0] is want
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,9 @@ def test_the_variant_that_uses_most_of_the_machine(machine: Host, variants: list
         (ARM, ZEN, "cpu:neon is for aarch64-linux-gnu, and this machine is x86_64 linux"),
         (APPLE, PI, "is for arm64-apple-macos13.0, and this machine is aarch64 linux"),
         (CUDA, ZEN, "cuda:sm_90 needs an NVIDIA GPU, and no NVIDIA driver answers"),
-        (replace(CUDA, kind="rocm"), ZEN, "needs a rocm device, and this runtime drives CPUs and NVIDIA GPUs"),
+        (replace(CUDA, kind="metal"), ZEN, "needs a metal device, and this runtime drives CPUs, NVIDIA, AMD and OpenCL devices"),
+        (replace(CUDA, kind="rocm"), ZEN, "needs an AMD GPU, and the amdgpu driver lists none on this machine"),
+        (replace(CUDA, kind="opencl"), ZEN, "needs an OpenCL device with shared virtual memory, and there is none"),
     ],
 )
 def test_what_cannot_run_says_why_and_what_to_do(v: Variant, machine: Host, message: str) -> None:
@@ -74,7 +76,7 @@ def test_what_cannot_run_says_why_and_what_to_do(v: Variant, machine: Host, mess
     with pytest.raises(ArtifactError, match="no variant of the artifact") as caught:
         choose_variant(m, Path("a"), machine)
     assert message in str(caught.value)
-    assert "`llmc compile toy --target cpu`" in str(caught.value)
+    assert "add one with `llmc add a --target cpu`" in str(caught.value)
 
 
 def gpu(major: int, minor: int) -> CudaDevice:
@@ -106,8 +108,31 @@ def test_machine_code_runs_on_its_own_major_version(arch: str, capability: tuple
 
 def test_a_gpu_is_preferred_to_the_processor() -> None:
     m = replace(manifest(5, 8, Limits(1, 1, 1)), variants=[V4, CUDA, variant("sm_90a", CUDA.triple, kind="cuda")])
-    assert choose_variant(m, Path("a"), ZEN, [gpu(9, 0)]).mcpu == "sm_90a"
-    assert choose_variant(m, Path("a"), ZEN, []) is V4
+    assert choose_variant(m, Path("a"), ZEN, [gpu(9, 0)])[0].mcpu == "sm_90a"
+    assert choose_variant(m, Path("a"), ZEN, [])[0] is V4
+
+
+def test_the_choice_is_explained() -> None:
+    mi300 = variant("gfx942", CUDA.triple, kind="rocm")
+    opencl = variant("generic", CUDA.triple, kind="opencl")
+    m = replace(manifest(5, 8, Limits(1, 1, 1)), variants=[V4, opencl, mi300])
+    gpu, other = OpenClDevice(1, "Test GPU", True, 1 << 30), OpenClDevice(2, "Test processor", False, 1 << 30)
+
+    def chosen(*gpus: Any) -> tuple[str, str]:
+        best, why = choose_variant(m, Path("a"), ZEN, gpus)
+        return best.kind, why
+
+    assert chosen(gpu, AmdDevice(0, "gfx942")) == (
+        "rocm",
+        "rocm:gfx942 suits AMD GPU 0 best; rather than opencl:generic, which would run too; rather than cpu:x86-64-v4, which would "
+        "run too",
+    )
+    assert chosen(gpu)[0] == "opencl"
+    kind, why = chosen(other, AmdDevice(0, "gfx1100"))
+    assert kind == "cpu" and "machine code for gfx942, and this machine's AMD GPU 0 is gfx1100" in why
+    assert choose_variant(replace(m, variants=[V4]), Path("a"), ZEN)[1] == "cpu:x86-64-v4 is the only variant"
+    with pytest.raises(ArtifactError, match=r"`llmc add a --target rocm:gfx1100`"):
+        choose_variant(replace(m, variants=[mi300]), Path("a"), ZEN, [AmdDevice(0, "gfx1100")])
 
 
 def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:

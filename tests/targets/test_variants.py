@@ -57,7 +57,7 @@ def test_one_artifact_for_a_cpu_and_two_gpu_architectures(tiny_model_dir: Callab
     assert variants["cuda:sm_80"].weights == variants["cuda:sm_90a"].weights
 
     def chosen(*gpus: CudaDevice) -> str:
-        return choose_variant(both.manifest, both.out, host(), gpus).target
+        return choose_variant(both.manifest, both.out, host(), gpus)[0].target
 
     assert chosen().startswith("cpu")
     assert chosen(CudaDevice(0, "A", (9, 0), 132, 1 << 36)) == "cuda:sm_90a"

@@ -11,7 +11,7 @@ import hashlib
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
@@ -75,16 +75,36 @@ def source(function: Any, target: Target) -> str:
     return "\n".join(text for text, _ in _lower(function, target)[1])
 
 
+def library(functions: Mapping[str, Any], target: Target) -> tuple[Path, dict[str, list[str]]]:
+    """A shared library with ``run_<kernel>(arguments, grid, block, cluster, shared)`` for the kernels of PrimFuncs, by name, and
+    the C types of each kernel's arguments."""
+    assert isinstance(target, GpuTarget)
+    named = {name: function.with_attr("global_symbol", name) for name, function in functions.items()}
+    ((text, _),) = _split(named, target)[1]
+    built, kernels = _compile(text, target.warp_size)
+    return Path(built._name), kernels
+
+
 def _lower(function: Any, target: Target) -> tuple[Any, list[tuple[str, dict[str, list[str]]]]]:
     """The compiled host module, and for each device module its source and ``{kernel: launch parameters}``."""
+    host, sources = _split({"kernel": function.with_attr("global_symbol", "kernel")}, target)
     assert isinstance(target, GpuTarget)
-    tvm_target = cuda.tvm_target(
+    return codegen_build(host, _as_cuda(target).host), sources
+
+
+def _as_cuda(target: GpuTarget) -> tvm.target.Target:
+    return cuda.tvm_target(
         target if target.kind == "cuda" else replace(target, kind="cuda", mcpu="sm_80", triple=gpu.host_triple())
     )
+
+
+def _split(functions: Mapping[str, Any], target: Target) -> tuple[tvm.IRModule, list[tuple[str, dict[str, list[str]]]]]:
+    """The host module, ready to be compiled, and what :func:`_lower` gives of the device's."""
+    assert isinstance(target, GpuTarget)
+    tvm_target = _as_cuda(target)
     lower, finish_host, finish_device = get_tir_pipeline(cuda.PIPELINE)
     with tvm_target:
-        module = tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")})
-        module = lower(tirx.transform.BindTarget(tvm_target)(module))
+        module = lower(tirx.transform.BindTarget(tvm_target)(tvm.IRModule(dict(functions))))
         host, devices = split_host_device_mods(module)
         sources = []
         for device_target, device in devices.items():
@@ -94,7 +114,7 @@ def _lower(function: Any, target: Target) -> tuple[Any, list[tuple[str, dict[str
             }
             sources.append((_generate(finish_device()(device), device_target), launches))
             _check_shared_memory(sources[-1][0], target)
-        return codegen_build(finish_host()(host), tvm_target.host), sources
+        return finish_host()(host), sources
 
 
 def _check_shared_memory(text: str, target: GpuTarget) -> None:

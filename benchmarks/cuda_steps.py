@@ -89,7 +89,7 @@ class Runs:
         m = opened.manifest
         self.free = self._free_memory()
         pages = batch * (-(-(PROMPT + TOKENS + 8) // m.kv.page_size) + 1)
-        self.planned = footprint(m, opened.variant).total + pages * m.kv.page_size * m.kv.bytes_per_token
+        self.planned = footprint(m, opened.variant).total + pages * m.kv.page_bytes
         start = time.perf_counter()
         self.executor = CudaExecutor(opened, pages)
         self.load_seconds = time.perf_counter() - start

@@ -79,13 +79,14 @@ def compile(
 
     Several targets (``["cpu:x86-64-v3", "cuda:sm_80,sm_90a"]``) make variants of one artifact, which share the weights; the loader
     takes the one that suits its machine best. ``dtype``: how matrices are stored (float32, bfloat16 or float16; None: as the
-    checkpoint has them, quantized ones included); sums are always float32. ``kv_dtype``: the same for the KV cache (None: as
-    ``dtype``). ``quant``: a scheme that matrices are rounded to (``"int4"``, ``"int8"``, ...: see
-    :mod:`llmc.passes.quantize.scheme`); ``keep``: exceptions ``"NAME=SCHEME"`` with a regular expression for names and a scheme or
-    ``none``. ``context``: the most positions a sequence may have (None: what the model was trained for). ``max_batch``: sequences
-    in one decode step. ``page_size``: positions of one KV page (None: as ``choices`` has it). ``records``: a folder of tuning
-    records to use beside llmc's own and those in the cache. ``choices``: what is fused, and the page size (None: as ``llmc tune
-    --whole`` measured for such models, else the defaults). ``dump_ir``: a folder for the IR after every pass.
+    checkpoint has them, quantized ones included); sums are always float32. ``kv_dtype``: the same for the KV cache, or a scheme
+    it is quantized by: int8, fp8_e4m3 or int4, see :mod:`llmc.kv_layout` (None: as ``dtype``). ``quant``: a scheme that matrices
+    are rounded to (``"int4"``, ``"int8"``, ...: see :mod:`llmc.passes.quantize.scheme`); ``keep``: exceptions ``"NAME=SCHEME"``
+    with a regular expression for names and a scheme or ``none``. ``context``: the most positions a sequence may have (None: what
+    the model was trained for). ``max_batch``: sequences in one decode step. ``page_size``: positions of one KV page (None: as
+    ``choices`` has it). ``records``: a folder of tuning records to use beside llmc's own and those in the cache. ``choices``: what
+    is fused, and the page size (None: as ``llmc tune --whole`` measured for such models, else the defaults). ``dump_ir``: a folder
+    for the IR after every pass.
 
     Raises an :class:`llmc.errors.LlmcError`; ``out`` is then as it was before.
     """

@@ -36,17 +36,16 @@ def plan_memory(info: Manifest, memory: int | None = None) -> MemoryPlan:
     Of several variants the one that takes most counts. Raises RequestError if not even one page fits.
     """
     needs = max((footprint(info, v) for v in info.variants), key=lambda f: f.total)
-    per_token = info.kv.bytes_per_token
-    page = info.kv.page_size
-    full = -(-info.model.context // page) * page * per_token
-    plan = MemoryPlan(needs.weights, needs.workspace, needs.buffers, per_token, info.model.context, full)
+    page_bytes, page = info.kv.page_bytes, info.kv.page_size
+    full = -(-info.model.context // page) * page_bytes
+    plan = MemoryPlan(needs.weights, needs.workspace, needs.buffers, info.kv.bytes_per_token, info.model.context, full)
     if memory is not None:
-        pages = (memory - needs.total) // (page * per_token)
+        pages = (memory - needs.total) // page_bytes
         if pages < 1:
             raise RequestError(
                 f"{format_bytes(memory)} do not hold this model: its weights take {format_bytes(needs.weights)}, its workspace "
                 f"{format_bytes(needs.workspace)}, logits and other buffers {format_bytes(needs.buffers)}, and one page of the KV "
-                f"cache {format_bytes(page * per_token)}"
+                f"cache {format_bytes(page_bytes)}"
             )
         plan.memory = memory
         plan.max_context = min(pages * page, info.model.context)
@@ -105,7 +104,7 @@ def render(folder: Path, memory: int | None = None) -> str:
         _row("buffers", f"{format_bytes(plan.buffers_bytes)} for logits and the arguments of a step"),
         _row(
             "kv per token",
-            f"{plan.kv_bytes_per_token} B ({info.kv.dtype}, {_layers(info.kv.layers)}, pages of {info.kv.page_size})",
+            f"{plan.kv_bytes_per_token} B ({info.kv.storage}, {_layers(info.kv.layers)}, pages of {info.kv.page_size})",
         ),
         _row("full context", f"{format_bytes(plan.kv_bytes_full_context)} of KV for one sequence"),
     ]

@@ -15,8 +15,8 @@ The module ABI, version 1 (all tensors are the caller's; ``*`` are lists in the 
     extend(out [r, vocab] f32, input_ids [n] i32, positions [n] i32, slot_mapping [n] i32, q_indptr [b+1] i32, seq_lens [b] i32,
            block_table [b, m] i32, logit_rows [r] i32, *kv_pages, *weights)
 
-``kv_pages[l]`` is ``[num_pages, heads, page_size * (k_dim + v_dim)]``; see :mod:`llmc.dialect.paged` for what
-the state tensors mean.
+``kv_pages[l]`` is ``[num_pages, heads, width]``, width and dtype as :mod:`llmc.kv_layout` says; see :mod:`llmc.dialect.paged` for
+what the state tensors mean.
 
 On a GPU the module chooses tokens too. The next two after ``decode`` make a step that needs nothing of the host, and leave the
 arrays of the next one behind; ``sample`` alone follows ``extend``. Arguments marked ``*`` are changed in place::
@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import ArtifactError
+from llmc.kv_layout import SCHEMES, PageLayout, page_dtype, page_layout
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -71,17 +72,42 @@ class KvLayer:
 
 @dataclass
 class KvInfo:
-    """The KV cache: ``page_size`` in positions, ``dtype`` of the stored values."""
+    """The KV cache: ``page_size`` in positions, ``dtype`` of the stored values or the scheme they are quantized by
+    (:data:`llmc.kv_layout.KV_DTYPES`)."""
 
     page_size: int
     dtype: str
     layers: list[KvLayer]
 
+    def layout(self, layer: KvLayer) -> PageLayout:
+        """What a page of ``layer`` holds for each of its heads."""
+        return page_layout(self.dtype, self.page_size, layer.k_dim, layer.v_dim)
+
+    @property
+    def page_dtype(self) -> str:
+        """The dtype of the page tensors."""
+        return page_dtype(self.dtype)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page over all layers, parameters of a scheme included."""
+        return sum(layer.heads * self.layout(layer).nbytes for layer in self.layers)
+
     @property
     def bytes_per_token(self) -> int:
-        """Bytes that one position of one sequence takes over all layers."""
-        width = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}[self.dtype]
-        return sum(layer.heads * (layer.k_dim + layer.v_dim) for layer in self.layers) * width
+        """Bytes that one position of one sequence takes over all layers, rounded up where a page does not divide."""
+        return -(-self.page_bytes // self.page_size)
+
+    @property
+    def bits(self) -> float:
+        """Bits of a stored number on average, parameters included."""
+        numbers = self.page_size * sum(layer.heads * (layer.k_dim + layer.v_dim) for layer in self.layers)
+        return 8 * self.page_bytes / numbers if numbers else 0.0
+
+    @property
+    def storage(self) -> str:
+        """How keys and values are stored, for people: ``float16``, ``int8 (8.25 bits)``."""
+        return f"{self.dtype} ({self.bits:.4g} bits)" if self.dtype in SCHEMES else self.dtype
 
 
 @dataclass

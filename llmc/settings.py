@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from llmc.errors import UsageError
 from llmc.importer.resolve import resolve
 from llmc.importer.source import ModelSource
+from llmc.kv_layout import KV_DTYPES
 from llmc.manifest import Limits, Manifest
 from llmc.passes.choices import DEFAULT, Choices, find, model_call
 from llmc.passes.quantize.options import NATIVE, NONE, QuantOptions
@@ -84,9 +85,10 @@ def settings_of(
 ) -> Settings:
     """The options of :func:`llmc.compile` by the same names. Raises UsageError for one that means nothing."""
     storage = dtype or source.dtype
-    for name in (storage, kv_dtype or storage):
-        if name not in STORAGE_DTYPES:
-            raise UsageError(f"unknown dtype {name!r}: choose one of {', '.join(STORAGE_DTYPES)}")
+    if storage not in STORAGE_DTYPES:
+        raise UsageError(f"unknown dtype {storage!r}: choose one of {', '.join(STORAGE_DTYPES)}")
+    if kv_dtype is not None and kv_dtype not in KV_DTYPES:
+        raise UsageError(f"unknown dtype {kv_dtype!r} for the KV cache: choose one of {', '.join(KV_DTYPES)}")
     trained = default_context(source.config.get_text_config())
     quantization = QuantOptions(quant, tuple(keep), native=dtype is None)
     return Settings(storage, kv_dtype or storage, quantization, context or trained, max_batch, DEFAULT.page_size)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc import manifest
+from llmc.kv_layout import FLOATS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,7 +96,8 @@ class Comparison:
 
 
 # The rounding of a stored weight enters each of the many products of a logit: a few units of the storage type's precision.
-TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2}
+TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 6e-2, "int8": 6e-2, "fp8_e4m3": 1.5e-1, "int4": 3e-1}
+"""By how weights or, the last three, keys and values are stored."""
 
 
 def compare(folder: Path, model: str, progress: Progress, *, threads: int | None = None) -> Comparison:
@@ -110,7 +112,7 @@ def compare(folder: Path, model: str, progress: Progress, *, threads: int | None
         reference = reference_model(model)
     compiled = load(folder, threads=threads)
     info = compiled.manifest
-    stored = {info.kv.dtype, *(t.dtype for t in info.tensors.values())} & TOLERANCE.keys()
+    stored = {info.kv.dtype, *(t.dtype for t in info.tensors.values() if t.dtype in FLOATS)}
     dtype = max(stored, key=lambda name: TOLERANCE[name], default="float32")
     prompts = _prompts(compiled)
     # One after the other: the waiting threads of one engine would slow the other down.

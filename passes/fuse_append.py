@@ -98,7 +98,7 @@ class _Fusion:
         (_, cos, sin), (_, _, slots, held) = q_rope.args, append.args
         return rope_append(
             query.source, cos, sin, slots, held, weights, heads=query.count, v_dim=val.size,
-            page_size=attrs_of(append)["page_size"], **attrs_of(q_rope), **query.norm,
+            **attrs_of(append), **attrs_of(q_rope), **query.norm,
         )  # fmt: skip
 
 

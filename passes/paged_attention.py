@@ -7,7 +7,8 @@ before::                                       after::
 
 The state tensors become parameters (see :mod:`llmc.manifest` for the order and :mod:`llmc.dialect.paged` for the meaning). The
 append's result is what the attend reads, which keeps the two in order although the pages are written in place. Layers whose
-keys and values are another layer's share that layer's pages.
+keys and values are another layer's share that layer's pages. ``kv_dtype`` is a float dtype, or the name of a scheme whose codes the
+pages then hold (:mod:`llmc.kv_layout`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tvm.relax import TensorType
 
 from llmc.dialect.core import attrs_of
 from llmc.dialect.paged import append, attend
+from llmc.kv_layout import SCHEMES, page_layout
 from llmc.manifest import KvLayer
 from llmc.passes.rewrite import Graph, Rewriter, op_name, rewrite
 from llmc.passes.shapes import dims
@@ -32,6 +34,7 @@ class _Paged:
         shapes = {"slot_mapping": [n], "q_indptr": [b + 1], "seq_lens": [b], "block_table": [b, m]}
         self.state = {name: relax.Var(name, TensorType(shapes[name], "int32")) for name in STATE}
         self.page_size, self.kv_dtype = page_size, kv_dtype
+        self.kv_scheme = kv_dtype if kv_dtype in SCHEMES else ""
         self.pages: list[relax.Var] = []
         self.layers: list[KvLayer] = []
         self.written: dict[tuple[relax.Var, relax.Var], tuple[relax.Var, int]] = {}
@@ -50,17 +53,17 @@ class _Paged:
         return attend(
             q, pages, self.state["block_table"], self.state["seq_lens"], self.state["q_indptr"], *sinks,
             scale=attrs["scale"], page_size=self.page_size, v_dim=layer.v_dim,
-            window=window, chunk=attrs["chunk"], softcap=attrs["softcap"],
+            window=window, chunk=attrs["chunk"], softcap=attrs["softcap"], kv_scheme=self.kv_scheme,
         )  # fmt: skip
 
     def _append(self, work: Rewriter, k: relax.Var, v: relax.Var, window: int) -> relax.Var:
         _, heads, k_dim = dims(k)
         v_dim = dims(v)[2]
-        shape = [self.num_pages, heads, self.page_size * (k_dim + v_dim)]
-        held = relax.Var(f"kv_pages.{len(self.pages)}", TensorType(shape, self.kv_dtype))
+        layout = page_layout(self.kv_dtype, self.page_size, k_dim, v_dim)
+        held = relax.Var(f"kv_pages.{len(self.pages)}", TensorType([self.num_pages, heads, layout.width], layout.dtype))
         self.pages.append(held)
         self.layers.append(KvLayer(heads, k_dim, v_dim, window))
-        return work.emit(append(k, v, self.state["slot_mapping"], held, self.page_size))
+        return work.emit(append(k, v, self.state["slot_mapping"], held, self.page_size, self.kv_scheme))
 
 
 def paged_attention(graph: Graph, page_size: int, kv_dtype: str) -> list[KvLayer]:

@@ -20,6 +20,7 @@ from llmc.dialect.linear import ACTIVATIONS, GATED, is_gated
 from llmc.dialect.quantized import ACTIVATION_DTYPES
 from llmc.errors import InternalError
 from llmc.importer.params import ParamTable
+from llmc.kv_layout import page_layout
 from llmc.passes.rewrite import Graph, op_name
 from llmc.passes.shapes import dims, dtype_of, first_result, same_dim, same_shape
 
@@ -93,11 +94,15 @@ def _attention(s: Shapes, a: dict[str, Any]) -> str:
     )
 
 
+def _page_width(a: dict[str, Any], d: int, dv: int) -> int:
+    return page_layout(a.get("kv_scheme", "float32"), a["page_size"], d, dv).width
+
+
 def _append(s: Shapes, a: dict[str, Any]) -> str:
     k, v, slots, pages = s[:4]
     return _expect(
         (len(s) == 5 and same_dim(k[0], slots[0]) and same_dim(k[0], v[0]), "k, v and slot_mapping differ in rows"),
-        (pages[1] == k[1] and pages[2] == a["page_size"] * (k[2] + v[2]), f"pages {pages} for k {k} and v {v}"),
+        (pages[1] == k[1] and pages[2] == _page_width(a, k[2], v[2]), f"pages {pages} for k {k} and v {v}"),
     )
 
 
@@ -106,7 +111,7 @@ def _rope_append(s: Shapes, a: dict[str, Any]) -> str:
     q, (_, kv_heads, width), r = s[-1], pages, a["rotary_dim"]
     return _expect(
         (len(s) == 6 + 2 * a["norm"], f"{len(s) - 1} operands for norm={a['norm']}"),
-        (width == a["page_size"] * (q[2] + a["v_dim"]), f"pages {pages} for heads of {q[2]} and {a['v_dim']}"),
+        (width == _page_width(a, q[2], a["v_dim"]), f"pages {pages} for heads of {q[2]} and {a['v_dim']}"),
         (qkv[1] == (q[1] + kv_heads) * q[2] + kv_heads * a["v_dim"], f"rows of {qkv[1]} for q {q} and pages {pages}"),
         (r % 2 == 0 and r <= q[2], f"rotary_dim {r} for a head of {q[2]}"),
         (same_shape(cos, [qkv[0], r]) and same_shape(sin, cos) and same_dim(slots[0], qkv[0]), "cos, sin and slots differ in rows"),
@@ -118,7 +123,7 @@ def _attend(s: Shapes, a: dict[str, Any]) -> str:
     q, pages, table, lengths, starts = s[:5]
     return _expect(
         (len(s) == 6 + a["sinks"], f"{len(s) - 1} operands for sinks={a['sinks']}"),
-        (q[1] % pages[1] == 0 and pages[2] == a["page_size"] * (q[2] + a["v_dim"]), f"pages {pages} for q {q}"),
+        (q[1] % pages[1] == 0 and pages[2] == _page_width(a, q[2], a["v_dim"]), f"pages {pages} for q {q}"),
         (
             same_dim(table[0], lengths[0]) and same_dim(starts[0], lengths[0] + 1),
             "block_table, seq_lens and q_indptr differ in sequences",

@@ -47,6 +47,8 @@ def main(args: argparse.Namespace) -> int:
     )
     for line in table(report.weights):
         progress.note(line)
+    kv = report.manifest.kv
+    progress.note(f"KV cache  {kv.storage}, {format_bytes(kv.bytes_per_token)} a token")
     if names := report.unused:
         rest = ", ..." if len(names) > 8 else ""
         progress.note(f"{len(names)} tensors unused by the graph: {', '.join(names[:8])}{rest}")
@@ -64,6 +66,7 @@ def main(args: argparse.Namespace) -> int:
                     "target": [variant.target for variant in report.manifest.variants],
                     "parameters": report.manifest.model.parameters,
                     "bits_per_weight": bits_per_weight(report.weights),
+                    "kv": {"dtype": kv.dtype, "bits": kv.bits, "bytes_per_token": kv.bytes_per_token},
                     "weights": [asdict(row) for row in report.weights],
                 }
             )

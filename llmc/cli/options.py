@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
+from llmc.kv_layout import KV_DTYPES
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -65,7 +67,11 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=SCHEME",
         help="other scheme, or none, for matrices whose name holds the regular expression NAME; may be repeated",
     )
-    group.add_argument("--kv-dtype", choices=DTYPES, help="storage type of the KV cache (default: follows --dtype)")
+    group.add_argument(
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        help="storage of the KV cache: floats, or codes with scales for each position and head (default: follows --dtype)",
+    )
     group.add_argument("--max-batch", type=positive, default=8, metavar="N", help="sequences in one step (default: 8)")
     group.add_argument("--page-size", type=positive, metavar="N", help="positions in one KV page (default: as tuned, else 16)")
 

@@ -2,7 +2,8 @@
 
 The KV cache of one layer is ``kv_pages [num_pages, hk, page_size * (d + dv)]``: for a page and a KV head first the keys of its
 ``page_size`` slots (slot t at ``t * d``), then their values (slot t at ``page_size * d + t * dv``). Which page holds which
-positions is the block table's matter (Kwon et al., 2023, "PagedAttention").
+positions is the block table's matter (Kwon et al., 2023, "PagedAttention"). With an attribute ``kv_scheme`` (absent for floats)
+the pages are bytes: codes and their parameters, where :mod:`llmc.kv_layout` says, quantized as :mod:`llmc.dialect.kv_codes` does.
 
 ``llmc.append(k [n, hk, d], v [n, hk, dv], slot_mapping [n] i32, kv_pages)`` -> kv_pages, updated in place: token i goes to slot
 ``slot_mapping[i] = page * page_size + offset``. A negative slot is skipped.
@@ -23,13 +24,17 @@ from tvm.relax import TensorType
 
 from llmc.dialect.attention import reference as attention_reference
 from llmc.dialect.core import call, register
+from llmc.dialect.kv_codes import dequantize, quantize
+from llmc.kv_layout import page_layout, scheme_attr
 
 APPEND = "llmc.append"
 ATTEND = "llmc.attend"
 
 
-def append(k: relax.Expr, v: relax.Expr, slot_mapping: relax.Expr, kv_pages: relax.Expr, page_size: int) -> relax.Call:
-    return call(APPEND, k, v, slot_mapping, kv_pages, page_size=int(page_size))
+def append(
+    k: relax.Expr, v: relax.Expr, slot_mapping: relax.Expr, kv_pages: relax.Expr, page_size: int, kv_scheme: str = ""
+) -> relax.Call:
+    return call(APPEND, k, v, slot_mapping, kv_pages, page_size=int(page_size), **scheme_attr(kv_scheme))
 
 
 def attend(
@@ -46,11 +51,13 @@ def attend(
     window: int = -1,
     chunk: int = -1,
     softcap: float = 0.0,
+    kv_scheme: str = "",
 ) -> relax.Call:
     args = [q, kv_pages, block_table, seq_lens, q_indptr, *([] if sinks is None else [sinks])]
     return call(
         ATTEND, *args, scale=float(scale), window=int(window), chunk=int(chunk), softcap=float(softcap),
         sinks=int(sinks is not None), page_size=int(page_size), v_dim=int(v_dim),
+        **scheme_attr(kv_scheme),
     )  # fmt: skip
 
 
@@ -63,32 +70,46 @@ register(APPEND, lambda c, _: c.args[3].ty)
 register(ATTEND, _infer_attend)
 
 
-def append_reference(k: np.ndarray, v: np.ndarray, slot_mapping: np.ndarray, kv_pages: np.ndarray, *, page_size: int) -> np.ndarray:
-    """A copy of ``kv_pages`` with the rows of k and v written to their slots (cast to the pages' dtype)."""
+def append_reference(
+    k: np.ndarray, v: np.ndarray, slot_mapping: np.ndarray, kv_pages: np.ndarray, *, page_size: int, kv_scheme: str = ""
+) -> np.ndarray:
+    """A copy of ``kv_pages`` with the rows of k and v written to their slots (cast to the pages' dtype, or quantized)."""
     pages = kv_pages.copy()
-    d, dv = k.shape[2], v.shape[2]
+    layout = page_layout(kv_scheme or "float32", page_size, k.shape[2], v.shape[2])
+    pieces = [(0, k), (layout.values, v)]
+    if layout.scheme is not None:
+        (k_codes, k_parameters), (v_codes, v_parameters) = quantize(k, layout.scheme), quantize(v, layout.scheme)
+        pieces = [(0, k_codes), (layout.values, v_codes)]
+        pieces += [(layout.key_parameters, k_parameters), (layout.value_parameters, v_parameters)]
     for i, slot in enumerate(slot_mapping):
         if slot < 0:
             continue
         page, offset = divmod(int(slot), page_size)
-        pages[page, :, offset * d : (offset + 1) * d] = k[i].astype(pages.dtype)
-        start = page_size * d + offset * dv
-        pages[page, :, start : start + dv] = v[i].astype(pages.dtype)
+        for base, rows in pieces:
+            start = base + offset * rows.shape[2]
+            pages[page, :, start : start + rows.shape[2]] = rows[i].astype(pages.dtype)
     return pages
 
 
 def gather_reference(
-    kv_pages: np.ndarray, table: np.ndarray, length: int, *, d: int, v_dim: int, page_size: int
+    kv_pages: np.ndarray, table: np.ndarray, length: int, *, d: int, v_dim: int, page_size: int, kv_scheme: str = ""
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keys ``[length, hk, d]`` and values ``[length, hk, dv]`` of one sequence, read through its row of the block table."""
-    heads = kv_pages.shape[1]
-    k, v = np.empty((length, heads, d)), np.empty((length, heads, v_dim))
-    for p in range(length):
-        page, t = kv_pages[int(table[p // page_size])], p % page_size
-        k[p] = page[:, t * d : (t + 1) * d].astype(np.float64)
-        start = page_size * d + t * v_dim
-        v[p] = page[:, start : start + v_dim].astype(np.float64)
-    return k, v
+    layout = page_layout(kv_scheme or "float32", page_size, d, v_dim)
+    positions = np.arange(length)
+    pages, slots = kv_pages[table[positions // page_size]], positions % page_size
+
+    def rows(base: int, width: int) -> np.ndarray:
+        columns = base + slots[:, None] * width + np.arange(width)
+        return np.take_along_axis(pages, columns[:, None, :], axis=2)
+
+    k, v = rows(0, layout.key_width), rows(layout.values, layout.value_width)
+    if layout.scheme is None:
+        return k.astype(np.float64), v.astype(np.float64)
+    scheme = layout.scheme
+    k_parameters = rows(layout.key_parameters, 2 * scheme.parameters(d))
+    v_parameters = rows(layout.value_parameters, 2 * scheme.parameters(v_dim))
+    return dequantize(k, k_parameters, d, scheme), dequantize(v, v_parameters, v_dim, scheme)
 
 
 def attend_reference(
@@ -105,6 +126,7 @@ def attend_reference(
     window: int = -1,
     chunk: int = -1,
     softcap: float = 0.0,
+    kv_scheme: str = "",
 ) -> np.ndarray:
     """float64 reference of ``llmc.attend``: gather each sequence, then :func:`llmc.dialect.attention.reference`."""
     out = np.zeros((q.shape[0], q.shape[1], v_dim))
@@ -113,7 +135,9 @@ def attend_reference(
         count = rows.stop - rows.start
         if count == 0:
             continue
-        k, v = gather_reference(kv_pages, block_table[s], length, d=q.shape[2], v_dim=v_dim, page_size=page_size)
+        k, v = gather_reference(
+            kv_pages, block_table[s], length, d=q.shape[2], v_dim=v_dim, page_size=page_size, kv_scheme=kv_scheme
+        )
         out[rows] = attention_reference(
             q[rows], k, v, sinks, scale=scale, window=window, chunk=chunk, softcap=softcap, first_row=length - count
         )

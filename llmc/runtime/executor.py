@@ -99,8 +99,8 @@ class Flight(Protocol):
 
 
 def page_shapes(m: Manifest, num_pages: int) -> list[tuple[int, int, int]]:
-    """The shape of every layer's page tensor: [num_pages, heads, page_size * (k_dim + v_dim)]."""
-    return [(num_pages, layer.heads, m.kv.page_size * (layer.k_dim + layer.v_dim)) for layer in m.kv.layers]
+    """The shape of every layer's page tensor, of dtype ``m.kv.page_dtype``: [num_pages, heads, elements of a page]."""
+    return [(num_pages, layer.heads, m.kv.layout(layer).width) for layer in m.kv.layers]
 
 
 class _Pool(threading.local):
@@ -165,10 +165,10 @@ class TvmExecutor:
         self._decode = vm_function(self._vm, "decode")
         self._extend = vm_function(self._vm, "extend")
         # pages and weights as arrays, too: copy_page works on them, and they keep the memory
-        self._pages = [zeros(shape, m.kv.dtype) for shape in page_shapes(m, num_pages)]
+        self._pages = [zeros(shape, m.kv.page_dtype) for shape in page_shapes(m, num_pages)]
         weights = map_weights(artifact.folder, m.tensors, variant.weights)
         self._static = (
-            *(tensor(pages, m.kv.dtype) for pages in self._pages),
+            *(tensor(pages, m.kv.page_dtype) for pages in self._pages),
             *(tensor(array, dtype) for array, dtype in weights),
         )
         limits = m.limits

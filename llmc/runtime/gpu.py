@@ -113,26 +113,26 @@ class GpuExecutor(ABC):
         """
         m = artifact.manifest
         self.num_pages, self.page_size = num_pages, m.kv.page_size
-        self._vocab, self._kv_dtype = m.model.vocab_size, m.kv.dtype
+        self._vocab, self._kv_dtype = m.model.vocab_size, m.kv.page_dtype
         self.driver = self.open_driver(device)
         self._tensors, self._functions = self.load_module(artifact)
         shapes = page_shapes(m, num_pages)
         self._rows = max(m.limits.max_logit_rows, m.limits.max_batch)
         try:
-            self._pages = [(self.driver.allocate(device_bytes(s, m.kv.dtype), zero=True), s) for s in shapes]
+            self._pages = [(self.driver.allocate(device_bytes(s, m.kv.page_dtype), zero=True), s) for s in shapes]
             weights = self._upload(artifact)
             self._out = self.driver.allocate(4 * self._rows * self._vocab)
             self._arguments = _Arguments(self.driver, m)
             self._logits = self.driver.pinned(4 * self._rows * self._vocab).view(np.float32)
             self.pipeline = self.make_pipeline(m)
         except InternalError as error:
-            needed = sum(device_bytes(s, m.kv.dtype) for s in shapes)
+            needed = sum(device_bytes(s, m.kv.page_dtype) for s in shapes)
             self.driver.close()
             raise RequestError(
                 f"the model does not fit the GPU ({error}): its KV cache asks for {needed} bytes beside the weights: load it "
                 "with a smaller kv_memory, context or max_batch"
             ) from error
-        self._static = (*(self._tensors.tensor(a, s, m.kv.dtype) for a, s in self._pages), *weights)
+        self._static = (*(self._tensors.tensor(a, s, m.kv.page_dtype) for a, s in self._pages), *weights)
         self._views: dict[tuple[int, tuple[int, ...], str], Any] = {}
         self._recorded: dict[tuple[str, int], Callable[[], None]] = {}
         self._warm: set[tuple[str, int]] = set()

@@ -42,7 +42,7 @@ def kv_page_count(m: Manifest, context: int, max_batch: int, kv_memory: int | No
     available, whichever is less. Raises RequestError if ``kv_memory``, or exclusive memory, does not hold a page.
     """
     size = m.kv.page_size
-    per_page = max(m.kv.bytes_per_token * size, 1)
+    per_page = max(m.kv.page_bytes, 1)
     per_sequence = -(-context // size)
     wanted = per_sequence * max_batch
     if kv_memory is not None:

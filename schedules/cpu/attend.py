@@ -13,26 +13,29 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from llmc.kv_layout import FLOATS, scheme_attr
 from llmc.schedules.cpu.emit import Simd, Symbols, arguments, bind, ceildiv, function, i64, local, read, store
 from llmc.schedules.cpu.flash import Flash, Heads, Scores
+from llmc.schedules.cpu.kv_codes import Side
+from llmc.schedules.kv_pages import page_layout_of, pages_spec, slot_bytes, stored_as
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import Target
 
 Expr = Any
 NAME = "cpu.attend"
 OP = "llmc.attend"
-STORAGE = ("float32", "float16", "bfloat16")
 
 
 def _call(
     hq: int, hk: int, d: int, dv: int = 0, page_size: int = 16, dtype: str = "float32", phase: str = "extend", **attrs: Any
 ) -> KernelCall:
     dv = dv or d
-    full = {"scale": d**-0.5, "window": -1, "chunk": -1, "softcap": 0.0, "sinks": 0, "page_size": page_size, "v_dim": dv, **attrs}
+    full = {"scale": d**-0.5, "window": -1, "chunk": -1, "softcap": 0.0, "sinks": 0, "page_size": page_size, "v_dim": dv}
+    full |= {**scheme_attr(dtype), **attrs}
     n = "b" if phase == "decode" else "n"
     args = [
         TensorSpec((n, hq, d), "float32"),
-        TensorSpec(("num_pages", hk, page_size * (d + dv)), dtype),
+        pages_spec(dtype, hk, page_size, d, dv),
         TensorSpec(("b", "m"), "int32"),
         TensorSpec(("b",), "int32"),
         TensorSpec(("b+1",), "int32"),
@@ -50,6 +53,10 @@ SHAPES: dict[str, KernelCall] = {
     "odd_20_12_softcap": _call(6, 2, 20, 12, page_size=3, softcap=3.0),
     "tiny_12_sinks": _call(2, 1, 12, 20, page_size=16, sinks=1, window=5),
     "chunked_128": _call(8, 1, 128, page_size=7, chunk=9),
+    "int8_decode": _call(9, 3, 64, dtype="int8", phase="decode"),
+    "int8_odd_20_12_softcap_sinks": _call(6, 2, 20, 12, page_size=3, dtype="int8", softcap=3.0, sinks=1),
+    "int4_80_57_window": _call(2, 2, 80, 57, page_size=3, dtype="int4", window=40),
+    "fp8_96_chunked": _call(4, 1, 96, dtype="fp8_e4m3", chunk=50),
     "window_decode": _call(4, 2, 96, dtype="bfloat16", window=7, phase="decode"),
 }
 
@@ -58,10 +65,11 @@ def matches(call: KernelCall, target: Target) -> str | None:
     if call.op != OP or target.kind != "cpu":
         return None
     q, pages = call.args[0], call.args[1]
-    sinks_ok = len(call.args) == 5 or call.args[5].dtype in STORAGE
-    if q.dtype != "float32" or pages.dtype not in STORAGE or not sinks_ok:
+    sinks_ok = len(call.args) == 5 or call.args[5].dtype in FLOATS
+    stored = stored_as(call, pages)
+    if q.dtype != "float32" or stored is None or not sinks_ok:
         return None
-    return f"online softmax over chunks of positions, {pages.dtype} pages"
+    return f"online softmax over chunks of positions, {stored} pages"
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
@@ -74,6 +82,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     hq, d = (int(v) for v in call.args[0].shape[1:])
     hk, block = int(call.args[1].shape[1]), int(config["row_block"])
     heads = Heads(hq // hk, d, int(call.attr("v_dim")), int(call.attr("page_size")), block)
+    layout = page_layout_of(call, call.args[1], d, heads.dv)
     scores = Scores(*(call.attr(name) for name in ("scale", "softcap", "window", "chunk")))
     names = ["q", "kv_pages", "block_table", "seq_lens", "q_indptr", "sinks"][: len(call.args)]
     specs = {**dict(zip(names, call.args, strict=True)), "out": call.result}
@@ -81,9 +90,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
         n, sequences = symbols.dim(call.args[0].shape[0]), symbols.dim(call.args[3].shape[0])
         lengths, starts = buffers["seq_lens"], buffers["q_indptr"]
-        flash = Flash(
-            simd, heads, scores, buffers["q"], buffers["kv_pages"], buffers["block_table"], buffers["out"], buffers.get("sinks")
-        )
+        keys, values = (Side(simd, buffers["kv_pages"], layout, keys=keys) for keys in (True, False))
+        flash = Flash(simd, heads, scores, buffers["q"], keys, values, buffers["block_table"], buffers["out"], buffers.get("sinks"))
 
         def decode(t: Expr) -> None:
             row, head = bind(tirx.floordiv(t, hk)), bind(tirx.floormod(t, hk))
@@ -129,8 +137,8 @@ def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
 
 def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
     """``context``: the positions that each of the b sequences holds; all of them are read once and multiplied by every row."""
-    width = {"float32": 4, "float16": 2, "bfloat16": 2}[call.args[1].dtype]
     n, hq, d = call.args[0].bind(symbols)
-    values = d + int(call.attr("v_dim"))
-    cache = symbols["b"] * symbols["context"] * int(call.args[1].shape[1]) * values * width
+    dv = int(call.attr("v_dim"))
+    values = d + dv
+    cache = symbols["b"] * symbols["context"] * int(call.args[1].shape[1]) * slot_bytes(call, call.args[1], d, dv)
     return cache + 4 * n * hq * values, 2 * n * hq * values * symbols["context"]

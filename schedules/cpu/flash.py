@@ -18,6 +18,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.schedules.cpu.emit import Simd, bind, ceildiv, each_vector, elements, f32, i64, keep, local, read, shuffle, store, when
+from llmc.schedules.cpu.kv_codes import Side
 from llmc.schedules.cpu.math import Math
 
 Expr = Any
@@ -54,9 +55,21 @@ def chunk_size(simd: Simd, d: int, dv: int) -> int:
 class Flash:
     """Emits the attention of a run of consecutive rows of one sequence to one KV head."""
 
-    def __init__(self, simd: Simd, heads: Heads, scores: Scores, q: Expr, pages: Expr, table: Expr, out: Expr, sinks: Expr | None):
+    def __init__(
+        self,
+        simd: Simd,
+        heads: Heads,
+        scores: Scores,
+        q: Expr,
+        keys: Side,
+        values: Side,
+        table: Expr,
+        out: Expr,
+        sinks: Expr | None,
+    ):
         self.simd, self.heads, self.scores = simd, heads, scores
-        self.q, self.pages, self.table, self.out, self.sinks = q, pages, table, out, sinks
+        self.q, self.table, self.out, self.sinks = q, table, out, sinks
+        self.key_side, self.value_side = keys, values
         self.chunk = chunk_size(simd, heads.d, heads.dv)
         self.lanes = simd.lanes
         budget = simd.registers * 3 // 4
@@ -72,6 +85,8 @@ class Flash:
         self.values = local(h.dv, self.chunk)
         self.page = local(self.chunk, dtype="int64")
         self.slot = local(self.chunk, dtype="int64")
+        if self.key_side.scheme is not None:
+            self.parameters = local(self.chunk, self.key_side.scheme.parameters(h.d))
         self.weights = local(self.chunk, self.query_tile)
         self.sums = local(h.dv, queries)
         self.totals = local(self.lanes, queries)
@@ -135,43 +150,86 @@ class Flash:
 
     def _gather(self, sequence: Expr, head: Expr, base: Expr, count: Expr) -> None:
         """Bring a chunk to scratch as float32: keys transposed to [d, chunk], values as [chunk, dv]."""
-        h, lanes = self.heads, self.lanes
+        h, lanes, keys = self.heads, self.lanes, self.key_side
         with T.serial(0, ceildiv(count, lanes) * lanes) as r:
             # Beyond the last position there is nothing to read; that one's lanes are masked or skipped later.
             position = bind(base + tirx.min(i64(r), count - 1))
-            store(self.page, i64(self.table[sequence, tirx.floordiv(position, h.page_size)]), i64(r))
-            store(self.slot, tirx.floormod(position, h.page_size), i64(r))
+            page, slot = (
+                bind(i64(self.table[sequence, tirx.floordiv(position, h.page_size)])),
+                bind(tirx.floormod(position, h.page_size)),
+            )
+            store(self.page, page, i64(r))
+            store(self.slot, slot, i64(r))
+            for i in range(keys.scheme.parameters(h.d) if keys.scheme else 0):
+                store(self.parameters, keys.parameter(page, head, slot, i), i64(i * self.chunk) + i64(r))
 
-        def transpose(block: Expr, start: Expr) -> None:
+        def transpose(block: Expr, start: Expr, group: Expr) -> None:
             at = [bind(block * lanes + r) for r in range(lanes)]
-            rows = [
-                bind(self.simd.load(self.pages, read(self.page, a), head, read(self.slot, a) * h.d + start, lanes=lanes))
-                for a in at
-            ]
+            rows = [bind(keys.load(read(self.page, a), head, read(self.slot, a), start, lanes)) for a in at]
             for i, column in enumerate(transposed(rows)):
-                store(self.keys, column, (start + i) * self.chunk + block * lanes, lanes=lanes)
+                store(
+                    self.keys,
+                    self._scaled(column, group, block * lanes, lanes),
+                    (start + i) * self.chunk + block * lanes,
+                    lanes=lanes,
+                )
 
+        whole = h.d // lanes * lanes
         with T.serial(0, ceildiv(count, lanes)) as b:
             block = bind(i64(b))
-            if h.d >= lanes:
-                with T.serial(0, h.d // lanes) as s:
-                    transpose(block, i64(s) * lanes)
-                if h.d % lanes:
-                    transpose(block, i64(h.d - lanes))
-            else:
-                with T.serial(0, lanes) as r, T.serial(0, h.d) as e:
+            if whole:
+                with T.serial(0, whole // lanes) as s:
+                    start = bind(i64(s) * lanes)
+                    transpose(block, start, self._group(start))
+            if whole and whole < h.d and keys.scheme is None:
+                transpose(block, i64(h.d - lanes), i64(0))
+            elif whole < h.d:
+                with T.serial(0, lanes) as r, T.serial(whole, h.d) as e:
                     at, element = bind(block * lanes + i64(r)), bind(i64(e))
-                    value = self.simd.load(self.pages, read(self.page, at), head, read(self.slot, at) * h.d + element)
-                    store(self.keys, value, element * self.chunk + at)
+                    value = keys.load(read(self.page, at), head, read(self.slot, at), element, 1)
+                    store(self.keys, self._scaled(value, self._group(element), at, 1), element * self.chunk + at)
         with T.serial(0, count) as r:
             at = bind(i64(r))
-            page, first = bind(read(self.page, at)), bind(h.page_size * h.d + read(self.slot, at) * h.dv)
+            self._gather_value(bind(read(self.page, at)), head, bind(read(self.slot, at)), at)
 
-            def copy(start: Expr, width: int) -> None:
-                value = self.simd.load(self.pages, page, head, first + start, lanes=width)
-                store(self.values, value, at * h.dv + start, lanes=width)
+    def _group(self, element: Expr) -> Expr:
+        """The group of a key's element."""
+        scheme = self.key_side.scheme
+        return bind(tirx.floordiv(element, scheme.span(self.heads.d))) if scheme else i64(0)
 
-            each_vector(h.dv, lanes, copy)
+    def _scaled(self, codes: Expr, group: Expr, position: Expr, lanes: int) -> Expr:
+        """One element of the keys of consecutive positions of the chunk, from codes to values."""
+        scheme = self.key_side.scheme
+        if scheme is None:
+            return codes
+        value = codes * read(self.parameters, group * self.chunk + position, lanes=lanes)
+        if not scheme.minimum:
+            return value
+        return value + read(self.parameters, (group + scheme.groups(self.heads.d)) * self.chunk + position, lanes=lanes)
+
+    def _gather_value(self, page: Expr, head: Expr, slot: Expr, at: Expr) -> None:
+        dv, side = self.heads.dv, self.value_side
+        scheme = side.scheme
+        if scheme is None:
+            each_vector(
+                dv,
+                self.lanes,
+                lambda start, width: store(self.values, side.load(page, head, slot, start, width), at * dv + start, lanes=width),
+            )
+            return
+        span, groups = scheme.span(dv), scheme.groups(dv)
+        for group in range(groups):
+            scale = bind(side.parameter(page, head, slot, group))
+            minimum = bind(side.parameter(page, head, slot, groups + group)) if scheme.minimum else None
+
+            def copy(
+                start: Expr, width: int, first: int = group * span, scale: Expr = scale, minimum: Expr | None = minimum
+            ) -> None:
+                value = side.load(page, head, slot, first + start, width) * self.simd.splat(scale, width)
+                value = value if minimum is None else value + self.simd.splat(minimum, width)
+                store(self.values, value, at * dv + first + start, lanes=width)
+
+            each_vector(min(span, dv - group * span), self.lanes, copy)
 
     def _tile(self, head: Expr, first: Expr, position: Expr, row: Expr, size: int, base: Expr, count: Expr) -> None:
         """One chunk for ``size`` rows and all heads of the group, at most ``query_tile`` queries at a time."""

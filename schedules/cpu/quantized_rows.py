@@ -76,7 +76,7 @@ def _block(simd: Simd, x: Expr, row: Expr, block: Expr, k: int, rows: Rows, coun
         return
     values = [bind(simd.load(x, row, block * BLOCK + i, lanes=lanes)) for i in range(0, BLOCK, lanes)]
     scale, inverse = _scale(simd.largest(_fold(tirx.max, [_abs(v, lanes) for v in values])))
-    codes = [_rounded(simd, value, inverse, lanes) for value in values]
+    codes = [rounded(simd, value, inverse, lanes) for value in values]
     for i, code in enumerate(codes):
         store(rows.codes, tirx.Cast(vector("int8", lanes), code), start + i * lanes, lanes=lanes)
     store(rows.scales, scale, at)
@@ -97,7 +97,7 @@ def _short_block(simd: Simd, x: Expr, row: Expr, block: Expr, rows: Rows, count:
     for i in range(BLOCK):
         code = tirx.const(0, "int32")
         if i < count:
-            code = _rounded(simd, simd.load(x, row, block * BLOCK + i), inverse, 1)
+            code = rounded(simd, simd.load(x, row, block * BLOCK + i), inverse, 1)
         store(rows.codes, tirx.Cast("int8", code), start + i)
         slot = at * sets + i // rows.stretch
         store(rows.sums, read(rows.sums, slot) + code, slot)
@@ -113,7 +113,8 @@ def _scale(largest: Expr) -> tuple[Expr, Expr]:
     )
 
 
-def _rounded(simd: Simd, value: Expr, inverse: Expr, lanes: int) -> Expr:
+def rounded(simd: Simd, value: Expr, inverse: Expr, lanes: int) -> Expr:
+    """value · inverse (below 2^22) to the nearest int32, ties to even, without rounding the product first where there is an fma."""
     shifted = simd.fma(value, simd.splat(inverse, lanes), simd.splat(ROUND, lanes))
     bias = tirx.const(ROUND_BITS, "int32")
     return bind(tirx.reinterpret(vector("int32", lanes), shifted) - (bias if lanes == 1 else tirx.Broadcast(bias, lanes)))

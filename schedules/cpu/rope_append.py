@@ -12,6 +12,7 @@ import numpy as np
 from tvm import tirx
 
 from llmc.dialect.rope_append import key_dim
+from llmc.kv_layout import FLOATS, scheme_attr
 from llmc.schedules.cpu.emit import (
     Simd,
     Symbols,
@@ -28,13 +29,14 @@ from llmc.schedules.cpu.emit import (
     store,
     when,
 )
+from llmc.schedules.cpu.kv_codes import Side
+from llmc.schedules.kv_pages import page_layout_of, pages_spec, stored_as
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import Target
 
 Expr = Any
 NAME = "cpu.rope_append"
 OP = "llmc.rope_append"
-STORAGE = ("float32", "float16", "bfloat16")
 
 
 def _call(
@@ -42,13 +44,13 @@ def _call(
     interleaved: int = 0, norm: int = 0, offset: float = 0.0,
 ) -> KernelCall:  # fmt: skip
     dv, rotary = dv or d, rotary or d
-    pages = TensorSpec(("num_pages", hk, page_size * (d + dv)), kv_dtype)
+    pages = pages_spec(kv_dtype, hk, page_size, d, dv)
     angle, weight = TensorSpec(("n", rotary), "float32"), TensorSpec((d,), "float32")
     rows = TensorSpec(("n", hq * d + hk * (d + dv)), "float32")
     args = (rows, angle, angle, TensorSpec(("n",), "int32"), pages, *([weight] * 2 * norm))
     attrs = {
         "heads": hq, "v_dim": dv, "page_size": page_size, "rotary_dim": rotary, "interleaved": interleaved, "norm": norm,
-        "eps": 1e-6 * norm, "offset": offset,
+        "eps": 1e-6 * norm, "offset": offset, **scheme_attr(kv_dtype),
     }  # fmt: skip
     return KernelCall(OP, args, TensorSpec(("n", hq, d), "float32"), tuple(sorted(attrs.items())))
 
@@ -59,6 +61,9 @@ SHAPES: dict[str, KernelCall] = {
     "partial_80_of_96_f16": _call(2, 2, 96, rotary=80, kv_dtype="float16"),
     "odd_20_12": _call(4, 2, 20, 12, page_size=5),
     "norm_offset_14": _call(6, 3, 14, page_size=3, norm=1, offset=1.0),
+    "int8_64": _call(9, 3, 64, kv_dtype="int8"),
+    "norm_int4_36": _call(4, 2, 36, page_size=7, kv_dtype="int4", norm=1),
+    "partial_fp8_20_12": _call(4, 2, 20, 12, rotary=16, page_size=5, kv_dtype="fp8_e4m3"),
     "pairs_64": _call(4, 2, 64, interleaved=1),
     "pairs_partial_12_of_21_norm": _call(2, 1, 21, rotary=12, interleaved=1, norm=1),
 }
@@ -67,9 +72,10 @@ SHAPES: dict[str, KernelCall] = {
 def matches(call: KernelCall, target: Target) -> str | None:
     if call.op != OP or target.kind != "cpu" or any(a.dtype != "float32" for a in call.args[:3]):
         return None
-    if any(a.dtype not in STORAGE for a in call.args[4:]):
+    stored = stored_as(call, call.args[4])
+    if stored is None or any(a.dtype not in FLOATS for a in call.args[5:]):
         return None
-    return f"heads of the merged projection one by one, keys and values to {call.args[4].dtype} pages"
+    return f"heads of the merged projection one by one, keys and values to {stored} pages"
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
@@ -78,16 +84,19 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     simd, symbols = Simd(target), Symbols()
-    pages_spec = call.args[4]
-    heads, kv_heads, dv = int(call.attr("heads")), int(pages_spec.shape[1]), int(call.attr("v_dim"))
+    held_spec = call.args[4]
+    heads, kv_heads, dv = int(call.attr("heads")), int(held_spec.shape[1]), int(call.attr("v_dim"))
     page_size, rotary = int(call.attr("page_size")), int(call.attr("rotary_dim"))
-    d = key_dim(int(pages_spec.shape[2]), dv, page_size)
+    d = key_dim(int(call.args[0].shape[1]), heads, kv_heads, dv)
+    layout = page_layout_of(call, held_spec, d, dv)
     turning, every = heads + kv_heads, heads + 2 * kv_heads
     names = ["qkv", "cos", "sin", "slot_mapping", "kv_pages", "q_weight", "k_weight"][: len(call.args)]
     specs = {**dict(zip(names, call.args, strict=True)), "out": call.result}
     with function(f"rope_append_{heads}x{kv_heads}x{d}") as done:
         buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
         qkv, cos, sin, slots, pages, out = (buffers[name] for name in (*names[:5], "out"))
+
+        keys, values = (Side(simd, pages, layout, keys=keys) for keys in (True, False))
 
         def turn(row: Expr, column: Expr, weight: Expr | None, write: Any) -> None:
             """Normalise and rotate the head at ``column``; ``write(start, value, lanes)`` takes the result."""
@@ -128,12 +137,6 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             slot = bind(i64(slots[row]))
             page, offset = bind(tirx.floordiv(slot, page_size)), bind(tirx.floormod(slot, page_size))
 
-            def cache(head: Expr, base: Expr) -> Any:
-                def write(start: Expr, value: Expr, lanes: int) -> None:
-                    store(pages, simd.narrow(value, pages_spec.dtype, lanes), page, head, base + start, lanes=lanes)
-
-                return write
-
             def query() -> None:
                 def write(start: Expr, value: Expr, lanes: int) -> None:
                     store(out, value, row, head, start, lanes=lanes)
@@ -141,14 +144,16 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 turn(row, head * d, buffers.get("q_weight"), write)
 
             def key() -> None:
-                turn(row, head * d, buffers.get("k_weight"), cache(head - heads, offset * d))
+                if layout.scheme is None:
+                    turn(row, head * d, buffers.get("k_weight"), keys.writer(page, head - heads, offset))
+                    return
+                held = local(1, d)
+                turn(row, head * d, buffers.get("k_weight"), lambda start, value, lanes: store(held, value, start, lanes=lanes))
+                keys.write(page, head - heads, offset, lambda start, lanes: read(held, start, lanes=lanes))
 
             def value() -> None:
-                kv_head = head - turning
-                write, column = cache(kv_head, page_size * d + offset * dv), turning * d + kv_head * dv
-                each_vector(
-                    dv, simd.lanes, lambda start, lanes: write(start, simd.load(qkv, row, column + start, lanes=lanes), lanes)
-                )
+                column = bind(turning * d + (head - turning) * dv)
+                values.write(page, head - turning, offset, lambda start, lanes: simd.load(qkv, row, column + start, lanes=lanes))
 
             when(head < heads, query, lambda: when(slot >= 0, lambda: when(head < turning, key, value)))
 

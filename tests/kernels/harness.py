@@ -11,12 +11,14 @@ import ml_dtypes
 import numpy as np
 import tvm
 
+from llmc.dialect.paged import append_reference
+from llmc.dialect.rope_append import key_dim
 from llmc.schedules.protocol import KernelCall
 from llmc.targets import cpu
 from llmc.targets.base import Target
 from llmc.targets.cpu_pipeline import PIPELINE
 
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int32": np.int32}
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int32": np.int32, "uint8": np.uint8}
 
 
 def build(kernels: dict[str, tuple[Any, KernelCall]], target: Target, configs: dict[str, dict[str, Any]] | None = None) -> Any:
@@ -43,8 +45,34 @@ def run(module: Any, name: str, call: KernelCall, arrays: list[np.ndarray], symb
 
 
 def random_arrays(call: KernelCall, symbols: dict[str, int], seed: int) -> list[np.ndarray]:
+    """Standard normal operands; pages of codes hold those of standard normal keys and values."""
     rng = np.random.default_rng(seed)
-    return [rng.standard_normal(spec.bind(symbols)).astype(DTYPES[spec.dtype]) for spec in call.args]
+    arrays = []
+    for spec in call.args:
+        if spec.dtype == "uint8":
+            arrays.append(quantized_pages(call, spec.bind(symbols), rng))
+        else:
+            arrays.append(rng.standard_normal(spec.bind(symbols)).astype(DTYPES[spec.dtype]))
+    return arrays
+
+
+def quantized_pages(call: KernelCall, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Pages in which every slot is filled."""
+    num_pages, heads, _ = shape
+    page_size, scheme = call.attr("page_size"), call.attr("kv_scheme")
+    d, dv = head_dims(call)
+    k, v = (rng.standard_normal((num_pages * page_size, heads, size)) for size in (d, dv))
+    return append_reference(k, v, np.arange(len(k)), np.zeros(shape, np.uint8), page_size=page_size, kv_scheme=scheme)
+
+
+def head_dims(call: KernelCall) -> tuple[int, int]:
+    """The sizes of a key and of a value in the pages of a call."""
+    if call.op == "llmc.append":
+        return call.args[0].shape[2], call.args[1].shape[2]
+    if call.op == "llmc.attend":
+        return call.args[0].shape[2], call.attr("v_dim")
+    dv = call.attr("v_dim")
+    return key_dim(call.args[0].shape[1], call.attr("heads"), call.args[4].shape[1], dv), dv
 
 
 def paged_arrays(call: KernelCall, lengths: list[int], rows: list[int], seed: int) -> tuple[list[np.ndarray], dict[str, int]]:
@@ -60,6 +88,18 @@ def paged_arrays(call: KernelCall, lengths: list[int], rows: list[int], seed: in
     arrays = random_arrays(call, symbols, seed)
     arrays[2:5] = [table, np.array(lengths, np.int32), np.cumsum([0, *rows]).astype(np.int32)]
     return arrays, symbols
+
+
+def assert_same_pages(found: np.ndarray, expected: np.ndarray) -> None:
+    """Pages that a kernel filled with values of its own against the reference.
+
+    A narrow dtype may round a value next to a tie either way, by one unit in its last place.
+    """
+    if expected.dtype == np.uint8:
+        assert (found != expected).mean() < 1e-3
+        return
+    tolerance = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3}[str(expected.dtype)]
+    assert error(found, expected.astype(np.float64)) < tolerance
 
 
 def error(result: np.ndarray, reference: np.ndarray) -> float:

@@ -14,8 +14,10 @@ import tvm
 from tvm import relax
 
 from llmc import targets
-from llmc.importer.params import DTYPES, Constant, Param, ParamTable
+from llmc.importer.params import Constant, Param, ParamTable
+from llmc.kv_layout import page_dtype
 from llmc.passes.pipeline import PASSES, Lowered, Options, lower
+from tests.kernels.harness import DTYPES
 from tests.support import graphs, interpreter
 from tests.support.stepper import Stepper, mixed_schedule, page_shapes
 
@@ -31,8 +33,8 @@ class Machine:
         executable = module.build(lowered.mod, TARGET)
         self.vm = relax.VirtualMachine(executable, tvm.cpu())
         self.vocab = built.config.vocab
-        shapes = page_shapes(lowered.kv_layers, 12, OPTIONS.page_size)
-        self.pages = [tvm.runtime.tensor(np.zeros(shape, DTYPES[kv_dtype])) for shape in shapes]
+        shapes = page_shapes(lowered.kv_layers, 12, OPTIONS.page_size, kv_dtype)
+        self.pages = [tvm.runtime.tensor(np.zeros(shape, DTYPES[page_dtype(kv_dtype)])) for shape in shapes]
         self.weights = [tvm.runtime.tensor(graphs.stored(built.table, name)) for name in lowered.weights]
 
     def __call__(self, phase: str, state: dict[str, np.ndarray], rows: int) -> np.ndarray:
@@ -101,6 +103,12 @@ def test_a_result_that_is_a_view_is_copied_to_the_caller() -> None:
 def test_narrow_kv_cache() -> None:
     lowered = compare("pairs", "float16", 2e-2)
     assert any("float16" in k.shape for k in lowered.kernels if k.op == "llmc.attend")
+
+
+@pytest.mark.parametrize(("kv_dtype", "case", "tolerance"), [("int8", "grouped", 6e-2), ("int4", "single", 2e-1)])
+def test_quantized_kv_cache(kv_dtype: str, case: str, tolerance: float) -> None:
+    lowered = compare(case, kv_dtype, tolerance)
+    assert all(f"kv_scheme={kv_dtype}" in k.shape for k in lowered.kernels if k.op in ("llmc.attend", "llmc.append"))
 
 
 def test_what_a_compile_reports(tmp_path: Path) -> None:

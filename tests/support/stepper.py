@@ -10,14 +10,17 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from llmc.kv_layout import page_layout
 from llmc.manifest import KvLayer
 
 RunPhase = Callable[[str, dict[str, np.ndarray], int], np.ndarray]
 """``(phase, state tensors by name, rows of the result) -> logits``; KV pages are the callable's own matter."""
 
 
-def page_shapes(layers: Sequence[KvLayer], num_pages: int, page_size: int) -> list[tuple[int, ...]]:
-    return [(num_pages, layer.heads, page_size * (layer.k_dim + layer.v_dim)) for layer in layers]
+def page_shapes(layers: Sequence[KvLayer], num_pages: int, page_size: int, kv_dtype: str = "float32") -> list[tuple[int, ...]]:
+    """Of the page tensors; every float dtype has the same."""
+    widths = [page_layout(kv_dtype, page_size, layer.k_dim, layer.v_dim).width for layer in layers]
+    return [(num_pages, layer.heads, width) for layer, width in zip(layers, widths, strict=True)]
 
 
 @dataclass

@@ -1,4 +1,5 @@
-"""Keys and values as codes, in NumPy: the reference that kernels agree with bit for bit.
+"""Keys and values as codes, in NumPy: the reference of the kernels, bit for bit but for codes next to a tie, which a machine that
+rounds the product first may round the other way.
 
 A group of elements x becomes codes c and bfloat16 parameters (:class:`llmc.kv_layout.KvScheme`); all arithmetic is float32, and a
 code is rounded once, to nearest, ties to even:

@@ -7,10 +7,10 @@ from typing import Any
 
 from tvm import tirx
 
-from llmc.dialect.kv_codes import TINY
 from llmc.kv_layout import KvScheme, PageLayout
 from llmc.schedules.cpu.emit import Simd, bind, each_vector, f32, local, read, shuffle, store, vector, words
 from llmc.schedules.cpu.quantized_rows import rounded
+from llmc.schedules.kv_codes import decode, down, encode_e4m3, parameter, scale_of, upper_half
 
 Expr = Any
 Load = Callable[[Expr, int], Expr]
@@ -35,7 +35,7 @@ class Side:
         if self.scheme is None:
             return self.simd.load(self.pages, page, head, base + at, lanes=lanes)
         if self.scheme.bits == 8:
-            return _decoded(read(self.pages, page, head, base + at, lanes=lanes), self.scheme, lanes)
+            return decode(read(self.pages, page, head, base + at, lanes=lanes), self.scheme, lanes)
         if lanes == 1:
             byte = tirx.Cast("uint32", read(self.pages, page, head, base + tirx.floordiv(at, 2)))
             return tirx.Cast("float32", (byte >> tirx.Cast("uint32", tirx.floormod(at, 2) * 4)) & words(15, 1))
@@ -49,8 +49,7 @@ class Side:
         """A parameter of a slot as float32: the scale of each group, then each minimum."""
         assert self.scheme is not None
         at = self.parameters + 2 * (slot * self.scheme.parameters(self.dim) + index)
-        bits = tirx.Cast("uint32", tirx.reinterpret("uint16", read(self.pages, page, head, at, lanes=2)))
-        return tirx.reinterpret("float32", bits << words(16, 1))
+        return parameter(read(self.pages, page, head, at, lanes=2))
 
     def write(self, page: Expr, head: Expr, slot: Expr, load: Load) -> None:
         """Store a whole key or value, whose elements ``load`` gives (more than once)."""
@@ -82,14 +81,12 @@ class Side:
 
         low = None
         if scheme.minimum:
-            low = bind(_down(f32(0.0) - self._largest(count, part, lambda x, lanes: self.simd.splat(0.0, lanes) - x)))
+            low = bind(down(f32(0.0) - self._largest(count, part, lambda x, lanes: self.simd.splat(0.0, lanes) - x)))
             self._store_parameter(page, head, slot, scheme, groups + group, low)
             reach = bind(self._largest(count, part, lambda x, _: x) - low)
         else:
             reach = self._largest(count, part, _absolute)
-        scale = bind(_up(reach * f32(1.0 / scheme.largest)))
-        scale = bind(tirx.Select(scale < f32(TINY), f32(0.0), scale))
-        inverse = bind(tirx.Select(scale > f32(0.0), f32(1.0) / tirx.max(scale, f32(TINY)), f32(0.0)))
+        scale, inverse = scale_of(reach, scheme)
         self._store_parameter(page, head, slot, scheme, group, scale)
 
         def codes(start: Expr, lanes: int) -> None:
@@ -118,17 +115,16 @@ class Side:
         return bind(tirx.max(self.simd.largest(read(acc, 0, lanes=lanes)), read(tail, 0)))
 
     def _store_parameter(self, page: Expr, head: Expr, slot: Expr, scheme: KvScheme, index: int, value: Expr) -> None:
-        bits = tirx.Cast("uint16", tirx.reinterpret("uint32", value) >> words(16, 1))
         at = self.parameters + 2 * (slot * scheme.parameters(self.dim) + index)
-        store(self.pages, tirx.reinterpret("uint8x2", bits), page, head, at, lanes=2)
+        store(self.pages, upper_half(value), page, head, at, lanes=2)
 
     def _store_codes(
         self, scheme: KvScheme, page: Expr, head: Expr, slot: Expr, at: Expr, value: Expr, inverse: Expr, lanes: int
     ) -> None:
         base = self.start + slot * self.width
         if scheme.kind == "fp8_e4m3":
-            codes = _encode_e4m3(bind(value * self.simd.splat(inverse, lanes)), lanes)
-            store(self.pages, codes, page, head, base + at, lanes=lanes)
+            codes = encode_e4m3(bind(value * self.simd.splat(inverse, lanes)), lanes)
+            store(self.pages, tirx.Cast(vector("uint8", lanes), codes), page, head, base + at, lanes=lanes)
             return
         codes = rounded(self.simd, value, inverse, lanes)
         if scheme.bits == 8:
@@ -141,44 +137,8 @@ class Side:
         store(self.pages, tirx.Cast(vector("uint8", pairs), codes), page, head, base + tirx.floordiv(at, 2), lanes=pairs)
 
 
-def _decoded(codes: Expr, scheme: KvScheme, lanes: int) -> Expr:
-    if scheme.kind == "int":
-        wide = tirx.Cast(vector("int32", lanes), tirx.reinterpret(vector("int8", lanes), codes))
-        return tirx.Cast(vector("float32", lanes), wide)
-    # Exponent and mantissa at their place in a float32; the product corrects the exponent's bias, of subnormal numbers too.
-    wide = bind(tirx.Cast(vector("uint32", lanes), codes))
-    magnitude, sign = (wide & words(0x7F, lanes)) << words(20, lanes), (wide >> words(7, lanes)) << words(31, lanes)
-    factor = tirx.reinterpret(vector("float32", lanes), words((127 + 120) << 23, lanes))
-    return tirx.reinterpret(vector("float32", lanes), magnitude | sign) * factor
-
-
-def _encode_e4m3(value: Expr, lanes: int) -> Expr:
-    """float32 of at most 448 to e4m3, to nearest even, in uint8."""
-    floats, integers = vector("float32", lanes), vector("uint32", lanes)
-    bits = bind(tirx.reinterpret(integers, value))
-    magnitude = bind(bits & words(0x7FFFFFFF, lanes))
-    # 2^14: the place of its last bit is 2^-9, the step of subnormal numbers, so that the addition rounds to it.
-    one_step = words((127 + 14) << 23, lanes)
-    small = tirx.reinterpret(integers, tirx.reinterpret(floats, magnitude) + tirx.reinterpret(floats, one_step)) - one_step
-    odd = (magnitude >> words(20, lanes)) & words(1, lanes)
-    normal = (magnitude - words(120 << 23, lanes) + words(0x7FFFF, lanes) + odd) >> words(20, lanes)
-    code = tirx.Select(magnitude < words(121 << 23, lanes), small, normal)
-    return tirx.Cast(vector("uint8", lanes), code | ((bits >> words(24, lanes)) & words(0x80, lanes)))
-
-
 def _absolute(value: Expr, lanes: int) -> Expr:
     return tirx.call_llvm_pure_intrin(vector("float32", lanes), "llvm.fabs", value)
-
-
-def _up(value: Expr) -> Expr:
-    bits = tirx.reinterpret("uint32", value) + words(0xFFFF, 1)
-    return tirx.reinterpret("float32", bits & words(0xFFFF0000, 1))
-
-
-def _down(value: Expr) -> Expr:
-    bits = bind(tirx.reinterpret("uint32", value))
-    away = bits + words(0xFFFF, 1) * (bits >> words(31, 1))
-    return tirx.reinterpret("float32", away & words(0xFFFF0000, 1))
 
 
 def _ints(value: int, lanes: int) -> Expr:

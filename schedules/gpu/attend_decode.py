@@ -42,6 +42,7 @@ SHAPES: dict[str, KernelCall] = {
     "odd_20_12_softcap_f32": make_call(6, 2, 20, 12, page_size=3, dtype="float32", softcap=3.0, phase="decode"),
     "group_40_16_sinks": make_call(40, 1, 16, page_size=5, sinks=1, phase="decode"),
     "window_96_sinks": make_call(4, 2, 96, window=70, sinks=1, phase="decode"),
+    "int8_group_3_64": make_call(6, 2, 64, kv_dtype="int8", phase="decode"),
     "chunked_32": make_call(4, 1, 32, page_size=7, chunk=19, dtype="float16", phase="decode"),
 }
 

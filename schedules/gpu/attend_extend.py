@@ -27,6 +27,7 @@ SHAPES: dict[str, KernelCall] = {
     "extend_80_f16": make_call(2, 2, 80, page_size=32, dtype="float16"),
     "odd_20_12_softcap_f32": make_call(6, 2, 20, 12, page_size=3, dtype="float32", softcap=3.0),
     "odd_13_sinks_window": make_call(2, 1, 13, 200, page_size=5, sinks=1, window=9),
+    "fp8_13_200_softcap": make_call(2, 1, 13, 200, page_size=5, dtype="float32", kv_dtype="fp8_e4m3", softcap=3.0),
     "chunked_256": make_call(2, 1, 256, page_size=7, chunk=19, dtype="float16"),
 }
 

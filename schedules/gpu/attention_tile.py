@@ -16,6 +16,7 @@ from typing import Any
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
+from llmc.kv_layout import scheme_attr
 from llmc.schedules.gpu.emit import (
     WIDTH,
     Team,
@@ -31,10 +32,13 @@ from llmc.schedules.gpu.emit import (
     share,
     shared,
     store,
+    store_all,
     sync,
     when,
 )
+from llmc.schedules.gpu.kv_codes import Side
 from llmc.schedules.gpu.math import tanh
+from llmc.schedules.kv_pages import page_layout_of, pages_spec, slot_bytes, stored_as
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import GpuTarget, Target
 
@@ -47,14 +51,16 @@ _PAD_BYTES = 16
 
 
 def make_call(
-    hq: int, hk: int, d: int, dv: int = 0, page_size: int = 16, dtype: str = "bfloat16", phase: str = "extend", **attrs: Any
-) -> KernelCall:
+    hq: int, hk: int, d: int, dv: int = 0, page_size: int = 16, dtype: str = "bfloat16", phase: str = "extend",
+    kv_dtype: str = "", **attrs: Any,
+) -> KernelCall:  # fmt: skip
     """A call for ``SHAPES``; operands as :mod:`llmc.dialect.paged` says."""
     dv = dv or d
-    full = {"scale": d**-0.5, "window": -1, "chunk": -1, "softcap": 0.0, "sinks": 0, "page_size": page_size, "v_dim": dv, **attrs}
+    full = {"scale": d**-0.5, "window": -1, "chunk": -1, "softcap": 0.0, "sinks": 0, "page_size": page_size, "v_dim": dv}
+    full |= {**scheme_attr(kv_dtype), **attrs}
     n = "b" if phase == "decode" else "n"
     args = [
-        TensorSpec((n, hq, d), dtype), TensorSpec(("num_pages", hk, page_size * (d + dv)), dtype), TensorSpec(("b", "m"), "int32"),
+        TensorSpec((n, hq, d), dtype), pages_spec(kv_dtype or dtype, hk, page_size, d, dv), TensorSpec(("b", "m"), "int32"),
         TensorSpec(("b",), "int32"), TensorSpec(("b+1",), "int32"),
     ]  # fmt: skip
     if full["sinks"]:
@@ -64,8 +70,10 @@ def make_call(
 
 def takes(call: KernelCall, target: Target) -> bool:
     """Whether a call is one that the tile computes: known dtypes, head sizes that fit into shared memory."""
-    values = [*call.args[:2], *call.args[5:], call.result]
+    values = [call.args[0], *call.args[5:], call.result]
     if call.op != OP or not isinstance(target, GpuTarget) or any(s.dtype not in WIDTH for s in values):
+        return False
+    if stored_as(call, call.args[1]) is None:
         return False
     if not all(isinstance(d, int) for s in values for d in s.shape[1:]):
         return False
@@ -90,9 +98,14 @@ class Plan:
         return self.groups * self.keys
 
 
+def shared_dtype(call: KernelCall) -> str:
+    """In which keys and values come into shared memory: as they are stored; codes as float32."""
+    return "float32" if "kv_scheme" in dict(call.attrs) else call.args[1].dtype
+
+
 def plan(call: KernelCall, target: GpuTarget, rows: int) -> Plan | None:
     """The plan for tiles of ``rows`` (a power of two) or, where that is too much shared memory, fewer; None if nothing fits."""
-    d, dv, width = int(call.args[0].shape[2]), int(call.attr("v_dim")), WIDTH[call.args[1].dtype]
+    d, dv, width = int(call.args[0].shape[2]), int(call.attr("v_dim")), WIDTH[shared_dtype(call)]
     keys = min(32, target.warp_size)
     while keys >= 8:
         while rows >= 1:
@@ -116,12 +129,14 @@ class Tile:
         self.dv, self.page_size = int(call.attr("v_dim")), int(call.attr("page_size"))
         self.columns = -(-self.dv // shape.keys)
         self.own = shape.rows // shape.groups
-        pad = _PAD_BYTES // WIDTH[call.args[1].dtype]
+        self.held = shared_dtype(call)
+        self.layout = page_layout_of(call, call.args[1], self.d, self.dv)
+        pad = _PAD_BYTES // WIDTH[self.held]
         self.key_pitch, self.value_pitch = self.d + pad, self.dv + pad
         # All rows have the pitch's alignment: whole vectors, if d and dv are made of them.
         self.query_pitch = self.d + 4 if self.d % 4 == 0 else self.d
         self.q = shared(shape.rows * self.query_pitch)
-        self.kv = shared(shape.keys * max(self.key_pitch, self.value_pitch), held_as(call.args[1].dtype))
+        self.kv = shared(shape.keys * max(self.key_pitch, self.value_pitch), held_as(self.held))
         self.p = shared(shape.rows * shape.keys)
         self.team = Team(target, thread, shape.threads, shape.keys)
         self.lane, self.mine = bind(tirx.floormod(thread, shape.keys)), bind(tirx.floordiv(thread, shape.keys))
@@ -154,34 +169,24 @@ class Tile:
         with T.While(base[0] <= high):
             start = bind(base[0])
             sync()  # the values of the chunk before have been read
-            self._fetch(sequence, kv_head, start, low, high, self.d, self.key_pitch, lambda slot: slot * self.d)
+            self._fetch(sequence, kv_head, start, low, high, keys=True)
             sync()
             self._softmax(self._scores(), bind(start + i64(self.lane)), positions)
             sync()
-            self._fetch(
-                sequence, kv_head, start, low, high, self.dv, self.value_pitch,
-                lambda slot: self.page_size * self.d + slot * self.dv,
-            )  # fmt: skip
+            self._fetch(sequence, kv_head, start, low, high, keys=False)
             sync()
             self._add_values()
             store(base, start + keys, 0)
 
-    def _fetch(
-        self,
-        sequence: Expr,
-        kv_head: Expr,
-        start: Expr,
-        low: Expr,
-        high: Expr,
-        size: int,
-        pitch: int,
-        place: Callable[[Expr], Expr],
-    ) -> None:
+    def _fetch(self, sequence: Expr, kv_head: Expr, start: Expr, low: Expr, high: Expr, keys: bool) -> None:
         """A chunk's keys or values. Positions out of sight repeat one in sight: what lies behind the end may be no page at all."""
         pages, table = self.buffers["kv_pages"], self.buffers["block_table"]
-        lanes = common_lanes(
-            self.target, [self.call.args[1].dtype], size, self.page_size * (self.d + self.dv), self.page_size * self.d
-        )
+        size, pitch = (self.d, self.key_pitch) if keys else (self.dv, self.value_pitch)
+        side = None if self.layout.scheme is None else Side(self.target, pages, self.layout, keys=keys)
+        if side is not None:
+            lanes = side.lanes(pitch)
+        else:
+            lanes = common_lanes(self.target, [self.held], size, self.page_size * (self.d + self.dv), self.page_size * self.d)
         per_row = size // lanes
 
         def copy(item: Expr) -> None:
@@ -189,13 +194,17 @@ class Tile:
             position = bind(tirx.max(low, tirx.min(start + line, high)))
             page = bind(i64(table[sequence, tirx.floordiv(position, self.page_size)]))
             slot = bind(tirx.floormod(position, self.page_size))
-            store(self.kv, raw(pages, page, kv_head, place(slot) + at, lanes=lanes), line * pitch + at, lanes=lanes)
+            if side is not None:
+                store_all(self.kv, side.load(page, kv_head, slot, at, lanes), line * pitch + at)
+                return
+            place = slot * self.d if keys else self.page_size * self.d + slot * self.dv
+            store(self.kv, raw(pages, page, kv_head, place + at, lanes=lanes), line * pitch + at, lanes=lanes)
 
         share(self.thread, self.shape.threads, self.shape.keys * per_row, copy)
 
     def _scores(self) -> list[Expr]:
         """The products of this thread's position with each of its rows."""
-        lanes = min(4, common_lanes(self.target, [self.call.args[1].dtype, "float32"], self.d, self.key_pitch, self.query_pitch))
+        lanes = min(4, common_lanes(self.target, [self.held, "float32"], self.d, self.key_pitch, self.query_pitch))
         dots = registers(self.own, start=0.0)
         with T.serial(0, self.d // lanes) as step:
             key = [bind(v) for v in load(self.kv, self.lane * self.key_pitch + step * lanes, lanes=lanes)]
@@ -278,7 +287,7 @@ def reference(call: KernelCall, *arrays: Any) -> Any:
 def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
     """``context``: the positions that each of the b sequences holds; all of them are read once and multiplied by every row."""
     n, hq, d = call.args[0].bind(symbols)
-    values = d + int(call.attr("v_dim"))
-    context = symbols.get("context", 1)
-    cache = symbols["b"] * context * int(call.args[1].shape[1]) * values * WIDTH[call.args[1].dtype]
+    dv, context = int(call.attr("v_dim")), symbols.get("context", 1)
+    values = d + dv
+    cache = symbols["b"] * context * int(call.args[1].shape[1]) * slot_bytes(call, call.args[1], d, dv)
     return cache + WIDTH[call.args[0].dtype] * n * hq * values, 2 * n * hq * values * context

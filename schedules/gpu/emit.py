@@ -19,6 +19,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.schedules.cpu.emit import Symbols, arguments, bind, ceildiv, f32, function, i64, read, store, vector, when
+from llmc.schedules.kv_pages import stored_as
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import GpuTarget, Target
 
@@ -36,11 +37,14 @@ WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 _EVERY_LANE = 0xFFFFFFFF
 
 
-def storable(call: KernelCall, target: Target, *, ints: Sequence[int] = ()) -> bool:
-    """Whether a GPU target gets a call whose float operands have dtypes that kernels load, and int32 at the positions ``ints``."""
-    if not isinstance(target, GpuTarget):
+def storable(call: KernelCall, target: Target, *, ints: Sequence[int] = (), pages: int | None = None) -> bool:
+    """Whether a GPU target gets a call whose float operands have dtypes that kernels load, and int32 at the positions ``ints``.
+
+    ``pages``: the position of KV pages, which may hold codes.
+    """
+    if not isinstance(target, GpuTarget) or (pages is not None and stored_as(call, call.args[pages]) is None):
         return False
-    floats = [a.dtype for i, a in enumerate(call.args) if i not in ints]
+    floats = [a.dtype for i, a in enumerate(call.args) if i not in ints and i != pages]
     return all(d in STORAGE for d in floats) and all(call.args[i].dtype == "int32" for i in ints)
 
 

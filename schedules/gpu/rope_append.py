@@ -13,6 +13,7 @@ import numpy as np
 from tvm import tirx
 
 from llmc.dialect.rope_append import key_dim
+from llmc.kv_layout import scheme_attr
 from llmc.schedules.gpu.emit import (
     WIDTH,
     Symbols,
@@ -28,11 +29,15 @@ from llmc.schedules.gpu.emit import (
     launch,
     load,
     registers,
+    shared,
     storable,
     store,
     store_all,
+    sync,
     when,
 )
+from llmc.schedules.gpu.kv_codes import Side
+from llmc.schedules.kv_pages import page_layout_of, pages_spec, stored_as
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import GpuTarget, Target
 
@@ -47,13 +52,13 @@ def _call(
     table: str = "float32", interleaved: int = 0, norm: int = 0, offset: float = 0.0,
 ) -> KernelCall:  # fmt: skip
     dv, rotary, kv_dtype = dv or d, rotary or d, kv_dtype or dtype
-    pages = TensorSpec(("num_pages", hk, page_size * (d + dv)), kv_dtype)
+    pages = pages_spec(kv_dtype, hk, page_size, d, dv)
     angle, weight = TensorSpec(("n", rotary), table), TensorSpec((d,), dtype)
     rows = TensorSpec(("n", hq * d + hk * (d + dv)), dtype)
     args = (rows, angle, angle, TensorSpec(("n",), "int32"), pages, *([weight] * 2 * norm))
     attrs = {
         "heads": hq, "v_dim": dv, "page_size": page_size, "rotary_dim": rotary, "interleaved": interleaved, "norm": norm,
-        "eps": 1e-6 * norm, "offset": offset,
+        "eps": 1e-6 * norm, "offset": offset, **scheme_attr(kv_dtype),
     }  # fmt: skip
     return KernelCall(OP, args, TensorSpec(("n", hq, d), dtype), tuple(sorted(attrs.items())))
 
@@ -66,15 +71,17 @@ SHAPES: dict[str, KernelCall] = {
     "partial_80_of_96": _call(2, 2, 96, rotary=80, dtype="float16"),
     "odd_20_12_f32": _call(4, 2, 20, 12, page_size=5, dtype="float32"),
     "norm_narrowed_14": _call(6, 3, 14, page_size=3, dtype="float32", kv_dtype="bfloat16", norm=1),
+    "int8_9x3x64": _call(9, 3, 64, kv_dtype="int8"),
+    "int4_norm_partial_57": _call(3, 1, 57, 80, rotary=40, page_size=3, dtype="float16", kv_dtype="int4", norm=1),
     "pairs_64": _call(4, 2, 64, interleaved=1),
     "pairs_partial_12_of_21_norm": _call(2, 1, 21, rotary=12, dtype="float32", interleaved=1, norm=1),
 }
 
 
 def matches(call: KernelCall, target: Target) -> str | None:
-    if call.op != OP or not storable(call, target, ints=(3,)):
+    if call.op != OP or not storable(call, target, ints=(3,), pages=4):
         return None
-    return "a group of threads for each head of the merged projection"
+    return f"a group of threads for each head of the merged projection, {stored_as(call, call.args[4])} pages"
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
@@ -83,14 +90,16 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 
 def build(call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
     symbols = Symbols()
-    rows_spec, _, _, _, pages_spec = call.args[:5]
-    heads, kv_heads, dv = int(call.attr("heads")), int(pages_spec.shape[1]), int(call.attr("v_dim"))
+    rows_spec, held_spec = call.args[0], call.args[4]
+    heads, kv_heads, dv = int(call.attr("heads")), int(held_spec.shape[1]), int(call.attr("v_dim"))
     page_size, rotary, pairs = int(call.attr("page_size")), int(call.attr("rotary_dim")), bool(call.attr("interleaved"))
-    d = key_dim(int(pages_spec.shape[2]), dv, page_size)
+    d = key_dim(int(rows_spec.shape[1]), heads, kv_heads, dv)
+    layout = page_layout_of(call, held_spec, d, dv)
     turning, every = heads + kv_heads, heads + 2 * kv_heads
     span = rotary if pairs else rotary // 2
     # One width for all loads: it divides the turned part, every offset in a row, and the row's length.
-    lanes = common_lanes(target, [a.dtype for i, a in enumerate(call.args) if i != 3], gcd(span, d, rotary, dv))
+    floats = [a.dtype for a in call.args if a.dtype in WIDTH]
+    lanes = common_lanes(target, floats, gcd(span, d, rotary, dv))
     # A piece is what turns together: an element of each half, or whole pairs, by two loads where rows are not aligned to pairs.
     unit = max(lanes, 2) if pairs else lanes
     turned = span // unit
@@ -123,6 +132,9 @@ def build(call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
             offset = bind(tirx.floormod(tirx.max(slot, i64(0)), page_size))
             held, total = registers(steps * held_lanes), registers(1, start=0.0)
             team = Team(target, thread, THREADS, group)
+            # Keys of all heads meet their group's other elements here before they are quantized.
+            keys = None if layout.scheme is None else shared(THREADS // group * d)
+            own_key = bind(i64(tirx.floordiv(thread, group)) * d)
 
             def for_each_chunk(body: Any) -> None:
                 """``body(start, place, turned)`` for the chunks of this thread: where in the head, and where in ``held``."""
@@ -188,6 +200,9 @@ def build(call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
                         store_all(out, values, row, head, start)
 
                     def key(start: Expr = start, values: list[Expr] = values) -> None:
+                        if keys is not None:
+                            store_all(keys, values, own_key + start)
+                            return
                         when(slot >= 0, lambda: store_all(pages, values, page, head - heads, offset * d + start))
 
                     when(head < heads, query, key)
@@ -205,7 +220,20 @@ def build(call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
 
                 when(slot >= 0, lambda: each(member, group, dv // lanes, piece_of_value))
 
-            when(at < count, lambda: when(head < turning, turn, copy))
+            if keys is None:
+                when(at < count, lambda: when(head < turning, turn, copy))
+            else:
+                when(at < count, lambda: when(head < turning, turn))
+                sync()
+                for is_key, first in ((True, heads), (False, turning)):
+                    mine = bind(tirx.all(at < count, slot >= 0, head >= first, head < first + kv_heads))
+                    kv_head = bind(tirx.max(tirx.min(head - first, kv_heads - 1), 0))
+                    source, place = (keys, (own_key,)) if is_key else (qkv, (row, turning * d + kv_head * dv))
+
+                    def element(e: Expr, source: Expr = source, place: tuple[Expr, ...] = place) -> Expr:
+                        return load(source, *place[:-1], place[-1] + e)[0]
+
+                    Side(target, pages, layout, keys=is_key).write(team, group, mine, page, kv_head, offset, element)
     return done()
 
 

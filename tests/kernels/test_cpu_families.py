@@ -10,7 +10,7 @@ import pytest
 from llmc import targets
 from llmc.schedules.cpu import append, attend, linear, moe, rope, rope_append
 from llmc.schedules.cpu.norm import layer_norm, rms_norm
-from tests.kernels.harness import assert_same_pages, build, error, paged_arrays, random_arrays, run, tensor
+from tests.kernels.harness import build, error, page_error, paged_arrays, random_arrays, run, tensor
 
 ROWWISE = [linear, rms_norm, layer_norm, rope]
 FAMILIES = [*ROWWISE, append, rope_append, attend, moe]
@@ -83,7 +83,9 @@ def test_rope_append_returns_the_queries_and_writes_the_slots(module: Any, famil
     queries, pages = family.reference(call, *arrays)
     assert error(tensors[-1].numpy(), queries) < 2e-6
     found, untouched = tensors[4].numpy(), pages == arrays[4]
-    assert_same_pages(found, pages)
+    # A narrow dtype may round a value next to a tie either way: one unit in its last place.
+    tolerance = {"float32": 2e-6, "float16": 1e-3, "bfloat16": 8e-3, "uint8": 1e-3}[call.args[4].dtype]
+    assert page_error(found, pages) < tolerance
     np.testing.assert_array_equal(found[untouched], arrays[4][untouched])
     assert not untouched.all()
 

@@ -11,8 +11,9 @@ from llmc.targets.base import Target
 from tests.kernels.harness import DTYPES
 from tests.support.cuda_emulator import run
 
-TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2}
-"""Error in units of the largest value of a result that is stored in a dtype (see :func:`tests.kernels.harness.error`)."""
+TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2, "uint8": 1e-3}
+"""Error in units of the largest value of a result that is stored in a dtype (see :func:`tests.kernels.harness.error`); of pages of
+codes the share of bytes that differ."""
 
 
 def call(

@@ -8,7 +8,7 @@ import numpy as np
 
 from llmc.schedules.gpu import append, attend_decode, attend_extend, moe, rope_append
 from llmc.schedules.protocol import KernelCall
-from tests.kernels.harness import DTYPES, error, paged_arrays, random_arrays
+from tests.kernels.harness import DTYPES, error, page_error, paged_arrays, random_arrays
 
 PAGES = 6
 SLOTS = {append.NAME: 2, rope_append.NAME: 3}
@@ -48,12 +48,12 @@ def errors(family: Any, call: KernelCall, arrays: list[np.ndarray], after: list[
     """For the dtype of each result its error (:func:`tests.kernels.harness.error`) after the kernel changed its arguments."""
     expected = family.reference(call, *arrays)
     if family is append:
-        return {call.result.dtype: error(after[3], expected.astype(np.float64))}
+        return {call.result.dtype: page_error(after[3], expected)}
     if family is rope_append:
         queries, pages = expected
         untouched = pages == arrays[4]
         assert np.array_equal(after[4][untouched], arrays[4][untouched]), "the kernel wrote beside its slots"
-        found = {call.args[4].dtype: error(after[4], pages.astype(np.float64))}
+        found = {call.args[4].dtype: page_error(after[4], pages)}
         found[call.result.dtype] = max(error(after[-1], queries), found.get(call.result.dtype, 0.0))
         return found
     return {call.result.dtype: error(after[-1], expected)}

@@ -34,4 +34,4 @@ def test_kernel(family: Any, label: str) -> None:
     config = {axis: values[0] for axis, values in family.space(call, TARGET).items()}
     after = run(family.build(call, TARGET, config), TARGET, *arguments(family, call, arrays, symbols))
     for dtype, found in errors(family, call, arrays, after).items():
-        assert found <= (0 if family in (append, topk) else TOLERANCE[dtype])
+        assert found <= (0 if family in (append, topk) and dtype != "uint8" else TOLERANCE[dtype])

@@ -72,6 +72,8 @@ typedef vec<int, 4> int4;
 typedef vec<float, 2> float2;
 typedef vec<float, 4> float4;
 typedef vec<uint16_t, 2> ushort2;
+typedef vec<uchar, 2> uchar2;
+typedef vec<uchar, 4> uchar4;
 typedef vec<uint16_t, 4> ushort4;
 typedef vec<uint64_t, 2> ulonglong2;
 typedef vec<int64_t, 2> longlong2;

@@ -26,13 +26,13 @@ def c_index(m: Manifest, variant: Variant, folder: Path) -> str:
     """The text for ``variant`` of the artifact in ``folder``."""
     base = folder.name
     stops = [] if m.tokenizer is None else m.tokenizer.eos_token_ids
-    code, bits = dtype_code(m.kv.dtype)
+    code, bits = dtype_code(m.kv.page_dtype)
     lines = [
         f"library {base}/{variant.library}",
         f"vocab {m.model.vocab_size} page {m.kv.page_size} rows {m.limits.max_rows} context {m.model.context}",
         " ".join(map(str, ["stop", len(stops), *stops])),
         f"kv {len(m.kv.layers)} {code} {bits}",
-        *(f"{layer.heads} {m.kv.page_size * (layer.k_dim + layer.v_dim)}" for layer in m.kv.layers),
+        *(f"{layer.heads} {m.kv.layout(layer).width}" for layer in m.kv.layers),
         f"weights {len(variant.weights)}",
     ]
     for weight in stored_weights(folder, m.tensors, variant.weights):

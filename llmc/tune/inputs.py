@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import UnsupportedError
+from llmc.kv_layout import page_layout
 from llmc.runtime.tensors import storage_dtype
 from llmc.schedules.protocol import KernelCall, TensorSpec
 
@@ -86,10 +87,24 @@ def _linear(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator)
 def _attend(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator) -> list[Array]:
     """Pages in random order; the rows of the step are the last ones of each sequence."""
     batch, rows = symbols["b"], symbols["n"] // symbols["b"]
-    q, pages, *more = (random(spec, symbols, rng) for i, spec in enumerate(call.args) if i not in (2, 3, 4))
+    q, pages, *more = (
+        _codes(call, symbols, rng) if spec.dtype == "uint8" else random(spec, symbols, rng)
+        for i, spec in enumerate(call.args)
+        if i not in (2, 3, 4)
+    )
     table = rng.permutation(symbols["num_pages"]).astype(np.int32).reshape(batch, symbols["m"])
     lengths = np.full(batch, symbols["context"], np.int32)
     return [q, pages, table, lengths, np.arange(0, batch + 1, dtype=np.int32) * np.int32(rows), *more]
+
+
+def _codes(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator) -> Array:
+    """Pages of any codes, but for those of fp8 that are no number, and parameters of about 1/50."""
+    layout = page_layout(call.attr("kv_scheme"), int(call.attr("page_size")), int(call.args[0].shape[2]), int(call.attr("v_dim")))
+    pages = rng.integers(0, 256, call.args[1].bind(symbols), dtype=np.uint8) & np.uint8(0xFE)
+    parameters = pages[..., layout.key_parameters :]
+    values = np.abs(rng.standard_normal((*parameters.shape[:-1], parameters.shape[-1] // 2), dtype=np.float32)) * np.float32(0.02)
+    parameters[...] = narrow(values, "bfloat16").view(np.uint8)
+    return pages
 
 
 def _quantized_linear(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator) -> list[Array]:

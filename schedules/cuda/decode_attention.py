@@ -8,6 +8,8 @@ positions, and each warp every ``warps``-th chunk of those. Keys and values go f
 - resultᵀ += vᵀ · weightsᵀ: A = vᵀ, put together by ``prmt`` from the rows of two positions, B = the weights, whose fragment
   is the accumulator's layout of the scores: nothing is transposed and nothing passes through shared memory.
 
+:mod:`.kv_fragments` loads keys and values, and widens codes.
+
 The keys of the next chunk are requested when those of this one are consumed, then the values. Warps merge through shared memory,
 the blocks of a cluster through each other's (distributed shared memory): one launch, no workspace, no state between launches.
 Split softmax as in "Flash-Decoding" (Dao et al., 2023); fragment layouts: PTX ISA, "mma.m16n8k16".
@@ -23,7 +25,10 @@ from typing import Any
 from tvm.script import tirx as T
 
 from llmc.schedules.cuda import hopper
+from llmc.schedules.cuda.kv_fragments import LOAD, SCHEMES, fragments
+from llmc.schedules.cuda.quantized_codes import as_float
 from llmc.schedules.gpu import attention_tile
+from llmc.schedules.kv_pages import stored_as
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 
@@ -35,8 +40,6 @@ CHUNK = 16
 HEADS = 16
 MASKED = -1e30
 """The score of a position out of sight: finite, so that a difference of two of them is no NaN."""
-
-LOAD = "ld.global.nc.L1::no_allocate.L2::256B"
 
 
 def _call(hq: int, hk: int, d: int, dv: int = 0, page_size: int = 16, dtype: str = "bfloat16", **attrs: Any) -> KernelCall:
@@ -51,6 +54,8 @@ SHAPES: dict[str, KernelCall] = {
     "group_16_96_window": _call(16, 1, 96, window=37),
     "group_12_64_softcap": _call(12, 1, 64, page_size=32, softcap=5.0, dtype="float16"),
     "group_4_256_sinks": _call(4, 1, 256, sinks=1),
+    "fp8_group_3_64": _call(6, 2, 64, page_size=64, kv_dtype="fp8_e4m3"),
+    "int8_96_48_sinks_window": _call(4, 2, 96, 48, kv_dtype="int8", sinks=1, window=70),
     "chunked_128_64": _call(4, 2, 128, 64, chunk=100, sinks=1),
 }
 
@@ -61,11 +66,14 @@ def matches(call: KernelCall, target: Target) -> str | None:
     q, pages = call.args[:2]
     (hq, d), hk = (int(v) for v in q.shape[1:]), int(pages.shape[1])
     dv = int(call.attr("v_dim"))
-    if q.dtype not in hopper.PTX_TYPE or pages.dtype != q.dtype or hq // hk > HEADS or int(call.attr("page_size")) % CHUNK:
+    stored = stored_as(call, pages)
+    if stored != q.dtype and (stored not in SCHEMES or q.dtype != "bfloat16"):
+        return None
+    if q.dtype not in hopper.PTX_TYPE or hq // hk > HEADS or int(call.attr("page_size")) % CHUNK:
         return None
     if d % 16 or dv % 16 or max(d, dv) > 256:
         return None
-    return f"{q.dtype} tensor cores, {hq // hk} heads share their keys, positions split over a cluster"
+    return f"{q.dtype} tensor cores, {stored} pages, {hq // hk} heads share their keys, positions split over a cluster"
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
@@ -92,10 +100,13 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     most, fill, warps, least, min_blocks = (int(config[axis]) for axis in ("split", "fill", "warps", "least", "min_blocks"))
     dependent_launch = bool(config["dependent_launch"])
     threads, halves, page_chunks = 32 * warps, -(-group // 8), page_size // CHUNK
-    # Registers of one row: a lane holds d / 4 elements of a key (two in a register), dv / 8 of a value.
+    # A lane holds d / 4 elements of a query, dv / 8 of a result tile's rows: two to a register.
     k_regs, v_regs = d // 8, dv // 16
     wide_k, wide_v = d // 32, dv // 64
-    tail_k, has_middle, has_narrow = d % 32 > 0, dv % 64 >= 32, dv % 32 > 0
+    tail_k, has_middle = d % 32 > 0, dv % 64 >= 32
+    read = fragments(call)
+    k_words, v_words, codes = read.key_words, read.value_words, read.codes
+    key_scales, value_scales = (read.layout.key_parameters, read.layout.value_parameters) if codes else (0, 0)
     mma_type = hopper.PTX_TYPE[dtype]
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
     to_pair = hopper.packed_convert(dtype)
@@ -126,7 +137,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         num_pages = T.int64()
         max_pages = T.int64()
         q = T.match_buffer(q_ptr, (rows, hq, d), dtype, align=16)
-        pages = T.match_buffer(pages_ptr, (num_pages, hk, page_size * (d + dv)), dtype, align=16)
+        pages = T.match_buffer(pages_ptr, (num_pages, hk, read.layout.width), read.layout.dtype, align=16)
         table = T.match_buffer(table_ptr, (b, max_pages), "int32", align=4)
         lens = T.match_buffer(lens_ptr, (b,), "int32", align=4)
         starts = T.match_buffer(starts_ptr, (b + 1,), "int32", align=4)  # noqa: F841  (0, 1, ... b in this phase)
@@ -150,12 +161,14 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         b_total = pool.alloc((group,), "float32", align=16)
         pool.commit()
         q_regs = T.alloc_local((halves * k_regs,), "uint32")
-        keys = T.alloc_local((2 * k_regs,), "uint32")
-        values = T.alloc_local((4 * v_regs,), "uint32")
+        keys = T.alloc_local((2 * k_words,), "uint32")
+        values = T.alloc_local((4 * v_words,), "uint32")
+        scales = T.alloc_local((4,), "uint32")  # bfloat16, of positions 4 t .. 4 t + 3: of their keys, of their values
         sums = T.alloc_local((halves * v_regs * 4,), "float32")
         score = T.alloc_local((8,), "float32")
         top = T.alloc_local((halves,), "float32")
         total = T.alloc_local((halves,), "float32")
+        k_fragment = T.alloc_local((2,), "uint32")
         v_fragment = T.alloc_local((4,), "uint32")
         p_fragment = T.alloc_local((halves * 2,), "uint32")
         factor = T.alloc_local((1,), "float32")
@@ -168,47 +181,30 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         member: T.int32 = lane % 4
 
         @T.inline
+        def load_scales(i, chunk, page, start) -> None:
+            """Those of the lane's four positions; in the last chunk some are beyond the end, in the same page."""
+            if codes:
+                slot = T.meta_var(chunk % page_chunks * CHUNK + member * 4)
+                T.ptx[LOAD + ".v2.b32"](scales[i], scales[i + 1], pages.ptr_to([T.cast(page, "int64"), head, start + slot * 2]))
+
+        @T.inline
         def load_keys(chunk, page) -> None:
             """B fragments of two tiles of 8 positions: column g of tile j is position g / 2 * 4 + 2 j + g % 2 of the chunk."""
             for j in T.unroll(2):
                 slot = T.meta_var(
                     T.min(lane_row // 2 * 4 + 2 * j + lane_row % 2, length - 1 - chunk * CHUNK) + chunk % page_chunks * CHUNK
                 )
-                for s in T.unroll(wide_k):
-                    base = T.meta_var(j * k_regs + s * 4)
-                    T.ptx[LOAD + ".v4.b32"](
-                        keys[base], keys[base + 1], keys[base + 2], keys[base + 3],
-                        pages.ptr_to([T.cast(page, "int64"), head, slot * d + s * 32 + member * 8]),
-                    )  # fmt: skip
-                if tail_k:
-                    base = T.meta_var(j * k_regs + wide_k * 4)
-                    T.ptx[LOAD + ".v2.b32"](
-                        keys[base], keys[base + 1], pages.ptr_to([T.cast(page, "int64"), head, slot * d + wide_k * 32 + member * 4])
-                    )
+                read.load_key(keys, j * k_words, pages, page, head, slot * read.layout.key_width, member)
+            load_scales(0, chunk, page, key_scales)
 
         @T.inline
         def load_values(chunk, page) -> None:
             """Position 4 t + i of the chunk: a lane's elements of it make rows g and g + 8 of the result tiles (``element``)."""
             for i in T.unroll(4):
                 slot = T.meta_var(T.min(member * 4 + i, length - 1 - chunk * CHUNK) + chunk % page_chunks * CHUNK)
-                start = T.meta_var(page_size * d + slot * dv)
-                for w in T.unroll(wide_v):
-                    base = T.meta_var(i * v_regs + w * 4)
-                    T.ptx[LOAD + ".v4.b32"](
-                        values[base], values[base + 1], values[base + 2], values[base + 3],
-                        pages.ptr_to([T.cast(page, "int64"), head, start + w * 64 + lane_row * 8]),
-                    )  # fmt: skip
-                if has_middle:
-                    base = T.meta_var(i * v_regs + wide_v * 4)
-                    T.ptx[LOAD + ".v2.b32"](
-                        values[base], values[base + 1],
-                        pages.ptr_to([T.cast(page, "int64"), head, start + wide_v * 64 + lane_row * 4]),
-                    )  # fmt: skip
-                if has_narrow:
-                    T.ptx[LOAD + ".b32"](
-                        values[i * v_regs + v_regs - 1],
-                        pages.ptr_to([T.cast(page, "int64"), head, start + dv - 16 + lane_row * 2]),
-                    )
+                start = T.meta_var(read.layout.values + slot * read.layout.value_width)
+                read.load_value(values, i * v_words, pages, page, head, start, lane_row)
+            load_scales(2, chunk, page, value_scales)
 
         @T.inline
         def load_queries() -> None:
@@ -228,6 +224,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         T.ptx["ld.global.v2.b32"](
                             q_regs[base], q_regs[base + 1], q.ptr_to([sequence, query, wide_k * 32 + member * 4])
                         )
+            read.permute(q_regs, halves * k_regs)
 
         @T.inline
         def multiply_keys() -> None:
@@ -235,14 +232,17 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 score[i] = T.float32(0)
             for j in T.unroll(2):
                 for s in T.unroll(d // 16):
-                    k = T.meta_var(j * k_regs + s * 2)
+                    read.key(k_fragment, keys, j * k_words, s)
                     upper = T.meta_var((k_regs if halves > 1 else 0) + s * 2)
                     T.ptx[mma](
                         score[j * 4], score[j * 4 + 1], score[j * 4 + 2], score[j * 4 + 3],
                         q_regs[s * 2], q_regs[upper] if halves > 1 else T.uint32(0),
                         q_regs[s * 2 + 1], q_regs[upper + 1] if halves > 1 else T.uint32(0),
-                        keys[k], keys[k + 1], score[j * 4], score[j * 4 + 1], score[j * 4 + 2], score[j * 4 + 3],
+                        k_fragment[0], k_fragment[1], score[j * 4], score[j * 4 + 1], score[j * 4 + 2], score[j * 4 + 3],
                     )  # fmt: skip
+            if codes:
+                for i in T.unroll(8):  # position 4 t + 2 (i / 4) + i % 2
+                    score[i] = score[i] * as_float(scales[i // 4], i % 2, "bfloat16")
 
         @T.inline
         def softmax(chunk) -> None:
@@ -270,6 +270,10 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     for e in T.unroll(2):
                         T.ptx["ex2.approx.ftz.f32"](score[j * 4 + h * 2 + e], score[j * 4 + h * 2 + e] - highest)
                         total[h] = total[h] + score[j * 4 + h * 2 + e]
+                    if codes:
+                        for e in T.unroll(2):
+                            i = T.meta_var(j * 4 + h * 2 + e)
+                            score[i] = score[i] * as_float(scales[2 + j], e, "bfloat16")
                     T.ptx[to_pair](p_fragment[h * 2 + j], score[j * 4 + h * 2 + 1], score[j * 4 + h * 2])
                 # The columns of a result tile are heads 2 t and 2 t + 1, whose factors the lanes of those rows have.
                 left: T.float32 = T.tvm_warp_shuffle(T.uint32(hopper.FULL_WARP), factor[0], member * 8, 32, 32)
@@ -285,10 +289,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         def multiply_values() -> None:
             for m in T.unroll(v_regs):
                 for pair in T.unroll(2):
-                    one = T.meta_var(values[2 * pair * v_regs + m])
-                    two = T.meta_var(values[(2 * pair + 1) * v_regs + m])
-                    T.ptx["prmt.b32"](v_fragment[pair * 2], one, two, T.uint32(0x5410))
-                    T.ptx["prmt.b32"](v_fragment[pair * 2 + 1], one, two, T.uint32(0x7632))
+                    read.value(v_fragment, pair * 2, values, 2 * pair * v_words, (2 * pair + 1) * v_words, m)
                 for h in T.unroll(halves):
                     s = T.meta_var((h * v_regs + m) * 4)
                     T.ptx[mma](

@@ -113,8 +113,11 @@ def _quantize(call: KernelCall, target: GpuTarget, n: Expr, k: Expr, v: Expr, sl
         active = bind(tirx.all(at < n * heads, slot >= 0))
         team = Team(target, thread, THREADS, group)
         for source, keys in ((k, True), (v, False)):
-            side = Side(target, pages, layout, keys=keys)
-            side.write(team, group, active, page, head, offset, lambda e, source=source: load(source, row, head, e)[0])
+
+            def element(e: Expr, source: Expr = source) -> Expr:
+                return load(source, row, head, e)[0]
+
+            Side(target, pages, layout, keys=keys).write(team, group, active, page, head, offset, element)
 
 
 def _place(slot: Expr, page_size: int) -> tuple[Expr, Expr]:

@@ -70,9 +70,11 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             def both() -> None:
                 page, offset = bind(tirx.floordiv(slot, page_size)), bind(tirx.floormod(slot, page_size))
                 for source, side in sides:
-                    side.write(
-                        page, head, offset, lambda start, lanes, source=source: simd.load(source, i, head, start, lanes=lanes)
-                    )
+
+                    def load(start: Expr, lanes: int, source: Expr = source) -> Expr:
+                        return simd.load(source, i, head, start, lanes=lanes)
+
+                    side.write(page, head, offset, load)
 
             when(slot >= 0, both)
 

@@ -27,7 +27,8 @@ ROW_WISE = {
     "relax.logical_or", "relax.logical_not", "relax.abs", "relax.astype", "relax.clip", "relax.cos", "relax.erf", "relax.exp",
     "relax.log", "relax.negative", "relax.nn.gelu", "relax.nn.gelu_tanh", "relax.nn.relu", "relax.nn.silu", "relax.rsqrt",
     "relax.sigmoid", "relax.sin", "relax.sqrt", "relax.square", "relax.tanh", "relax.reshape",
-    "llmc.linear", "llmc.quantized_linear", "llmc.rms_norm", "llmc.layer_norm", "llmc.moe", "llmc.rope", "llmc.topk",
+    "llmc.linear", "llmc.quantized_linear", "llmc.rms_norm", "llmc.layer_norm", "llmc.moe", "llmc.quantized_moe", "llmc.rope",
+    "llmc.topk",
 }  # fmt: skip
 """Operators whose row i of the result depends on row i of the operands alone, if both have the rows as their first axis."""
 

@@ -145,6 +145,20 @@ def _moe(s: Shapes, a: dict[str, Any]) -> str:
     )
 
 
+def _quantized_moe(s: Shapes, a: dict[str, Any]) -> str:
+    x, ids, weights = s[:3]
+    return _expect(
+        (len(s) > 5 + 2 * a["bias"] and all(part[0] == a["experts"] for part in s[3:-1]), "operands do not fit the experts"),
+        (
+            same_shape(ids, [x[0], a["top_k"]]) and same_shape(weights, ids),
+            f"ids {ids} and weights {weights} for top_k={a['top_k']}",
+        ),
+        (x[1] == a["hidden"], f"experts of width {a['hidden']} for x {x}"),
+        (a["activation"] in ACTIVATIONS, f"unknown activation {a['activation']}"),
+        (a["activations"] in ACTIVATION_DTYPES, f"unknown dtype of activations {a['activations']}"),
+    )
+
+
 def _topk(s: Shapes, a: dict[str, Any]) -> str:
     return _expect((len(s) == 2 and len(s[0]) == 2 and 0 < a["k"] <= s[0][1], f"k={a['k']} of {s[0]}"))
 
@@ -161,6 +175,7 @@ CHECKS: dict[str, Check] = {
     "llmc.rope_append": _rope_append,
     "llmc.attend": _attend,
     "llmc.moe": _moe,
+    "llmc.quantized_moe": _quantized_moe,
     "llmc.topk": _topk,
 }
 

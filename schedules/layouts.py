@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from llmc.passes.quantize.scheme import QuantizedTensor, Scheme
+from llmc.passes.quantize.scheme import QuantizedTensor, Scheme, concatenated
 from llmc.schedules.protocol import TensorSpec
 from llmc.targets.base import Target
 
@@ -33,6 +33,24 @@ class WeightLayout(Protocol):
 
     def unpack(self, parts: dict[str, np.ndarray], scheme: Scheme, o: int, k: int) -> QuantizedTensor:
         """The exact inverse of :meth:`pack`."""
+
+
+def stack_parts(layout: WeightLayout, scheme: Scheme, experts: int, o: int, k: int) -> dict[str, TensorSpec]:
+    """The tensors of ``experts`` matrices [o, k]: :meth:`WeightLayout.parts` with the experts as first axis."""
+    return {name: TensorSpec((experts, *spec.shape), spec.dtype) for name, spec in layout.parts(scheme, o, k).items()}
+
+
+def pack_stack(layout: WeightLayout, q: QuantizedTensor, experts: int) -> dict[str, np.ndarray]:
+    """The arrays of :func:`stack_parts`; ``q`` has the matrices one below the other."""
+    o = len(q.codes) // experts
+    packed = [layout.pack(q.take(slice(e * o, (e + 1) * o))) for e in range(experts)]
+    return {name: np.stack([p[name] for p in packed]) for name in packed[0]}
+
+
+def unpack_stack(layout: WeightLayout, parts: dict[str, np.ndarray], scheme: Scheme, o: int, k: int) -> QuantizedTensor:
+    """The inverse of :func:`pack_stack`."""
+    experts = len(next(iter(parts.values())))
+    return concatenated([layout.unpack({n: a[e] for n, a in parts.items()}, scheme, o, k) for e in range(experts)])
 
 
 def of_target(target: Target) -> Sequence[WeightLayout]:

@@ -4,7 +4,21 @@ Importing this package registers every op. Each module holds one op or a pair th
 rule and its NumPy reference. The IR is persisted as JSON (``tvm.ir.save_json``): TVMScript text does not round-trip Python ops.
 """
 
-from llmc.dialect import attention, linear, moe, norm, paged, quantized, rope, rope_append, topk
+from llmc.dialect import attention, linear, moe, norm, paged, quantized, quantized_moe, rope, rope_append, topk
 from llmc.dialect.core import attrs_of, call, is_call
 
-__all__ = ["attention", "attrs_of", "call", "is_call", "linear", "moe", "norm", "paged", "quantized", "rope", "rope_append", "topk"]
+__all__ = [
+    "attention",
+    "attrs_of",
+    "call",
+    "is_call",
+    "linear",
+    "moe",
+    "norm",
+    "paged",
+    "quantized",
+    "quantized_moe",
+    "rope",
+    "rope_append",
+    "topk",
+]

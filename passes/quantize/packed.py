@@ -14,7 +14,7 @@ from llmc.passes.quantize.native import column_order, native, native_scheme
 from llmc.passes.quantize.report import Stored
 from llmc.passes.quantize.round_to_nearest import quantize
 from llmc.passes.quantize.scheme import QuantizedTensor, Scheme, scheme
-from llmc.schedules.layouts import WeightLayout
+from llmc.schedules.layouts import WeightLayout, pack_stack
 from llmc.schedules.protocol import TensorSpec
 
 _CHUNK = 1 << 22  # weights compared in one go
@@ -22,7 +22,8 @@ _CHUNK = 1 << 22  # weights compared in one go
 
 @dataclass
 class Matrix:
-    """A matrix to be stored by ``scheme`` in ``layout``; ``record.error`` is set once it has been quantized.
+    """A matrix, or a stack of them [E, o, k], to be stored by ``scheme`` in ``layout``. ``record.error`` is set once it has been
+    quantized.
 
     A source that holds codes of ``scheme`` (or of the two-level scheme that ``scheme`` is the flat form of) gives them
     as they are; any other is read and rounded.
@@ -37,8 +38,14 @@ class Matrix:
     def part(self, name: str) -> np.ndarray:
         """One array of the layout. All are made at the first call, and each is dropped when it has been asked for."""
         if name not in self._parts:
-            self._parts = dict(self.layout.pack(self.quantized()))
+            self._parts = self._packed()
         return self._parts.pop(name)
+
+    def _packed(self) -> dict[str, np.ndarray]:
+        shape = self.source.shape
+        if len(shape) == 3:
+            return pack_stack(self.layout, self.quantized(), shape[0])
+        return dict(self.layout.pack(self.quantized()))
 
     @property
     def keeps_codes(self) -> bool:
@@ -52,13 +59,14 @@ class Matrix:
         return column_order(self.source) if self.keeps_codes else None
 
     def quantized(self) -> QuantizedTensor:
-        """The matrix in its scheme. Raises ModelError if the source holds a NaN or an infinity."""
+        """The matrix in its scheme, a stack's matrices one below the other. Raises ModelError for a NaN or an infinity."""
         if self.keeps_codes:
             self.record.error = 0.0
             stored = native(self.source)
             return stored if stored.scheme == self.scheme else stored.flat()
         weight = self.source.read()
         check_finite(weight, self.source)
+        weight = weight.reshape(-1, weight.shape[-1])
         rounded = quantize(weight, self.scheme)
         self.record.error = relative_error(weight, rounded)
         return rounded

@@ -110,8 +110,10 @@ def _refusal(var: relax.Var, uses: list[tuple[relax.Var, Any]], router: bool, re
         name = op_name(value)
         if reordered and name == "relax.take":
             return "the checkpoint stores its columns in another order, and rows of it are looked up"
-        if name == "llmc.moe":
-            return "llmc.moe has no kernels for quantized experts yet"
+        if name == "llmc.moe" and any(value.args[i].same_as(var) for i in (3, 4)):
+            if reordered:
+                return "the checkpoint stores the columns of these experts in another order"
+            continue
         linear = name == "llmc.linear" and value.args[1].same_as(var)
         lookup = (
             name == "relax.take"

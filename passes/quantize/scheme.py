@@ -145,7 +145,7 @@ class QuantizedTensor:
             values += np.repeat(floats(self.minima, how.scale_dtype), group, axis=1)[:, :k]
         return values
 
-    def take(self, rows: np.ndarray) -> QuantizedTensor:
+    def take(self, rows: np.ndarray | slice) -> QuantizedTensor:
         """The matrix of ``rows`` (indices or a slice): rows are quantized independently, so they may move."""
         kept: dict[str, Any] = {name: None if a is None else a[rows] for name, a in self._arrays().items()}
         return QuantizedTensor(self.scheme, **kept)

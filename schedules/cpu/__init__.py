@@ -14,6 +14,7 @@ from llmc.schedules.cpu import (
     moe,
     quantized_linear,
     quantized_linear_plain,
+    quantized_moe,
     quantized_take,
     quantized_take_plain,
     rope,
@@ -24,7 +25,7 @@ from llmc.schedules.cpu.norm import layer_norm, rms_norm
 
 FAMILIES = (
     linear, quantized_linear, quantized_take, quantized_linear_plain, quantized_take_plain,
-    attend, append, moe, rms_norm, layer_norm, rope, rope_append, topk,
+    attend, append, moe, quantized_moe, rms_norm, layer_norm, rope, rope_append, topk,
 )  # fmt: skip
 """In order of preference; the first that matches takes a call."""
 

@@ -16,7 +16,8 @@ from tvm.tirx.script import builder as T
 
 from llmc.schedules.cpu.dot import dot_tile, output_blocks, tile_shape
 from llmc.schedules.cpu.emit import Simd, Symbols, arguments, bind, f32, function, i64, local, read, shuffle, store, when
-from llmc.schedules.cpu.math import ACTIVATIONS, Math
+from llmc.schedules.cpu.expert_groups import Groups, gated
+from llmc.schedules.cpu.math import ACTIVATIONS
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import Target
 
@@ -89,37 +90,12 @@ class _Moe:
         self.tile = tile_shape(simd)
         self.hidden = T.alloc_buffer((n * self.top_k, self.inner), "float32")
         self.parts = T.alloc_buffer((n * self.top_k, self.h), "float32")
-        self.order = T.alloc_buffer((n * self.top_k,), "int64")
-        self.ends = local(1, self.experts, "int64")
+        self.groups = Groups(buffers["ids"], n, self.top_k, self.experts)
 
     def emit(self) -> None:
-        self._group()
+        self.groups.emit()
         self._over_blocks(self.inner, self.tile.outputs // 2 if self.gated else self.tile.outputs, self._hidden_block)
         self._over_blocks(self.h, self.tile.outputs, self._output_block)
-
-    def _group(self) -> None:
-        """order = the pairs by expert (a counting sort); ends[e] = one past the last pair of expert e."""
-        pairs, expert = self.n * self.top_k, local(1, dtype="int64")
-
-        def expert_of(p: Expr) -> Expr:
-            return i64(self.buffers["ids"][tirx.floordiv(p, self.top_k), tirx.floormod(p, self.top_k)])
-
-        with T.serial(0, self.experts) as e:
-            store(self.ends, i64(0), i64(e))
-        with T.serial(0, pairs) as p:
-            store(expert, expert_of(i64(p)), 0)
-            store(self.ends, read(self.ends, read(expert, 0)) + 1, read(expert, 0))
-        with T.serial(1, self.experts) as e:
-            store(self.ends, read(self.ends, i64(e)) + read(self.ends, i64(e) - 1), i64(e))
-        # From the back: ends moves down to the starts and is moved up again afterwards, so the sort needs no second array.
-        with T.serial(0, pairs) as p:
-            at = bind(pairs - 1 - i64(p))
-            store(expert, expert_of(at), 0)
-            store(self.ends, read(self.ends, read(expert, 0)) - 1, read(expert, 0))
-            store(self.order, at, read(self.ends, read(expert, 0)))
-        with T.serial(0, self.experts - 1) as e:
-            store(self.ends, read(self.ends, i64(e) + 1), i64(e))
-        store(self.ends, pairs, i64(self.experts - 1))
 
     def _over_blocks(self, size: int, width: int, body: Callable[[Expr, int], None]) -> None:
         """Run ``body(first, outputs)`` in parallel over the output blocks of a stage."""
@@ -141,13 +117,12 @@ class _Moe:
         """Run ``body(expert, pairs)`` over tiles of the pairs of each routed expert."""
         with T.serial(0, self.experts) as e:
             expert = bind(i64(e))
-            end = bind(read(self.ends, expert))
-            begin = bind(tirx.Select(expert > 0, read(self.ends, tirx.max(expert - 1, i64(0))), i64(0)))
+            begin, end = self.groups.range(expert)
             tiles = bind(tirx.floordiv(end - begin, self.tile.rows))
             with T.serial(0, tiles) as t:
-                body(expert, [bind(read(self.order, begin + i64(t) * self.tile.rows + i)) for i in range(self.tile.rows)])
+                body(expert, [bind(read(self.groups.order, begin + i64(t) * self.tile.rows + i)) for i in range(self.tile.rows)])
             with T.serial(begin + tiles * self.tile.rows, end) as p:
-                body(expert, [bind(read(self.order, i64(p)))])
+                body(expert, [bind(read(self.groups.order, i64(p)))])
 
     def _hidden_block(self, first: Expr, outputs: int) -> None:
         """hidden[pair, first .. first + outputs] = act(gate) · up, or act(gate) if there is no up."""
@@ -168,31 +143,9 @@ class _Moe:
                     value = bind(value + (shuffle(bias, range(len(bias))) if len(bias) > 1 else bias[0]))
                 gate = shuffle([value], range(outputs)) if self.gated else value
                 up = shuffle([value], range(outputs, 2 * outputs)) if self.gated else None
-                store(self.hidden, self._gated(gate, up, outputs), pair, first, lanes=outputs)
+                store(self.hidden, gated(self.simd, self.call, gate, up, outputs), pair, first, lanes=outputs)
 
         self._each_tile(tile)
-
-    def _gated(self, gate: Expr, up: Expr | None, lanes: int) -> Expr:
-        """act(alpha · gate) / alpha * (up + offset), clipped first if there is a limit."""
-
-        def splat(value: float) -> Expr:
-            return self.simd.splat(f32(value), lanes)
-
-        alpha, limit, offset = (float(self.call.attr(name)) for name in ("alpha", "limit", "offset"))
-        if limit > 0:
-            gate = bind(tirx.min(gate, splat(limit)))
-        if alpha != 1:
-            gate = bind(gate * splat(alpha))
-        value = Math(self.simd, lanes).activate(self.call.attr("activation"), gate)
-        if alpha != 1:
-            value = bind(value * splat(1 / alpha))
-        if up is None:
-            return value
-        if limit > 0:
-            up = bind(tirx.max(tirx.min(up, splat(limit)), splat(-limit)))
-        if offset != 0:
-            up = bind(up + splat(offset))
-        return bind(value * up)
 
     def _output_block(self, first: Expr, outputs: int) -> None:
         """parts[pair, block] = down · hidden, then out[row, block] = the weighted sum over the row's experts."""

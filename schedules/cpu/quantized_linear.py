@@ -10,6 +10,8 @@ block's codes are unpacked into registers once for a tile of rows, whose activat
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from copy import copy
 from typing import Any
 
 import numpy as np
@@ -38,6 +40,7 @@ from llmc.schedules.cpu.emit import (
 from llmc.schedules.cpu.layout_panel import BLOCK, QUADS, ROWS, Panels, geometry
 from llmc.schedules.cpu.math import ACTIVATIONS, Math
 from llmc.schedules.cpu.quantized_dot import Dot
+from llmc.schedules.cpu.rows_kernel import RowsKernel
 from llmc.schedules.cpu.two_level_scales import TwoLevel
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import Target
@@ -113,9 +116,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     with function(f"quantized_linear_{at.o}x{at.k}") as done:
         buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
         n = symbols.dim(call.args[0].shape[0])
-        rows = quantized_rows.workspace(n, at.columns, min(at.record // at.sets, BLOCK))
-        quantized_rows.quantize(simd, buffers["x"], n, at.k, rows)
-        tile = _Tile(call, target, simd, buffers, rows, at)
+        tile = _tile(call, target, simd, buffers, n)
 
         def task(t: Expr) -> None:
             low = bind(tirx.floordiv(t, at.panels) * block)
@@ -132,6 +133,24 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     return done()
 
 
+def _tile(call: KernelCall, target: Target, simd: Simd, buffers: dict[str, Expr], n: Expr) -> _Tile:
+    """Emit the rounding of x's ``n`` rows; the tile that multiplies them."""
+    at = _geometry(call)
+    rows = quantized_rows.workspace(n, at.columns, min(at.record // at.sets, BLOCK))
+    quantized_rows.quantize(simd, buffers["x"], n, at.k, rows)
+    return _Tile(call, target, simd, buffers, rows, at)
+
+
+def rows_kernel(call: KernelCall, target: Target, x: Expr, out: Expr, n: Expr) -> RowsKernel:
+    """The layer's product for other kernels: rows of ``x`` times whichever weight has the call's shape, a panel a piece."""
+    tile = _tile(call, target, Simd(target), {"x": x, "out": out}, n)
+
+    def of(weight: dict[str, Expr]) -> Callable[[Expr, Expr, int], None]:
+        return tile.over(weight).emit
+
+    return RowsKernel(_geometry(call).panels, of)
+
+
 class _Tile:
     """The products of a panel with a tile of rows."""
 
@@ -143,6 +162,12 @@ class _Tile:
         self.dot = Dot(simd, target, at.bits)
         self.lanes = self.dot.lanes
         self.subtract = (1 << (at.bits - 1)) - self.dot.bias if self.scheme.offset == "none" else -self.dot.bias
+
+    def over(self, weight: dict[str, Expr]) -> _Tile:
+        """The same tile over another weight's panels and bias."""
+        other = copy(self)
+        other.buffers = {**self.buffers, **weight}
+        return other
 
     def emit(self, panel: Expr, first: Expr, count: int) -> None:
         at, dot = self.at, self.dot

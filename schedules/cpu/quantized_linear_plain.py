@@ -6,6 +6,7 @@ rows of x. Sums of a row are the same in every tile.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ from llmc.schedules.cpu.emit import (
 )
 from llmc.schedules.cpu.math import ACTIVATIONS, Math
 from llmc.schedules.cpu.quantized_plain import Weight
+from llmc.schedules.cpu.rows_kernel import RowsKernel
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import Target
 
@@ -94,6 +96,18 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     _tile(call, simd, weight, buffers, output, bind(low + i64(i) * count), count, k)
                 low = bind(low + tiles * count)
     return done()
+
+
+def rows_kernel(call: KernelCall, target: Target, x: Expr, out: Expr, n: Expr) -> RowsKernel:
+    """The layer's product for other kernels: rows of ``x`` times whichever weight has the call's shape, an output a piece."""
+    simd, o, k, how = Simd(target), int(call.attr("o")), int(call.attr("k")), scheme(call.attr("scheme"))
+
+    def of(weight: dict[str, Expr]) -> Callable[[Expr, Expr, int], None]:
+        buffers = {"x": x, "out": out, **weight}
+        matrix = Weight(simd, how, buffers, k)
+        return lambda output, first, count: _tile(call, simd, matrix, buffers, output, first, count, k)
+
+    return RowsKernel(o, of)
 
 
 def _tile(

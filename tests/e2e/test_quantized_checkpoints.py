@@ -31,10 +31,9 @@ EXACT = 2e-5
 """The same where activations stay floats."""
 
 
-def logits_error(artifact: Path, folder: Path, state: dict[str, torch.Tensor]) -> float:
-    """Of all logits of a sequence, in the Frobenius norm, against transformers with the weights ``state``."""
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    reference.load_state_dict(state)
+def logits_error(artifact: Path, floats: Path) -> float:
+    """Of all logits of a sequence, in the Frobenius norm, against transformers on the model in ``floats``."""
+    reference = AutoModelForCausalLM.from_pretrained(floats, dtype=torch.float32, attn_implementation="eager").eval()
     ids = [int(i) for i in np.random.default_rng(3).integers(0, VOCAB, 29)]
     with torch.no_grad():
         expected = reference(torch.tensor([ids])).logits[0].numpy()
@@ -68,29 +67,63 @@ CASES: dict[str, tuple[str, made.Packer, dict[str, Any], str, float]] = {
 @pytest.mark.parametrize("name", [c if c == "gptq_act_order" else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
 def test_logits(name: str, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     model_type, pack, config, scheme, tolerance = CASES[name]
-    plain = tiny_model_dir(model_type, **SIZES)
-    folder, state = made.quantize_folder(plain, tmp_path / "model", pack, config)
+    folder, floats = made.quantize_folder(tiny_model_dir(model_type, **SIZES), tmp_path, made.linears(pack), config)
     rows = compiled(folder, tmp_path / "out")
     for part in ("self_attn.q_proj+k_proj+v_proj", "self_attn.o_proj", "mlp.gate_proj+up_proj", "mlp.down_proj"):
         row = rows[f"model.layers.*.{part}.weight"]
         assert (row.scheme, row.error, row.reason) == (scheme, 0.0, "")
     assert rows["lm_head.weight"].scheme == "float32"
-    assert logits_error(tmp_path / "out", plain, state) < tolerance
+    assert logits_error(tmp_path / "out", floats) < tolerance
 
 
 @pytest.mark.slow
 def test_layers_without_quantization_stay_and_others_can_be_rounded_anew(
     tiny_model_dir: Callable[..., Path], tmp_path: Path
 ) -> None:
-    plain = tiny_model_dir("llama", **SIZES)
+    replace = made.linears(made.pack_quantized(act_order=True), "v_proj")
     config = made.compressed_config("pack-quantized")
-    folder, state = made.quantize_folder(
-        plain, tmp_path / "model", made.pack_quantized(act_order=True), config, keep=lambda n: "v_proj" in n or n == "lm_head"
-    )
+    folder, floats = made.quantize_folder(tiny_model_dir("llama", **SIZES), tmp_path, replace, config)
     rows = compiled(folder, tmp_path / "out", keep=["down_proj=int8", "o_proj=none"], quant=None)
     assert rows["model.layers.*.self_attn.q_proj+k_proj.weight"].scheme == "int4_g32_bf16"
     assert rows["model.layers.*.self_attn.v_proj.weight"].scheme == "float32"
     assert rows["model.layers.*.self_attn.o_proj.weight"].scheme == "float32"
     assert rows["model.layers.*.mlp.down_proj.weight"].scheme == "int8"
     assert 0 < rows["model.layers.*.mlp.down_proj.weight"].error < 1e-2
-    assert logits_error(tmp_path / "out", plain, state) < ROUNDED
+    assert logits_error(tmp_path / "out", floats) < ROUNDED
+
+
+EXPERTS: dict[str, tuple[str, dict[str, int], made.Replace, dict[str, Any], str, float]] = {
+    "gptq": ("mixtral", {}, made.linears(made.gptq(symmetric=False)), {**GPTQ, "desc_act": False}, "int4p_g32", ROUNDED),
+    "fp8": (
+        "qwen3_moe",
+        {"moe_intermediate_size": 96},
+        made.linears(made.fp8("block", "weight_scale_inv")),
+        {"quant_method": "fp8", "weight_block_size": [128, 128]},
+        "fp8_e4m3_b128",
+        EXACT,
+    ),
+    "mxfp4": ("gpt_oss", {}, made.mxfp4_experts, {"quant_method": "mxfp4"}, "mxfp4", EXACT),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts(name: str, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    model_type, sizes, replace, config, scheme, tolerance = EXPERTS[name]
+    folder, floats = made.quantize_folder(tiny_model_dir(model_type, **SIZES, **sizes), tmp_path, replace, config)
+    rows = compiled(folder, tmp_path / "out")
+    experts = [row for row in rows.values() if ".experts." in row.name and "bias" not in row.name]
+    assert [(row.scheme, row.error, row.reason) for row in experts] == [(scheme, 0.0, "")] * 2
+    assert logits_error(tmp_path / "out", floats) < tolerance
+
+
+@pytest.mark.slow
+def test_experts_of_floats_are_rounded(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    rows = compiled(tiny_model_dir("gpt_oss", **SIZES), tmp_path / "out", quant="int4")
+    left = {
+        row.name for row in rows.values() if row.scheme.startswith("float") and "bias" not in row.name and "vectors" not in row.name
+    }
+    assert left == {"model.layers.*.mlp.router.weight"}
+    assert "picks the experts" in rows["model.layers.*.mlp.router.weight"].reason
+    with llmc.load(tmp_path / "out") as model:
+        assert np.isfinite(model.logits(list(range(9)))).all()

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from llmc import targets
 from llmc.errors import UsageError
 from llmc.importer.params import DTYPES, Constant, Param, ParamTable
+from llmc.passes.paged_attention import paged_attention
+from llmc.passes.phases import phases
 from llmc.passes.pipeline import Lowered, lower
 from llmc.passes.quantize.options import QuantOptions
+from llmc.passes.quantize.plan import Plan, assign
+from llmc.passes.quantize.quantize_weights import quantize_weights
 from llmc.passes.quantize.report import Stored, bits_per_weight, rows, table
 from llmc.passes.quantize.round_to_nearest import quantize
 from llmc.passes.quantize.scheme import scheme
+from llmc.passes.rewrite import op_name
 from tests.passes.test_end_to_end import OPTIONS, TARGET, Machine
+from tests.passes.test_graph_passes import optimised
 from tests.support import graphs, interpreter
 from tests.support.stepper import Stepper, mixed_schedule
 
@@ -39,7 +45,7 @@ def dequantized(case: str, chosen: dict[str, str]) -> graphs.Built:
     held = {}
     for name, kind in chosen.items():
         stored = graphs.stored(built.table, name)
-        held[name] = quantize(stored, scheme(kind)).dequantize()
+        held[name] = quantize(stored.reshape(-1, stored.shape[-1]), scheme(kind)).dequantize().reshape(stored.shape)
     params = [
         Param(p.name, Constant(held.get(p.name, graphs.stored(built.table, p.name)), p.name), p.dtype) for p in built.table.values()
     ]
@@ -70,11 +76,12 @@ def error(case: str, quantization: QuantOptions, chosen: dict[str, str]) -> tupl
 
 def matrices(case: str) -> list[str]:
     built = graphs.build(graphs.CASES[case])
-    return [p.name for p in built.table.values() if len(p.shape) == 2]
+    return [p.name for p in built.table.values() if len(p.shape) > 1 and "router" not in p.name]
 
 
 @pytest.mark.parametrize(
-    ("case", "name"), [("grouped", "fp8_e4m3"), ("nhd", "mxfp4"), ("parallel_partial", "nf4"), ("single", "fp8_e4m3")]
+    ("case", "name"),
+    [("grouped", "fp8_e4m3"), ("nhd", "mxfp4"), ("parallel_partial", "nf4"), ("single", "fp8_e4m3"), ("experts", "mxfp4")],
 )
 def test_logits_are_those_of_the_dequantized_weights(case: str, name: str) -> None:
     """Schemes whose kernels keep float activations: nothing but the order of additions differs."""
@@ -82,11 +89,12 @@ def test_logits_are_those_of_the_dequantized_weights(case: str, name: str) -> No
     keep = [f"^{m}$={full}" for m in ("embed", "lm_head.weight")]  # not int8, which may come with rounded activations
     worst, lowered = error(case, options(name, *keep), dict.fromkeys(matrices(case), full))
     assert worst < 1e-5
-    assert all(r.scheme == full and not r.reason for r in lowered.stored if len(r.shape) == 2)
+    assert all(r.scheme == full and not r.reason for r in lowered.stored if len(r.shape) > 1 and "router" not in r.name)
 
 
 @pytest.mark.parametrize(
-    ("case", "name"), [("grouped", "int4"), ("nhd", "int4z_g64"), ("parallel_partial", "int4p_g32"), ("grouped", "int8")]
+    ("case", "name"),
+    [("grouped", "int4"), ("nhd", "int4z_g64"), ("parallel_partial", "int4p_g32"), ("grouped", "int8"), ("experts", "int4")],
 )
 def test_integer_schemes_with_rounded_activations(case: str, name: str) -> None:
     """What rounding activations to 8 bits costs, on a model of random weights: about a percent."""
@@ -106,13 +114,17 @@ def test_a_tied_embedding_is_stored_once() -> None:
     assert {"llmc.quantized_take", "llmc.quantized_linear"} <= ops and "llmc.linear" not in ops
 
 
-def test_extend_computes_only_wanted_rows_after_the_last_attention() -> None:
-    _, lowered = compiled("grouped", options("int4"))
-    rows: Counter[str] = Counter()
-    for kernel in lowered.kernels:
-        if kernel.function == "extend" and kernel.op == "llmc.quantized_linear":
-            rows[kernel.call["args"][0][0][0]] += kernel.count
-    assert rows == {"n": 5, "r": 4}  # as without quantization: see test_graph_passes
+@pytest.mark.parametrize(("case", "op"), [("grouped", "llmc.quantized_linear"), ("experts", "llmc.quantized_moe")])
+def test_extend_computes_only_wanted_rows_after_the_last_attention(case: str, op: str) -> None:
+    built, plan = graphs.build(graphs.CASES[case]), Plan(options("int4"))
+    graph = optimised(built)
+    assign(graph, built.table, plan)
+    quantize_weights(graph, built.table, plan, TARGET)
+    paged_attention(graph, 4, "float32")
+    extend = {g.name: g for g in phases(graph)}["extend"]
+    rows = [str(v.ty.shape[0]) for v, e in extend.bindings if op_name(e) == op]
+    # as without quantization: layer 0, then of layer 1 all that follows attention, and the vocabulary
+    assert rows == (["n"] * 5 + ["r"] * 4 if case == "grouped" else ["n", "r"])
 
 
 def test_keep_names_exceptions_and_splits_what_would_merge() -> None:
@@ -124,12 +136,28 @@ def test_keep_names_exceptions_and_splits_what_would_merge() -> None:
     assert found["layers.1.attn.q_proj+k_proj+v_proj.weight"].scheme == "int4_g32"
 
 
-def test_experts_and_their_router_stay_and_say_why() -> None:
+def test_experts_are_quantized_and_their_router_is_not() -> None:
     _, lowered = compiled("experts", options("int8"))
     found = by_name(lowered)
     assert "experts" in found["layers.0.mlp.router.weight"].reason
-    assert "llmc.moe" in found["layers.0.mlp.gate_up"].reason and found["layers.0.mlp.gate_up"].scheme == "bfloat16"
+    assert [found[f"layers.0.mlp.{n}"].scheme for n in ("gate_up", "down")] == ["int8", "int8"]
     assert found["layers.0.attn.o_proj.weight"].scheme == "int8"
+
+
+def test_experts_are_quantized_together_or_not_at_all() -> None:
+    _, lowered = compiled("experts", options("int8", r"layers\.0\..*down=none"))
+    found = by_name(lowered)
+    assert found["layers.0.mlp.down"].scheme == found["layers.0.mlp.gate_up"].scheme == "bfloat16"
+    assert "layers.0.mlp.down of these experts stays" in found["layers.0.mlp.gate_up"].reason
+    assert found["layers.1.mlp.gate_up"].scheme == "int8"
+
+
+def test_experts_stay_where_a_target_has_no_kernels_for_quantized_ones() -> None:
+    built = graphs.build(graphs.CASES["experts"])
+    target = targets.parse("cuda:sm_80")
+    lowered = lower(built.module, built.table, target, replace(OPTIONS, quantization=options("int8")))
+    reason = by_name(lowered)["layers.0.mlp.gate_up"].reason
+    assert reason == "cuda:sm_80 has no kernels for quantized experts"
 
 
 def test_errors_are_known_once_weights_are_read() -> None:

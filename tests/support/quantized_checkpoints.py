@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 Layer = tuple[dict[str, torch.Tensor], torch.Tensor]
 Packer = Callable[[int, int, np.random.Generator], Layer]
+Replace = Callable[[str, torch.Tensor, np.random.Generator], Layer | None]
+"""A tensor's name and value -> the tensors by name that stand for it, and the values they have; None for one that stays."""
 
 NF4 = torch.tensor([
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -211,31 +214,49 @@ def compressed_config(form: str, bits: int = 4, kind: str = "int", **more: Any) 
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
 
 
-def quantize_folder(
-    folder: Path, out: Path, pack: Packer, config: dict[str, Any], *, keep: Callable[[str], bool] = lambda name: "lm_head" in name
-) -> tuple[Path, dict[str, torch.Tensor]]:
-    """The model in ``folder`` with every linear layer but those of ``keep`` replaced by what ``pack`` makes, written to ``out``.
+def linears(pack: Packer, *keep: str) -> Replace:
+    """Replaces every matrix but embeddings, routers, the output matrix, and those with one of ``keep`` in their name."""
+    kept = ("embed", "lm_head", "gate.weight", *keep)
 
-    Returns ``out`` and the state dict of the model of floats that it stands for. The layers' values are random: what is compared is
-    how they are read.
+    def replace(name: str, value: torch.Tensor, rng: np.random.Generator) -> Layer | None:
+        if value.ndim != 2 or any(part in name for part in kept):
+            return None
+        parts, weight = pack(*value.shape, rng)
+        return {f"{name.removesuffix('weight')}{part}": tensor for part, tensor in parts.items()}, weight
+
+    return replace
+
+
+def mxfp4_experts(name: str, value: torch.Tensor, rng: np.random.Generator) -> Layer | None:
+    """gpt-oss: experts [E, k, o], blocks and scales of their transposes."""
+    if value.ndim != 3:
+        return None
+    experts, k, o = value.shape
+    packed = [mxfp4()(o, k, rng) for _ in range(experts)]
+    blocks = torch.stack([parts["weight_packed"].reshape(o, k // 32, 16) for parts, _ in packed])
+    scales = torch.stack([parts["weight_scale"] for parts, _ in packed])
+    return {f"{name}_blocks": blocks, f"{name}_scales": scales}, torch.stack([weight.T for _, weight in packed])
+
+
+def quantize_folder(folder: Path, out: Path, replace: Replace, config: dict[str, Any]) -> tuple[Path, Path]:
+    """The model in ``folder`` with what ``replace`` makes of its tensors, and the model of floats that it stands for: two folders.
+
+    The layers' values are random: what is compared is how they are read.
     """
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dictionary)
     rng = np.random.default_rng(11)
     tensors: dict[str, torch.Tensor] = {}
-    layers = {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and not keep(n)}
-    state = model.state_dict()
-    for name in list(state):
-        if name in layers:
-            parts, state[name] = pack(*state[name].shape, rng)
-            tensors |= {f"{name.removesuffix('weight')}{part}": value for part, value in parts.items()}
-        else:
-            tensors[name] = state[name].clone()
-    out.mkdir(parents=True)
-    save_file(tensors, out / "model.safetensors")
+    floats: dict[str, torch.Tensor] = {}
+    for name, value in stored.items():
+        parts, floats[name] = replace(name, value, rng) or ({name: value}, value)
+        tensors |= parts
     values = json.loads((folder / "config.json").read_text())
-    (out / "config.json").write_text(json.dumps({**values, "quantization_config": config}))
-    for file in folder.glob("tokenizer*"):
-        (out / file.name).write_bytes(file.read_bytes())
-    return out, state
+    made = out / "quantized", out / "floats"
+    for target, content, more in zip(made, (tensors, floats), ({"quantization_config": config}, {}), strict=True):
+        target.mkdir(parents=True)
+        save_file({n: t.contiguous() for n, t in content.items()}, target / "model.safetensors", {"format": "pt"})
+        (target / "config.json").write_text(json.dumps({**values, **more}))
+        for file_ in folder.glob("tokenizer*"):
+            (target / file_.name).write_bytes(file_.read_bytes())
+    return made

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmc.errors import ModelError
+
+if TYPE_CHECKING:
+    from llmc.importer.source import ModelSource
 
 
 class Reference:
@@ -43,7 +46,8 @@ class Reference:
 
 
 def reference_model(model: str) -> Reference:
-    """The model that ``model`` names (as on the command line), read by transformers alone. Raises ModelError."""
+    """The model that ``model`` names (as on the command line), read by transformers alone; a quantized checkpoint, for which
+    transformers asks for packages of each method, by llmc's importer into transformers' model. Raises ModelError."""
     from llmc.extras import require
 
     require("compile", f"comparing with {model}")
@@ -51,9 +55,12 @@ def reference_model(model: str) -> Reference:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from llmc.importer.huggingface.config import load_quantization
     from llmc.importer.resolve import resolve
 
     source = resolve(model)
+    if source.kind == "huggingface" and load_quantization(source.path) is not None:
+        return Reference(_dequantized(source))
     where = (source.path.parent, source.path.name) if source.path.is_file() else (source.path, None)
     logging.disable_progress_bar()  # ours says what is going on
     try:
@@ -64,3 +71,21 @@ def reference_model(model: str) -> Reference:
         reason = str(error).split("\n")[0]
         raise ModelError(f"transformers cannot load {source.path} as the reference ({reason})") from error
     return Reference(loaded)
+
+
+def _dequantized(source: ModelSource) -> Any:
+    """transformers' model of a quantized checkpoint, with the values that its codes stand for."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from llmc.importer.binding import to_torch
+
+    loaded = AutoModelForCausalLM.from_config(source.config, dtype=torch.float32, attn_implementation="eager")
+    binding = source.bind(loaded)
+    if binding.missing:
+        raise ModelError(f"the checkpoint in {source.path} lacks {', '.join(binding.missing)}: download it again")
+    state = loaded.state_dict()
+    with torch.no_grad():
+        for param in binding.table.values():
+            state[param.name].copy_(to_torch(param.source.read()))
+    return loaded

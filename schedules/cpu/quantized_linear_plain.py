@@ -68,7 +68,7 @@ def matches(call: KernelCall, target: Target) -> str | None:
         return None
     if call.attr("activation") not in ACTIVATIONS or len(call.args[0].shape) != 2:
         return None
-    return f"{call.attr('scheme')} codes a byte each, float activations"
+    return f"{call.attr('scheme')} codes row by row, float activations"
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:

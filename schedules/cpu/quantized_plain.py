@@ -8,6 +8,7 @@ from tvm import tirx
 
 from llmc.passes.quantize.scheme import Scheme
 from llmc.schedules.cpu.emit import Simd, bind, read, vector, words
+from llmc.schedules.cpu.layout_plain import BLOCK, halved
 
 Expr = Any
 
@@ -27,13 +28,23 @@ class Weight:
         return scale, zero, bind(simd.load(at["minima"], row, group)) if "minima" in at else None
 
     def load(self, row: Expr, column: Expr, lanes: int, scales: tuple[Expr, Expr, Expr]) -> Expr:
-        """``lanes`` weights of one group from ``column`` on."""
+        """``lanes`` weights of one group from ``column`` on, a multiple of ``lanes``; at most 16."""
         simd, (scale, zero, minimum) = self.simd, scales
-        value = self._value(read(self.buffers["codes"], row, column, lanes=lanes), lanes)
+        value = self._value(self._codes(row, column, lanes), lanes)
         if zero is not None:
             value = value - simd.splat(zero, lanes)
         value = value * simd.splat(scale, lanes)
         return bind(value if minimum is None else value + simd.splat(minimum, lanes))
+
+    def _codes(self, row: Expr, column: Expr, lanes: int) -> Expr:
+        """uint8, one code each."""
+        if not halved(self.scheme):
+            return read(self.buffers["codes"], row, column, lanes=lanes)
+        half = BLOCK // 2
+        at = tirx.floordiv(column, BLOCK) * half + tirx.floormod(column, half)
+        shift = tirx.Cast("uint8", tirx.floormod(tirx.floordiv(column, half), 2) * 4)
+        pairs = read(self.buffers["codes"], row, at, lanes=lanes)
+        return (pairs >> self.simd.splat(shift, lanes)) & self.simd.splat(tirx.const(15, "uint8"), lanes)
 
     def _value(self, codes: Expr, lanes: int) -> Expr:
         floats, kind = vector("float32", lanes), self.scheme.kind

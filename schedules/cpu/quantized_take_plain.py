@@ -37,7 +37,7 @@ SHAPES: dict[str, KernelCall] = {
 def matches(call: KernelCall, target: Target) -> str | None:
     if call.op != OP or target.kind != "cpu" or call.attr("layout") != layout_plain.NAME:
         return None
-    return f"{call.attr('scheme')} rows, a byte a code"
+    return f"{call.attr('scheme')} rows"
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
@@ -83,4 +83,5 @@ def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
 
 def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
     n, k = call.args[0].bind(symbols)[0], int(call.attr("k"))
-    return n * (k + 4 * k), 2 * n * k
+    codes = k / 2 if layout_plain.halved(scheme(call.attr("scheme"))) else k
+    return n * int(codes + 4 * k), 2 * n * k

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import llmc
 from llmc.compiler import CompileReport
 from llmc.compiler import compile as compile_model
+from llmc.reference import reference_model
 from tests.support import quantized_checkpoints as made
 from tests.support.tiny_models import VOCAB
 
@@ -74,6 +75,15 @@ def test_logits(name: str, tiny_model_dir: Callable[..., Path], tmp_path: Path) 
         assert (row.scheme, row.error, row.reason) == (scheme, 0.0, "")
     assert rows["lm_head.weight"].scheme == "float32"
     assert logits_error(tmp_path / "out", floats) < tolerance
+
+
+def test_the_reference_of_a_quantized_checkpoint_has_its_dequantized_weights(
+    tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    replace = made.linears(made.gptq(symmetric=False, act_order=True))
+    folder, floats = made.quantize_folder(tiny_model_dir("mixtral", **SIZES), tmp_path, replace, GPTQ)
+    ids = list(range(1, 12))
+    np.testing.assert_allclose(reference_model(str(folder)).logits(ids), reference_model(str(floats)).logits(ids), atol=1e-5)
 
 
 @pytest.mark.slow

@@ -65,7 +65,8 @@ CASES: dict[str, tuple[str, made.Packer, dict[str, Any], str, float]] = {
 }
 
 
-@pytest.mark.parametrize("name", [c if c == "gptq_act_order" else pytest.param(c, marks=pytest.mark.slow) for c in CASES])
+@pytest.mark.slow  # the tutorial's test runs one of them by default
+@pytest.mark.parametrize("name", CASES)
 def test_logits(name: str, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     model_type, pack, config, scheme, tolerance = CASES[name]
     folder, floats = made.quantize_folder(tiny_model_dir(model_type, **SIZES), tmp_path, made.linears(pack), config)

@@ -34,6 +34,7 @@ CASES: dict[str, tuple[made.Packer, dict[str, Any], str, tuple[int, int]]] = {
     "gptq_2_rows": (made.gptq(2, -1), {**GPTQ, "bits": 2, "group_size": -1}, "int2_row", (16, 80)),
     "gptq_own_bits": (made.gptq(8, 32), {**GPTQ, "dynamic": {"+:.*": {"bits": 8}}}, "int8_g32", (16, 64)),
     "gptq_bfloat16": (made.gptq(dtype=torch.bfloat16), GPTQ, "int4_g32_bf16", (16, 64)),
+    "gptq_512": (made.gptq(4, 512), {**GPTQ, "group_size": 512}, "int4_g512", (8, 1024)),
     "gptq_last_group_short": (made.gptq(4, 64), {**GPTQ, "group_size": 64}, "int4_g64", (8, 96)),
     "auto_round": (
         made.gptq(),
@@ -79,6 +80,8 @@ CASES: dict[str, tuple[made.Packer, dict[str, Any], str, tuple[int, int]]] = {
     "nf4_plain_scales": (made.nf4(nested=False), BNB, "nf4_g64_f32", (11, 128)),
     "llm_int8": (made.llm_int8(), {"quant_method": "bitsandbytes", "load_in_8bit": True}, "int8_f32", (11, 50)),
 }
+ODD: dict[str, tuple[made.Packer, dict[str, Any], str, tuple[int, int]]] = {"gptq_48": (made.gptq(4, 48), GPTQ, "", (8, 96))}
+"""Layers that are refused whatever the configuration says."""
 
 
 def sources(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> dict[str, Source]:
@@ -87,7 +90,7 @@ def sources(folder: Path, tensors: dict[str, torch.Tensor], config: dict[str, An
 
 
 def layer(name: str) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, Any], str]:
-    pack, config, scheme, (o, k) = CASES[name]
+    pack, config, scheme, (o, k) = {**CASES, **ODD}[name]
     parts, weight = pack(o, k, np.random.default_rng(7))
     return {f"model.mlp.{part}": value for part, value in parts.items()}, weight, config, scheme
 
@@ -150,6 +153,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], Any, type[LlmcError], str]] = {
         r"model.mlp quantized by gptq without its tensor model.mlp.scales",
     ),
     "gptq_groups": ("gptq_act_order", GPTQ, _uneven, UnsupportedError, r"mlp.g_idx is quantized by gptq to 4 bits with groups"),
+    "odd_groups": ("gptq_48", {**GPTQ, "group_size": 48}, None, UnsupportedError, r"mlp.qweight .* 4 bits in groups of 48 columns"),
     "awq_gemv": ("awq", {**AWQ, "version": "gemv"}, None, UnsupportedError, r"mlp.qweight is quantized by awq to 4 bits in .*gemv"),
     "nvfp4": ("fp8_tensor", NVFP4, None, UnsupportedError, r"model.mlp.weight is quantized by modelopt with the algorithm NVFP4"),
     "no_scale": ("fp8_tensor", FP8, _without("weight_scale"), UnsupportedError, r"mlp.weight .* fp8 to 8 bits without a scale"),

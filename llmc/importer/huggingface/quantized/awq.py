@@ -40,7 +40,7 @@ def _weight(modules: Modules, module: str) -> QuantizedWeight:
     if k % groups:
         raise modules.refusal(codes.describe(), f"to {BITS} bits with {groups} groups for {k} columns")
     symmetric = bool((_channels(zeros) == 1 << (BITS - 1)).all())
-    name = integer_scheme(BITS, k // groups, k, symmetric, scales.dtype)
+    name = integer_scheme(modules, codes, BITS, k // groups, symmetric, scales, k)
     return QuantizedWeight(codes.describe(), (o, k), name, partial(_load, codes, None if symmetric else zeros, scales, name))
 
 

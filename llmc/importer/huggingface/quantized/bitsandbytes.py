@@ -18,7 +18,7 @@ import numpy as np
 from llmc.errors import ModelError
 from llmc.importer.file_tensor import FileTensor
 from llmc.importer.huggingface.quantized.modules import Modules, QuantizedWeight
-from llmc.passes.quantize.scheme import NF4, QuantizedTensor, scheme
+from llmc.passes.quantize.scheme import GROUPS, NF4, QuantizedTensor, scheme
 
 STATE = "quant_state.bitsandbytes__"
 INT8 = "int8_f32"
@@ -42,6 +42,8 @@ def _nf4(modules: Modules, name: str) -> QuantizedWeight:
         raise ModelError(f"the checkpoint holds the quantization state of {name} without {name}: download it again")
     o, k = (int(d) for d in state["shape"])
     block = int(state["blocksize"])
+    if block not in GROUPS:
+        raise modules.refusal(codes.describe(), f"to 4 bits in blocks of {block}")
     if k % block:
         raise modules.refusal(codes.describe(), f"to 4 bits in blocks of {block} that run on from row to row of {k} columns")
     scales = modules.take(name, "absmax")

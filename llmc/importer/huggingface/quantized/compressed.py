@@ -23,7 +23,7 @@ import numpy as np
 from llmc.errors import ModelError
 from llmc.importer.file_tensor import FileTensor
 from llmc.importer.huggingface.quantized import fp8, mxfp4
-from llmc.importer.huggingface.quantized.modules import Modules, QuantizedWeight, integer_scheme, scale_bits
+from llmc.importer.huggingface.quantized.modules import Modules, QuantizedWeight, column_order, integer_scheme, scale_bits
 from llmc.importer.huggingface.quantized.packing import unpack, word_count
 from llmc.passes.quantize.scheme import QuantizedTensor, scheme
 
@@ -89,10 +89,10 @@ def _packed(modules: Modules, module: str, config: dict[str, Any]) -> QuantizedW
     if bits not in BITS or packed.shape != (o, word_count(k, bits)):
         raise modules.refusal(packed.describe(), f"to {bits or 'unknown'} bits as words {list(packed.shape)} for a matrix {[o, k]}")
     group = _scales(modules, scales, o, k, bits)
-    order = None if index is None else _order(modules, index, bits, group or k)
+    order = column_order(modules, index, bits, group or k)
     if zeros is not None:
         modules.expect(zeros, (word_count(o, bits), k // group if group else 1), f"a matrix {[o, k]} of {bits} bits")
-    name = integer_scheme(bits, group, k, zeros is None, scales.dtype)
+    name = integer_scheme(modules, packed, bits, group, zeros is None, scales, k)
     load = partial(_load_packed, packed, scales, zeros, name, (o, k), order)
     return QuantizedWeight(packed.describe(), (o, k), name, load, order)
 
@@ -103,17 +103,6 @@ def _shape(stored: FileTensor) -> tuple[int, int]:
         raise ModelError(f"{stored.describe()} is {list(stored.shape)} and must hold two sizes: download the checkpoint again")
     o, k = (int(d) for d in stored.read())
     return o, k
-
-
-def _order(modules: Modules, index: FileTensor, bits: int, group: int) -> np.ndarray | None:
-    """The columns in the order of their groups; None if they are, or if the indices were never set (-1)."""
-    of = index.read()
-    if (of < 0).all():
-        return None
-    order = np.argsort(of, kind="stable")
-    if not np.array_equal(of[order], np.arange(len(of)) // group):
-        raise modules.refusal(index.describe(), f"to {bits} bits with groups that are not all of {group} columns")
-    return None if np.array_equal(order, np.arange(len(of))) else order
 
 
 def _rows(scales: np.ndarray, o: int) -> np.ndarray:
@@ -144,7 +133,7 @@ def _int8(modules: Modules, module: str) -> QuantizedWeight:
     zeros = modules.take_if(module, "weight_zero_point")
     o, k = codes.shape
     group = _scales(modules, scales, o, k, 8)
-    name = integer_scheme(8, group, k, zeros is None, scales.dtype)
+    name = integer_scheme(modules, codes, 8, group, zeros is None, scales, k)
     return QuantizedWeight(codes.describe(), (o, k), name, partial(_load_int8, codes, scales, zeros, name))
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from llmc.importer.file_tensor import FileTensor
-from llmc.importer.huggingface.quantized.modules import Modules, QuantizedWeight, integer_scheme, scale_bits
+from llmc.importer.huggingface.quantized.modules import Modules, QuantizedWeight, column_order, integer_scheme, scale_bits
 from llmc.importer.huggingface.quantized.packing import ones, unpack, word_count
 from llmc.passes.quantize.scheme import QuantizedTensor, scheme
 
@@ -50,10 +50,10 @@ def _weight(modules: Modules, module: str, config: dict[str, Any], v1: bool) -> 
     modules.expect(codes, (word_count(k, bits), o), f"a layer of {o} × {k} at {bits} bits")
     modules.expect(zeros, (groups, word_count(o, bits)), f"a layer of {o} × {k} with {groups} groups")
     group = _group(modules, codes, config, bits, k, groups)
-    order = None if index is None else _order(modules, index, bits, group or k)
+    order = column_order(modules, index, bits, group or k)
     points = _zero_points(zeros, bits, o, v1)
     symmetric = bool((points == 1 << (bits - 1)).all())
-    name = integer_scheme(bits, group, k, symmetric, scales.dtype)
+    name = integer_scheme(modules, codes, bits, group, symmetric, scales, k)
     load = partial(_load, codes, scales, None if symmetric else (zeros, v1), name, order)
     return QuantizedWeight(codes.describe(), (o, k), name, load, order)
 
@@ -68,15 +68,6 @@ def _group(modules: Modules, codes: FileTensor, config: dict[str, Any], bits: in
     if k % groups:
         raise modules.refusal(codes.describe(), f"to {bits} bits with {groups} groups for {k} columns")
     return k // groups
-
-
-def _order(modules: Modules, index: FileTensor, bits: int, group: int) -> np.ndarray | None:
-    """The columns in the order of their groups, or None if they are."""
-    of = index.read()
-    order = np.argsort(of, kind="stable")
-    if not np.array_equal(of[order], np.arange(len(of)) // group):
-        raise modules.refusal(index.describe(), f"to {bits} bits with groups that are not all of {group} columns")
-    return None if np.array_equal(order, np.arange(len(of))) else order
 
 
 def _zero_points(zeros: FileTensor, bits: int, o: int, v1: bool) -> np.ndarray:

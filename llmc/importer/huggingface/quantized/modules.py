@@ -11,7 +11,7 @@ from llmc.errors import ModelError, UnsupportedError
 from llmc.importer.file_tensor import FileTensor
 from llmc.importer.finite import check_finite
 from llmc.importer.params import Constant, Source
-from llmc.passes.quantize.scheme import QuantizedTensor, floats, scheme
+from llmc.passes.quantize.scheme import GROUPS, QuantizedTensor, floats, scheme
 
 SUFFIXES = {"float16": "", "bfloat16": "_bf16", "float32": "_f32"}
 """Dtypes of scales -> how a scheme's name ends."""
@@ -112,14 +112,29 @@ class Modules:
             )
 
 
-def integer_scheme(bits: int, group: int, k: int, symmetric: bool, scale_dtype: str) -> str:
-    """The name of the scheme scale · (code - zero) with ``group`` columns to a scale; a whole row if that is 0 or at least k.
+def column_order(modules: Modules, index: FileTensor | None, bits: int, group: int) -> np.ndarray | None:
+    """The columns in the order of the groups that ``index`` int32 [k] puts them in; None if they are in order, or if there is no
+    index or one that was never set (-1). Raises UnsupportedError for groups that are not all of ``group`` columns.
+    """
+    of = None if index is None else index.read()
+    if index is None or of is None or (of < 0).all():
+        return None
+    order = np.argsort(of, kind="stable")
+    if not np.array_equal(of[order], np.arange(len(of)) // group):
+        raise modules.refusal(index.describe(), f"to {bits} bits with groups that are not all of {group} columns")
+    return None if np.array_equal(order, np.arange(len(of))) else order
 
-    Raises UsageError for groups that no scheme has.
+
+def integer_scheme(modules: Modules, codes: FileTensor, bits: int, group: int, symmetric: bool, scales: FileTensor, k: int) -> str:
+    """The name of the scheme scale · (code - zero) with ``group`` of ``k`` columns to a scale, a whole row if that is 0 or at least
+    k. Raises UnsupportedError for groups and scales that no scheme has.
     """
     offset = "" if symmetric else "p"
-    span = f"_g{group}" if 0 < group < k else "" if bits == 8 else "_row"
-    return scheme(f"int{bits}{offset}{span}{SUFFIXES[scale_dtype]}").name
+    whole = not 0 < group < k
+    if (not whole and group not in GROUPS) or scales.dtype not in SUFFIXES:
+        raise modules.refusal(codes.describe(), f"to {bits} bits in groups of {group} columns with scales of {scales.dtype}")
+    span = f"_g{group}" if not whole else "" if bits == 8 else "_row"
+    return scheme(f"int{bits}{offset}{span}{SUFFIXES[scales.dtype]}").name
 
 
 def scale_bits(scales: np.ndarray) -> np.ndarray:

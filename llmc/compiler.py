@@ -202,9 +202,13 @@ def build_variants(
     from llmc.variants import build_variant
 
     variants, stored = [], []
+    graphs: dict[str, ImportedModel] = {}
     for target in chosen:
         ir_folder = dump_ir if dump_ir is None or len(chosen) == 1 else dump_ir / folder_name(target)
-        imported = _import(source, target, settings, clock)
+        compute = targets.module_for(target).compute_dtype(settings.storage_dtype)
+        if compute not in graphs:
+            graphs[compute] = _import(source, target, settings, clock)
+        imported = graphs[compute].copy()
         parameters = _count_parameters(imported.params)
         with clock.phase("passes") as phase:
             lowered = lower_model(imported, target, settings, limits, records, ir_folder, phase)

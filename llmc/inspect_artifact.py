@@ -1,4 +1,4 @@
-"""What an artifact is, from its manifest alone: no weight is read and no device is touched."""
+"""What an artifact is, from its manifest alone: no weight is read, and devices are only asked what they are."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from llmc import manifest
-from llmc.errors import RequestError
+from llmc.errors import ArtifactError, RequestError
 from llmc.manifest import KvLayer, Manifest, TensorInfo
 from llmc.passes.quantize.report import Row, table
+from llmc.runtime.artifact import choose_variant, gpus_of
 from llmc.runtime.footprint import footprint
+from llmc.runtime.host import host
 from llmc.units import format_bytes, format_count, format_parameters
 
 
@@ -52,6 +54,14 @@ def plan_memory(info: Manifest, memory: int | None = None) -> MemoryPlan:
     return plan
 
 
+def _here(info: Manifest, folder: Path) -> str:
+    """Which variant this machine would run and why, or why none."""
+    try:
+        return choose_variant(info, folder, host(), gpus_of({v.kind for v in info.variants}))[1]
+    except ArtifactError as error:
+        return str(error)
+
+
 def describe(folder: Path, memory: int | None = None) -> dict[str, Any]:
     """Everything ``llmc inspect`` shows, as plain data. Raises ArtifactError if ``folder`` holds no readable artifact."""
     info = manifest.read(folder)
@@ -70,6 +80,7 @@ def describe(folder: Path, memory: int | None = None) -> dict[str, Any]:
         "weights": [asdict(row) for row in _weights(folder)],
         "tokenizer": None if info.tokenizer is None else asdict(info.tokenizer),
         "variants": [asdict(v) for v in info.variants],
+        "here": _here(info, folder),
         "memory": asdict(plan_memory(info, memory)),
         "bytes": sum(f.bytes for f in info.files.values()),
     }
@@ -92,6 +103,7 @@ def render(folder: Path, memory: int | None = None) -> str:
         _row("files", f"{len(info.files)}, {format_bytes(sum(f.bytes for f in info.files.values()))}"),
         _row("tensors", f"{len(info.tensors)} ({', '.join(f'{n} {s}' for s, n in schemes.most_common())})"),
         _row("tokenizer", chat),
+        _row("here", _here(info, folder)),
         _row("context", f"{format_count(model.context)} positions (trained for {format_count(model.trained_context)})"),
         _row(
             "one step",

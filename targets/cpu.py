@@ -1,4 +1,4 @@
-"""CPUs through LLVM: this host, an x86-64 level, a named micro-architecture, or aarch64 by cross-compilation.
+"""CPUs through LLVM: this host, an x86-64 level, a named micro-architecture, or another machine by cross-compilation.
 
 ====================================== =====================================================================================
 spec                                   machine
@@ -8,6 +8,8 @@ spec                                   machine
 ``cpu:x86-64``, ``-v2``, ``-v3``, ...  the levels of the x86-64 psABI
 ``cpu:<llvm cpu>``                     ``skylake-avx512``, ``znver4``, ``neoverse-n1``: validated against LLVM's lists
 ``cpu:aarch64+neon+dotprod+i8mm``      64-bit Arm with the named extensions
+``cpu:...@SYSTEM``                     any of these under ``macos``, ``windows`` or ``android`` instead of Linux:
+                                       ``cpu:apple-m1@macos``, ``cpu:x86-64-v3@windows``, ``cpu:aarch64+dotprod@android``
 ====================================== =====================================================================================
 """
 
@@ -33,6 +35,14 @@ from llmc.targets.link import linker
 
 KIND = "cpu"
 X86, ARM = "x86_64-linux-gnu", "aarch64-linux-gnu"
+SYSTEMS = {
+    "linux": (X86, ARM),
+    "macos": ("x86_64-apple-macos13.0", "arm64-apple-macos13.0"),
+    "windows": ("x86_64-windows-gnu", "aarch64-windows-gnu"),
+    "android": ("x86_64-linux-android", "aarch64-linux-android"),
+}
+"""The triples of x86-64 and 64-bit Arm by operating system."""
+
 LEVELS = ("x86-64", "x86-64-v2", "x86-64-v3", "x86-64-v4")
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -54,20 +64,29 @@ ARM_FEATURES = {
 
 
 def known_specs() -> list[str]:
-    return ["cpu", *(f"cpu:{level}" for level in LEVELS), "cpu:aarch64+neon", "cpu:aarch64+dotprod", "cpu:aarch64+i8mm"]
+    arm = [f"cpu:aarch64+{extension}" for extension in ("neon", "dotprod", "i8mm")]
+    elsewhere = ["cpu:apple-m1@macos", "cpu:x86-64-v3@windows", "cpu:aarch64+dotprod@android"]
+    return ["cpu", *(f"cpu:{level}" for level in LEVELS), *arm, *elsewhere]
 
 
 def parse(spec: str) -> Target:
-    """The target that ``spec`` names. Raises UsageError for a processor or a feature LLVM does not know."""
-    _, _, name = spec.partition(":")
-    if not name:
+    """The target that ``spec`` names. Raises UsageError for a processor, a feature or an operating system that is unknown."""
+    name, at, system = spec.partition(":")[2].partition("@")
+    if not name and not at:
         return _host()
+    system = system if at else "linux"
+    if system not in SYSTEMS:
+        near = difflib.get_close_matches(system, SYSTEMS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"unknown operating system {system!r} in target {spec!r}: there is {', '.join(SYSTEMS)}{hint}")
     mcpu, *extras = name.split("+")
+    x86, arm = SYSTEMS[system]
+    suffix = "" if system == "linux" else f"@{system}"
     if mcpu == "aarch64":
-        return _target(ARM, "generic", extras, label=mcpu)
-    for triple in (X86, ARM):
-        if mcpu in _cpus(triple):
-            return _target(triple, mcpu, extras)
+        return _target(arm, "generic", extras, mcpu, suffix)
+    for triple, known in ((x86, X86), (arm, ARM)):
+        if mcpu in _cpus(known):
+            return _target(triple, mcpu, extras, suffix=suffix)
     names = sorted({*LEVELS, "aarch64", *_cpus(X86), *_cpus(ARM)})
     near = difflib.get_close_matches(mcpu, names, n=3, cutoff=0.5)
     hint = f"; nearest: {', '.join(f'cpu:{n}' for n in near)}" if near else ""
@@ -82,7 +101,7 @@ def check_tools(target: Target) -> None:
 
 def tvm_target(target: Target) -> tvm.target.Target:
     """LLVM with the target's triple, processor and extensions."""
-    _, *extras = target.name.partition(":")[2].split("+")
+    _, *extras = target.name.partition(":")[2].partition("@")[0].split("+")
     config: dict[str, Any] = {"kind": "llvm", "mtriple": target.triple, "mcpu": target.mcpu}
     attributes = [f"-{e[2:]}" if e.startswith("no") else f"+{e}" for e in extras if e not in ("", "neon")]
     if attributes:
@@ -136,7 +155,7 @@ def _features(triple: str, mcpu: str) -> set[str]:
     return {str(name) for name in codegen.llvm_get_cpu_features(target)}
 
 
-def _target(triple: str, mcpu: str, extras: Sequence[str], label: str = "") -> Target:
+def _target(triple: str, mcpu: str, extras: Sequence[str], label: str = "", suffix: str = "") -> Target:
     table = X86_FEATURES if triple.startswith("x86_64") else ARM_FEATURES
     has = _features(triple, mcpu) & set(table)
     for extra in extras:
@@ -146,7 +165,7 @@ def _target(triple: str, mcpu: str, extras: Sequence[str], label: str = "") -> T
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UsageError(f"unknown feature {feature!r} for cpu:{label or mcpu}: there is {', '.join(table)}{hint}")
         has = has - {feature} if extra.startswith("no") else has | {feature}
-    name = "+".join([f"cpu:{label or mcpu}", *sorted(set(extras) | ({"neon"} if label == "aarch64" else set()))])
+    name = "+".join([f"cpu:{label or mcpu}", *sorted(set(extras) | ({"neon"} if label == "aarch64" else set()))]) + suffix
     if triple.startswith("x86_64"):
         wide = {"avx512f", "avx512bw", "avx512vl"} <= has
         bits, registers = (512, 32) if wide else (256, 16) if "avx2" in has else (128, 16)

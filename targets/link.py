@@ -1,16 +1,22 @@
 """Linking a compiled module into a shared library: the host's own linker, or ziglang's for every other machine.
 
-The library needs only the C library and its mathematics; the TVM runtime's symbols are resolved from the process that loads it.
+The library needs only the C library and its mathematics; the TVM runtime's symbols are resolved from the process that loads it. On
+Windows a library says which other one each symbol is from: there it is linked with an import library of tvm-ffi's C ABI.
+
+The same objects give the same library: they get names that do not change, and no linker is to write a time or a build's number.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import platform
+import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from llmc.errors import InternalError, MissingExtraError
@@ -23,21 +29,41 @@ def linker(target: Target) -> Callable[..., None]:
 
     def link(output: str, objects: str | Sequence[str], options: Sequence[str] | None = None, **_: Any) -> None:
         files = [objects] if isinstance(objects, str) else list(objects)
-        done = subprocess.run(
-            [*command, "-o", output, *files, *(options or []), *libraries], capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise InternalError(f"linking for {target.name} failed ({' '.join(command[:3])}): {done.stderr.strip()[-800:]}")
+        with tempfile.TemporaryDirectory(prefix="llmc-link-") as folder:
+            if "-windows-" in target.triple:
+                files.append(_import_library(Path(folder), target))
+            _run([*command, "-o", output, *files, *(options or []), *libraries], target)
 
     link.output_format = "so"  # type: ignore[attr-defined]
     link.get_target_triple = lambda: target.triple  # type: ignore[attr-defined]
     return link
 
 
+def _run(command: Sequence[str], target: Target) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise InternalError(f"linking for {target.name} failed ({' '.join(command[:3])}): {done.stderr.strip()[-800:]}")
+
+
+def _import_library(folder: Path, target: Target) -> str:
+    """An import library for ``tvm_ffi.dll``, made from the names that tvm-ffi's headers declare."""
+    spec = importlib.util.find_spec("tvm_ffi")
+    headers = [p for f in (spec.submodule_search_locations or []) for p in sorted(Path(f).rglob("*c_*api.h"))] if spec else []
+    names = sorted({name for p in headers for name in re.findall(r"\b(TVMFFI\w+)\(", p.read_text(encoding="utf-8"))})
+    if not names:
+        raise MissingExtraError(f"target {target.name} needs the headers of apache-tvm-ffi: run `pip install apache-tvm-ffi`")
+    definition, library = folder / "tvm_ffi.def", folder / "tvm_ffi.lib"
+    definition.write_text("LIBRARY tvm_ffi.dll\nEXPORTS\n" + "".join(f"  {name}\n" for name in names), encoding="ascii")
+    machine = "i386:x86-64" if target.triple.startswith("x86_64") else "arm64"
+    zig = [sys.executable, "-m", "ziglang"]
+    _run([*zig, "dlltool", "-m", machine, "-D", "tvm_ffi.dll", "-d", str(definition), "-l", str(library)], target)
+    return str(library)
+
+
 def is_host(target: Target) -> bool:
     """Whether this machine's own linker makes libraries for ``target``."""
     arch = {"amd64": "x86_64", "arm64": "aarch64"}.get(platform.machine().lower(), platform.machine().lower())
-    return target.triple.split("-")[0] == arch and platform.system() == "Linux"
+    return target.triple == f"{arch}-linux-gnu" and platform.system() == "Linux"
 
 
 def host_c_compiler() -> list[str]:

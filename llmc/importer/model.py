@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import tvm
@@ -29,6 +29,10 @@ class ImportedModel:
     vocab_size: int
     trained_context: int
     unused: list[str] = field(default_factory=list)
+
+    def copy(self) -> ImportedModel:
+        """The same graph with a table of its own, which passes may change."""
+        return replace(self, params=self.params.copy())
 
 
 def import_model(

@@ -8,7 +8,7 @@ compiler decides on (merging projections, transposing a Conv1D) are sources over
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Protocol, runtime_checkable
 
@@ -199,6 +199,10 @@ class ParamTable:
         param = Param(name, source, dtype or source.dtype)
         self._params[name] = param
         return param
+
+    def copy(self) -> ParamTable:
+        """Another table with the same sources."""
+        return ParamTable([replace(param) for param in self.values()])
 
     def remove(self, name: str) -> None:
         del self._params[name]

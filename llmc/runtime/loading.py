@@ -57,7 +57,7 @@ def kv_page_count(m: Manifest, context: int, max_batch: int, kv_memory: int | No
     if free.available < per_page:
         raise RequestError(
             f"the GPU lacks {per_page - free.available} bytes for this model and one page of its KV cache: free some of its memory "
-            "(nvidia-smi says who holds it), or use a larger GPU, or recompile with a smaller max_batch"
+            "(nvidia-smi or rocm-smi says who holds it), or use a larger GPU, or recompile with a smaller max_batch"
         )
     return min(wanted, free.available // per_page)
 

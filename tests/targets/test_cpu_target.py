@@ -47,6 +47,9 @@ def test_the_host_is_named_after_its_processor_and_parses_again() -> None:
         ("cpu:aarch64+dotprod", 128, 32, {"asimd", "asimddp"}, {"i8mm"}),
         ("cpu:aarch64+i8mm+dotprod", 128, 32, {"asimddp", "i8mm"}, set()),
         ("cpu:neoverse-n1", 128, 32, {"asimddp"}, set()),
+        ("cpu:apple-m1@macos", 128, 32, {"asimddp"}, {"i8mm"}),
+        ("cpu:x86-64-v3@windows", 256, 16, {"avx2"}, {"avx512f"}),
+        ("cpu:aarch64+dotprod@android", 128, 32, {"asimddp"}, {"i8mm"}),
     ],
 )
 def test_specs(spec: str, bits: int, registers: int, has: set[str], lacks: set[str]) -> None:
@@ -65,6 +68,7 @@ def test_specs(spec: str, bits: int, registers: int, has: set[str], lacks: set[s
         ("cpu:znver44", ["znver44", "cpu:znver4"]),
         ("cpu:x86-64-v9", ["x86-64-v9", "cpu:x86-64-v"]),
         ("cpu:aarch64+dotprods", ["dotprods", "did you mean dotprod"]),
+        ("cpu:apple-m1@macosx", ["unknown operating system 'macosx'", "linux, macos, windows, android", "did you mean macos?"]),
     ],
 )
 def test_unknown_targets_name_what_there_is(spec: str, words: list[str]) -> None:
@@ -130,6 +134,29 @@ def test_cross_compilation_makes_an_aarch64_library(spec: str, tmp_path: Path) -
     assert header[:5] == b"\x7fELF\x02"  # 64 bit
     assert int.from_bytes(header[16:18], "little") == 3  # ET_DYN
     assert int.from_bytes(header[18:20], "little") == 183  # EM_AARCH64
+
+
+@pytest.mark.skipif(importlib.util.find_spec("ziglang") is None, reason="needs ziglang")
+@pytest.mark.parametrize(
+    ("spec", "head"),
+    [
+        ("cpu:aarch64+dotprod@android", b"\x7fELF\x02\x01\x01"),
+        ("cpu:apple-m1@macos", b"\xcf\xfa\xed\xfe\x0c\x00\x00\x01"),  # 64-bit Mach-O for arm64
+    ],
+)
+def test_libraries_for_other_systems(spec: str, head: bytes, tmp_path: Path) -> None:
+    library(targets.parse(spec), tmp_path / "lib.so")
+    assert (tmp_path / "lib.so").read_bytes().startswith(head)
+
+
+# Slow: the first link for Windows has ziglang build its C runtime, for a minute.
+@pytest.mark.slow
+def test_a_library_for_windows_names_the_one_it_imports_from(tmp_path: Path) -> None:
+    library(targets.parse("cpu:x86-64-v3@windows"), tmp_path / "lib.so")
+    code = (tmp_path / "lib.so").read_bytes()
+    at = int.from_bytes(code[60:64], "little")
+    assert code[:2] == b"MZ" and code[at : at + 6] == b"PE\x00\x00\x64\x86"  # for x86-64
+    assert b"tvm_ffi.dll\x00" in code and b"__tvm_ffi_kernel\x00" in code and b"__tvm_ffi__library_bin\x00" in code
 
 
 def test_aarch64_kernels_use_fused_vector_arithmetic() -> None:

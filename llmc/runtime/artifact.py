@@ -14,7 +14,16 @@ from typing import Any, Protocol
 from llmc import manifest
 from llmc.errors import ArtifactError
 from llmc.manifest import Manifest, Variant
-from llmc.runtime.device import AmdDevice, CudaDevice, amd_devices, cuda_devices, opencl_devices, runs_on
+from llmc.runtime.device import (
+    AmdDevice,
+    CudaDevice,
+    MetalDevice,
+    amd_devices,
+    cuda_devices,
+    metal_devices,
+    opencl_devices,
+    runs_on,
+)
 from llmc.runtime.host import Host, host
 from llmc.runtime.library import LIBRARY_NAME, installed_version
 from llmc.version import __version__
@@ -42,13 +51,18 @@ class Gpu(Protocol):
     def name(self) -> str: ...
 
 
-DRIVEN = ("cuda", "rocm", "opencl")
+DRIVEN = ("cuda", "rocm", "metal", "opencl")
 """The kinds of GPU target that this runtime drives."""
 
 
 def gpus_of(kinds: Iterable[str]) -> list[Gpu]:
     """The GPUs of this machine that targets of ``kinds`` may run on. Asks no driver that none of them has."""
-    find: dict[str, Callable[[], Sequence[Gpu]]] = {"cuda": cuda_devices, "rocm": amd_devices, "opencl": opencl_devices}
+    find: dict[str, Callable[[], Sequence[Gpu]]] = {
+        "cuda": cuda_devices,
+        "rocm": amd_devices,
+        "metal": metal_devices,
+        "opencl": opencl_devices,
+    }
     return [gpu for kind in DRIVEN if kind in kinds for gpu in find[kind]()]
 
 
@@ -81,7 +95,9 @@ def check_versions(m: Manifest, where: Path) -> None:
 def refusal(variant: Variant, machine: Host, gpus: Sequence[Gpu] = ()) -> str | None:
     """Why ``machine`` with its ``gpus`` cannot run ``variant``, as one clause; None if it can."""
     if variant.kind not in ("cpu", *DRIVEN):
-        return f"{variant.target} needs a {variant.kind} device, and this runtime drives CPUs, NVIDIA, AMD and OpenCL devices"
+        return (
+            f"{variant.target} needs a {variant.kind} device, and this runtime drives CPUs, NVIDIA, AMD, Apple and OpenCL devices"
+        )
     arch = variant.triple.split("-")[0]
     arch = {"arm64": "aarch64", "amd64": "x86_64"}.get(arch, arch)
     words = _SYSTEM_WORDS.get(machine.system, (machine.system,))
@@ -98,6 +114,7 @@ def refusal(variant: Variant, machine: Host, gpus: Sequence[Gpu] = ()) -> str | 
 _NO_GPU = {
     "cuda": "needs an NVIDIA GPU, and no NVIDIA driver answers on this machine",
     "rocm": "needs an AMD GPU, and the amdgpu driver lists none on this machine",
+    "metal": "needs a Mac with an Apple processor, and this machine is none",
     "opencl": "needs an OpenCL device with shared virtual memory, and there is none on this machine",
 }
 
@@ -106,7 +123,12 @@ def _gpu_refusal(variant: Variant, gpus: Sequence[Any]) -> str | None:
     if not gpus:
         return f"{variant.target} {_NO_GPU[variant.kind]}"
     gpu = gpus[0]  # models run on the first one
-    fits = {"cuda": lambda: runs_on(variant.mcpu, gpu.capability), "rocm": lambda: variant.mcpu == gpu.arch, "opencl": lambda: True}
+    fits = {
+        "cuda": lambda: runs_on(variant.mcpu, gpu.capability),
+        "rocm": lambda: variant.mcpu == gpu.arch,
+        "metal": lambda: variant.mcpu <= gpu.arch,  # a family has all that those before it have
+        "opencl": lambda: True,
+    }
     if fits[variant.kind]():
         return None
     return f"{variant.target} is machine code for {variant.mcpu}, and this machine's {gpu.name} is {gpu.arch}"
@@ -132,7 +154,7 @@ def choose_variant(m: Manifest, where: Path, machine: Host, gpus: Sequence[Gpu] 
     reasons = {v.name: refusal(v, machine, gpus) for v in m.variants}
     usable = sorted((v for v in m.variants if reasons[v.name] is None), key=lambda v: score(v, gpus), reverse=True)
     if not usable:
-        target = next((f"{gpu.kind}:{gpu.arch}" for gpu in gpus if isinstance(gpu, CudaDevice | AmdDevice)), "cpu")
+        target = next((f"{gpu.kind}:{gpu.arch}" for gpu in gpus if isinstance(gpu, CudaDevice | AmdDevice | MetalDevice)), "cpu")
         why = "; ".join(str(reason) for reason in reasons.values())
         raise ArtifactError(f"no variant of the artifact {where} runs on this machine: {why}: add one with `{_add(where, target)}`")
     best, *others = usable

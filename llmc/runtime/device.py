@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import platform
+import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,6 +105,29 @@ def amd_devices() -> list[AmdDevice]:
 
 
 @dataclass(frozen=True)
+class MetalDevice:
+    """The GPU of a Mac with an Apple processor, by that one's name (``"Apple M2 Pro"``)."""
+
+    name: str
+    kind = "metal"
+
+    @property
+    def arch(self) -> str:
+        """Its family: M1 is ``apple7``, M2 ``apple8``, and every one since ``apple9`` (Apple, "Metal feature set tables")."""
+        generation = re.search(r"\bM(\d+)", self.name)
+        return f"apple{min(6 + int(generation[1]), 9)}" if generation else "apple7"
+
+
+def metal_devices() -> list[MetalDevice]:
+    """The GPU of this machine if it is such a Mac, as the kernel names its processor."""
+    if sys.platform != "darwin" or platform.machine() != "arm64":
+        return []
+    libc, name, size = ctypes.CDLL(None), ctypes.create_string_buffer(256), ctypes.c_size_t(256)
+    libc.sysctlbyname(b"machdep.cpu.brand_string", name, ctypes.byref(size), None, ctypes.c_size_t(0))
+    return [MetalDevice(name.value.decode(errors="replace") or "Apple GPU")]
+
+
+@dataclass(frozen=True)
 class OpenClDevice:
     """A device: its handle, its name, whether it is a GPU or a processor, its memory in bytes."""
 
@@ -133,9 +159,9 @@ def opencl_devices() -> list[OpenClDevice]:
     if library.clGetPlatformIDs(_MOST, platforms, ctypes.byref(count)):
         return []
     found: list[OpenClDevice | None] = []
-    for platform in platforms[: count.value]:
+    for vendor in platforms[: count.value]:
         devices = (ctypes.c_void_p * _MOST)()
-        if not library.clGetDeviceIDs(ctypes.c_void_p(platform), ctypes.c_uint64(_CL_ALL), _MOST, devices, ctypes.byref(count)):
+        if not library.clGetDeviceIDs(ctypes.c_void_p(vendor), ctypes.c_uint64(_CL_ALL), _MOST, devices, ctypes.byref(count)):
             found += [_describe_opencl(library, int(d or 0)) for d in devices[: count.value]]
     return sorted((d for d in found if d is not None), key=lambda d: not d.gpu)
 

@@ -18,6 +18,7 @@ from llmc.errors import ArtifactError, MissingExtraError
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 LIBRARY_NAME = ("" if sys.platform == "win32" else "lib") + "tvm_runtime" + _SUFFIX
 CUDA_LIBRARY_NAME = ("" if sys.platform == "win32" else "lib") + "tvm_runtime_cuda" + _SUFFIX
+METAL_LIBRARY_NAME = "lib" + "tvm_runtime_metal" + _SUFFIX
 CUDART_NAME = "libcudart.so.13"
 _loaded: list[ctypes.CDLL] = []
 
@@ -115,20 +116,28 @@ def load_cuda_runtime(artifact: Path | None = None) -> ModuleType:
 
     Raises MissingExtraError if there is none, and ArtifactError if the one found cannot be loaded (no driver).
     """
+    return _with_device("cuda", CUDA_LIBRARY_NAME, "install the NVIDIA driver for CUDA 13", artifact)
+
+
+def load_metal_runtime(artifact: Path | None = None) -> ModuleType:
+    """As :func:`load_runtime`, with TVM's Metal runtime as well. Errors are those of :func:`load_cuda_runtime`."""
+    return _with_device("metal", METAL_LIBRARY_NAME, "run it on macOS 13 or newer", artifact)
+
+
+def _with_device(kind: str, library: str, remedy: str, artifact: Path | None) -> ModuleType:
+    """The TVM runtime with the part for one kind of device."""
     ffi = load_runtime(artifact)
-    if ffi.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is not None:
+    if ffi.get_global_func(f"ffi.Module.load_from_bytes.{kind}", allow_missing=True) is not None:
         return ffi
-    own = None if artifact is None else artifact / "runtime" / CUDA_LIBRARY_NAME
-    path = own if own is not None and own.is_file() else installed_library(CUDA_LIBRARY_NAME)
+    own = None if artifact is None else artifact / "runtime" / library
+    path = own if own is not None and own.is_file() else installed_library(library)
     if path is None:
         raise MissingExtraError(
-            f"running on a GPU needs {CUDA_LIBRARY_NAME}: it is neither in the artifact's runtime folder nor in an installed "
+            f"running on a GPU needs {library}: it is neither in the artifact's runtime folder nor in an installed "
             "apache-tvm: run `pip install apache-tvm==0.27.0.post1`"
         )
     try:
         _loaded.append(ctypes.CDLL(str(path)))
     except OSError as error:
-        raise ArtifactError(
-            f"TVM's CUDA runtime {path} cannot be loaded ({error}): install the NVIDIA driver for CUDA 13"
-        ) from error
+        raise ArtifactError(f"TVM's {kind} runtime {path} cannot be loaded ({error}): {remedy}") from error
     return ffi

@@ -114,6 +114,10 @@ def _device(artifact: Artifact, threads: int | None) -> tuple[Memory, Callable[[
         return Memory(memory().available), lambda pages: TvmExecutor(artifact, pages, threads)
     if threads is not None:
         raise RequestError(f"threads={threads} cannot be: {artifact.variant.target} computes on the GPU: leave threads out")
+    if artifact.variant.kind == "metal":
+        from llmc.runtime.metal import MetalExecutor
+
+        return Memory(memory().available), lambda pages: MetalExecutor(artifact, pages)
     executor = _gpu_executor(artifact.variant.kind)
     return Memory(executor.available_memory(artifact), exclusive=True), lambda pages: executor(artifact, pages)
 

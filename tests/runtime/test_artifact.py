@@ -17,7 +17,7 @@ from llmc.manifest import FunctionInfo, Limits, TensorInfo, Variant
 from llmc.runtime import host as host_module
 from llmc.runtime import library, load
 from llmc.runtime.artifact import check_versions, choose_variant, open_artifact, refusal
-from llmc.runtime.device import AmdDevice, CudaDevice, OpenClDevice
+from llmc.runtime.device import AmdDevice, CudaDevice, MetalDevice, OpenClDevice
 from llmc.runtime.footprint import Footprint, footprint, workspace_bytes
 from llmc.runtime.host import Host, describe, parse_cpuinfo
 from llmc.runtime.loading import Memory, fitted, kv_page_count
@@ -65,7 +65,8 @@ def test_the_variant_that_uses_most_of_the_machine(machine: Host, variants: list
         (ARM, ZEN, "cpu:neon is for aarch64-linux-gnu, and this machine is x86_64 linux"),
         (APPLE, PI, "is for arm64-apple-macos13.0, and this machine is aarch64 linux"),
         (CUDA, ZEN, "cuda:sm_90 needs an NVIDIA GPU, and no NVIDIA driver answers"),
-        (replace(CUDA, kind="metal"), ZEN, "needs a metal device, and this runtime drives CPUs, NVIDIA, AMD and OpenCL devices"),
+        (replace(CUDA, kind="vulkan"), ZEN, "needs a vulkan device, and this runtime drives CPUs, NVIDIA, AMD, Apple and OpenCL"),
+        (replace(CUDA, kind="metal"), ZEN, "needs a Mac with an Apple processor, and this machine is none"),
         (replace(CUDA, kind="rocm"), ZEN, "needs an AMD GPU, and the amdgpu driver lists none on this machine"),
         (replace(CUDA, kind="opencl"), ZEN, "needs an OpenCL device with shared virtual memory, and there is none"),
     ],
@@ -110,6 +111,18 @@ def test_a_gpu_is_preferred_to_the_processor() -> None:
     m = replace(manifest(5, 8, Limits(1, 1, 1)), variants=[V4, CUDA, variant("sm_90a", CUDA.triple, kind="cuda")])
     assert choose_variant(m, Path("a"), ZEN, [gpu(9, 0)])[0].mcpu == "sm_90a"
     assert choose_variant(m, Path("a"), ZEN, [])[0] is V4
+
+
+@pytest.mark.parametrize(("name", "family"), [("Apple M1", 7), ("Apple M2 Pro", 8), ("Apple M3", 9), ("Apple M5 Max", 9)])
+def test_an_apple_gpu_runs_what_was_compiled_for_its_family_or_an_older_one(name: str, family: int) -> None:
+    mac = MetalDevice(name)
+    for asked in (7, 8, 9):
+        v = replace(APPLE, kind="metal", mcpu=f"apple{asked}", target=f"metal:apple{asked}")
+        assert (refusal(v, MAC, [mac]) is None) == (asked <= family)
+    assert (
+        choose_variant(replace(manifest(5, 8, Limits(1, 1, 1)), variants=[APPLE, v]), Path("a"), MAC, [MetalDevice("Apple M3")])[0]
+        is v
+    )
 
 
 def test_the_choice_is_explained() -> None:

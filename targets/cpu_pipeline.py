@@ -6,6 +6,8 @@ and LLVM finds common subexpressions itself; without the two a model compiles in
 
 from __future__ import annotations
 
+import json
+from math import prod
 from typing import Any
 
 import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
@@ -16,6 +18,9 @@ from tvm import s_tir, tirx
 
 PIPELINE = "llmc.cpu"
 """The name by which ``relax.build`` and ``tvm.tirx.build`` take the list."""
+STACK = 256 << 10
+"""Bytes of a buffer that a thread has on its stack. TVM puts 1 KB there, and takes more than that from the system each time it is
+wanted: a page fault for every page of it, in every step."""
 DIRECT_CALL = -1
 """``calling_conv`` of a function that other functions of its module call by name, with pointers and numbers."""
 
@@ -30,6 +35,37 @@ def _local_memory(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any)
     for key, value in (("device_id", 0), ("device_type", 1)):
         body = tirx.AttrStmt(node, key, tirx.const(value, "int32"), body)
     return function.with_body(body)
+
+
+@tvm.tirx.transform.prim_func_pass(opt_level=0, name="llmc.ScratchOnStack")
+def _scratch_on_stack(function: tirx.PrimFunc, _module: tvm.IRModule, _context: Any) -> tirx.PrimFunc:
+    """Keep buffers of a constant size up to :data:`STACK` from being turned into calls of the system's allocator."""
+    graph = json.loads(tvm.ir.save_json(function))
+    nodes = graph["nodes"]
+
+    def size(buffer: int) -> int | None:
+        """Bytes of a buffer variable; None if they are not known here."""
+        kind = nodes[nodes[buffer]["data"]["ty"]]["data"]
+        shape = [nodes[dim] for dim in nodes[kind["shape"]]["data"]]
+        if any(dim["type"] != "ir.IntImm" for dim in shape):
+            return None
+        return prod(nodes[dim["data"]["value"]]["data"] for dim in shape) * tvm.DataType(nodes[kind["dtype"]]["data"]["dtype"]).itemsize
+
+    found = [n["data"] for n in nodes if n["type"] == "tirx.AllocBuffer" and (size(n["data"]["buffer"]) or STACK + 1) <= STACK]
+    if not found:
+        return function
+    first = len(nodes)
+    nodes += [
+        {"type": "ffi.String", "data": "disable_lower_builtin"},
+        {"type": "None"},
+        {"type": "ir.PrimType", "data": {"span": first + 1, "dtype": "bool"}},
+        {"type": "int", "data": 1},
+        {"type": "ir.IntImm", "data": {"span": first + 1, "ty": first + 2, "value": first + 3}},
+        {"type": "ffi.Map", "data": [first, first + 4]},
+    ]
+    for alloc in found:
+        alloc["annotations"] = first + 5
+    return tvm.ir.load_json(json.dumps(graph))
 
 
 @tvm.transform.module_pass(opt_level=0)
@@ -61,6 +97,7 @@ def lower_cpu(module: tvm.IRModule, _context: Any) -> tvm.IRModule:
         tirx.transform.FP8StorageLegalize(),
         tirx.transform.BF16StorageLegalize(),
         _local_memory,
+        _scratch_on_stack,
     ]
     return tvm.transform.Sequential(passes)(module)
 

@@ -3,7 +3,8 @@
     python benchmarks/kernels_cpu.py [linear] [quantized] [attend]
 
 Prints for every case the time, GB/s and GFLOP/s, and the time as a percentage of the roofline: the larger of bytes / read
-bandwidth and operations / multiply-add peak, both measured here first, on all threads. Threads: ``TVM_NUM_THREADS``.
+bandwidth and operations / multiply-add peak, both measured here first, on all threads. Threads: ``TVM_NUM_THREADS``, else one
+for each processor (TVM by itself starts half as many).
 """
 
 from __future__ import annotations
@@ -15,6 +16,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+os.environ.setdefault("TVM_NUM_THREADS", str(os.cpu_count() or 1))
+
+# isort: split
 import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 
 # isort: split
@@ -29,10 +33,9 @@ from llmc.schedules.cpu import attend, layout_panel, linear, quantized_linear
 from llmc.schedules.cpu.emit import Simd, Symbols, arguments, bind, function, i64, local, read, store
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets import cpu
-from llmc.targets.cpu_pipeline import PIPELINE
 
 HOST = targets.parse("cpu")
-THREADS = int(os.environ.get("TVM_NUM_THREADS", os.cpu_count() or 1))
+THREADS = int(os.environ["TVM_NUM_THREADS"])
 FMA_STEPS = 200_000
 
 
@@ -48,8 +51,7 @@ def best(run: Callable[[], Any], seconds: float = 0.4) -> float:
 
 
 def compiled(function_: Any) -> Any:
-    module = tvm.IRModule({"main": function_.with_attr("global_symbol", "main")})
-    return tvm.tirx.build(module, target=cpu.tvm_target(HOST), pipeline=PIPELINE)["main"]
+    return cpu.build_kernels(tvm.IRModule({"main": function_.with_attr("global_symbol", "main")}), HOST)["main"]
 
 
 def fma_peak() -> float:

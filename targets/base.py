@@ -86,5 +86,8 @@ class TargetModule(Protocol):
     def build(self, module: Any, target: Target) -> Any:
         """A lowered IRModule as a ``relax.VMExecutable``. Raises MissingExtraError without the tools that takes."""
 
+    def build_kernels(self, module: Any, target: Target) -> Any:
+        """An IRModule of PrimFuncs alone as a loaded module, by the lowering that :meth:`build` uses."""
+
     def export(self, executable: Any, target: Target, path: str) -> None:
         """Link a built ``relax.VMExecutable`` into one shared library at ``path``."""

@@ -141,6 +141,11 @@ def build(module: tvm.IRModule, target: Target) -> Any:
         return relax.build(module, tvm_t, relax_pipeline=None, tir_pipeline=PIPELINE)
 
 
+def build_kernels(module: tvm.IRModule, target: Target) -> Any:
+    """Kernels alone as a loaded module: the machine code they have in :func:`build`."""
+    return tvm.tirx.build(module, target=tvm_target(target), pipeline=PIPELINE)
+
+
 def export(executable: Any, target: Target, path: str) -> None:
     """Link a built module into one shared library. Raises MissingExtraError without a linker for the target."""
     executable.export_library(path, fcompile=linker(target))

@@ -123,6 +123,15 @@ def build(module: tvm.IRModule, target: Target) -> Any:
         return relax.build(module, tvm_t, relax_pipeline=None, tir_pipeline=PIPELINE)
 
 
+def build_kernels(module: tvm.IRModule, target: Target) -> Any:
+    """Kernels alone as a loaded module: the machine code they have in :func:`build`."""
+    from llmc.targets import cuda_tools
+
+    cuda_tools.prepare()
+    with tvm_target(target) as tvm_t:
+        return tvm.compile(module, target=tvm_t, tir_pipeline=PIPELINE)
+
+
 def export(executable: Any, target: Target, path: str) -> None:
     """Link a built module into one shared library; the device code is data in it."""
     executable.export_library(path, fcompile=linker(target))

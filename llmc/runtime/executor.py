@@ -6,8 +6,6 @@ costs the same Python whatever the number of layers.
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Sequence
 from math import prod
 from typing import Any, NamedTuple, Protocol
@@ -22,14 +20,9 @@ from llmc.runtime.host import default_threads, host
 from llmc.runtime.library import load_runtime
 from llmc.runtime.sampling import Sampler
 from llmc.runtime.tensors import tensor, zeros
+from llmc.runtime.threads import use_threads
 from llmc.runtime.vm import DL_CPU, load_vm, vm_function
 from llmc.runtime.weights import map_weights
-
-# runtime.config_threadpool: the workers share the given processors, pinned to none of them
-_SHARE_ALL_CORES = -3
-# How often an idle worker of TVM's pool looks for work before it sleeps: a millisecond or two, which bridges the time between two
-# steps. TVM's own 300000 keep a core busy for a tenth of a second after every answer. Read when the first pool is made.
-_SPIN_VARIABLE, _SPINS = "TVM_THREAD_POOL_SPIN_COUNT", "4000"
 
 
 class Executor(Protocol):
@@ -101,26 +94,6 @@ class Flight(Protocol):
 def page_shapes(m: Manifest, num_pages: int) -> list[tuple[int, int, int]]:
     """The shape of every layer's page tensor, of dtype ``m.kv.page_dtype``: [num_pages, heads, elements of a page]."""
     return [(num_pages, layer.heads, m.kv.layout(layer).width) for layer in m.kv.layers]
-
-
-class _Pool(threading.local):
-    """TVM keeps one thread pool for each thread that runs kernels: how many threads the calling one's is set to."""
-
-    threads = 0
-
-    def use(self, ffi: Any, count: int) -> None:
-        """Let the calling thread's kernels run on ``count`` threads, free to move over the processors of this process.
-
-        The pool is made on first use and cannot grow, so its size is all of those processors and ``count`` is how many work.
-        """
-        if self.threads != count:
-            os.environ.setdefault(_SPIN_VARIABLE, _SPINS)
-            configure = ffi.get_global_func("runtime.config_threadpool")
-            configure(_SHARE_ALL_CORES, count, [str(cpu) for cpu in host().cpus])
-            self.threads = count
-
-
-_pool = _Pool()
 
 
 class _Buffer:
@@ -203,7 +176,7 @@ class TvmExecutor:
         if step.logit_rows is not None:
             function = self._extend
             arguments.append(buffers["logit_rows"].fill(step.logit_rows))
-        _pool.use(self._ffi, self.threads)
+        use_threads(self._ffi, self.threads)
         try:
             function(*arguments, *self._static)
         except (RuntimeError, TypeError, ValueError) as error:

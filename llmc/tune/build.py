@@ -29,13 +29,7 @@ def family_named(name: str, target: Target) -> Any:
 def compile_kernels(functions: dict[str, Any], target: Target) -> Any:
     """A loaded module of ``{symbol: PrimFunc}``."""
     module = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
-    if target.kind != "cuda":
-        return tvm.tirx.build(module, target=targets.module_for(target).tvm_target(target))
-    from llmc.targets import cuda, cuda_tools
-
-    cuda_tools.prepare()
-    with cuda.tvm_target(target) as tvm_target:
-        return tvm.compile(module, target=tvm_target, tir_pipeline=cuda.PIPELINE)
+    return targets.module_for(target).build_kernels(module, target)
 
 
 def compile_one(family: Any, call: KernelCall, target: Target, config: dict[str, Any]) -> Any:

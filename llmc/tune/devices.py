@@ -14,9 +14,11 @@ import numpy as np
 
 from llmc.runtime.cudart import Cuda, DeviceTensors, device_bytes
 from llmc.runtime.device import cuda_devices
+from llmc.runtime.host import default_threads
 from llmc.runtime.host import host as this_host
 from llmc.runtime.library import load_cuda_runtime, load_runtime
 from llmc.runtime.tensors import storage_dtype, tensor, zeros
+from llmc.runtime.threads import use_threads
 
 Call = Callable[..., Any]
 Set = list[Any]
@@ -32,7 +34,7 @@ class CpuDevice:
     """Seconds of one timing, at least one round over all sets."""
 
     def __init__(self) -> None:
-        load_runtime()
+        use_threads(load_runtime(), default_threads())
         self.name = this_host().cpu_name
 
     def empty(self, shape: Sequence[int], dtype: str) -> tuple[np.ndarray, Any]:

@@ -102,6 +102,16 @@ def read(buffer: Expr, *index: Expr, lanes: int = 1) -> Expr:
     return buffer[(*index[:-1], span(index[-1], lanes))]
 
 
+def prefetch(buffer: Expr, *index_and_bytes: Expr) -> None:
+    """Ask for memory ahead of time, a cache line at a time: ``prefetch(buffer, *index, count)``, ``count`` bytes from ``index`` on of
+    a buffer of bytes. Where there is none to be read, nothing happens."""
+    *index, count = index_and_bytes
+    read_once, near, data = (tirx.const(v, "int32") for v in (0, 3, 1))
+    for line in range(0, count, 64):
+        address = tirx.address_of(buffer[(*index[:-1], index[-1] + line)])
+        T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, read_once, near, data))
+
+
 def bind(value: Expr) -> Expr:
     """Evaluate once: the value as a variable."""
     return T.bind(value)

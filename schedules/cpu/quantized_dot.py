@@ -7,8 +7,11 @@ quads of a stretch of k with the activations' quads, each broadcast to all rows,
 AVX512-VNNI,        ``vpdpbusd``: unsigned · signed bytes, four products added to a 32-bit lane
 AVX-VNNI
 AVX2, AVX-512BW     ``vpmaddubsw`` adds two products in 16 bits, as many steps as cannot overflow, then ``vpmaddwd``
-                    by ones; 8-bit codes would saturate, so their even and odd bytes are widened for ``vpmaddwd``
-SSE2                even and odd bytes widened, ``pmaddwd``
+                    by ones
+AVX2, 8 bits        the same of |code - 128| and the activation with that one's sign (``vpsignb``): at most 2 · 128 · 127,
+                    which does not saturate
+SSE2, and 8 bits    even and odd bytes widened, ``pmaddwd``
+with AVX-512BW
 NEON dotprod        ``sdot``: signed · signed; 8-bit codes are moved to -128..127 by flipping a bit
 others              32-bit multiplications
 =================== ===========================================================================================
@@ -29,6 +32,7 @@ Expr = Any
 VNNI = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256"}
 MADD_BYTES = {16: "llvm.x86.avx512.pmaddubs.w.512", 8: "llvm.x86.avx2.pmadd.ub.sw"}
 MADD_WORDS = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}
+SIGN = "llvm.x86.avx2.psign.b"
 SDOT = "llvm.aarch64.neon.sdot.v4i32.v16i8"
 
 
@@ -40,7 +44,7 @@ class Dot:
         self.lanes = min(simd.lanes, ROWS)
         self.parts = ROWS // self.lanes
         self.how = self._instructions(target)
-        self.bias = 128 if self.how == "sdot" and bits == 8 else 0
+        self.bias = 128 if self.how in ("sdot", "signs") and bits == 8 else 0
         """What was subtracted from the codes: the products are those of code - bias."""
 
     def _instructions(self, target: Target) -> str:
@@ -48,7 +52,9 @@ class Dot:
         if target.triple.startswith("x86_64"):
             if self.lanes in VNNI and ("avx512_vnni" in has or (self.lanes == 8 and "avx_vnni" in has)):
                 return "vnni"
-            return "bytes" if self.lanes in MADD_BYTES and self.bits < 8 else "words"
+            if self.lanes in MADD_BYTES and self.bits < 8:
+                return "bytes"
+            return "signs" if self.lanes == 8 else "words"
         if "asimddp" in has:
             return "sdot"
         return "multiply"
@@ -74,8 +80,8 @@ class Dot:
     def products(self, start: Expr, quads: Sequence[Expr], codes: Expr, at: Expr) -> Expr:
         """``start`` (int32) + the sum over ``quads`` of their products with the activations int8 ``codes[at:]``."""
         xs = [_broadcast(codes, at + 4 * i, self.lanes) for i in range(len(quads))]
-        return {"vnni": self._vnni, "bytes": self._madd_bytes, "words": self._madd_words, "sdot": self._sdot,
-                "multiply": self._multiply}[self.how](start, quads, xs)  # fmt: skip
+        return {"vnni": self._vnni, "bytes": self._madd_bytes, "signs": self._madd_signs, "words": self._madd_words,
+                "sdot": self._sdot, "multiply": self._multiply}[self.how](start, quads, xs)  # fmt: skip
 
     def _vnni(self, total: Expr, quads: Sequence[Expr], xs: Sequence[Expr]) -> Expr:
         for q, x in zip(quads, xs, strict=True):
@@ -94,6 +100,17 @@ class Dot:
             pair = pairs[0]
             for other in pairs[1:]:
                 pair = pair + other
+            total = bind(total + _call(f"int32x{self.lanes}", MADD_WORDS[self.lanes], pair, ones))
+        return total
+
+    def _madd_signs(self, total: Expr, quads: Sequence[Expr], xs: Sequence[Expr]) -> Expr:
+        width, words = 4 * self.lanes, 2 * self.lanes
+        ones = tirx.Broadcast(tirx.const(1, "int16"), words)
+        for q, x in zip(quads, xs, strict=True):
+            code = bind(_as(q, "int8", width))
+            size = _call(f"int8x{width}", "llvm.abs", code, tirx.const(False, "bool"))
+            signed = _call(f"int8x{width}", SIGN, _as(x, "int8", width), code)
+            pair = _call(f"int16x{words}", MADD_BYTES[self.lanes], size, signed)
             total = bind(total + _call(f"int32x{self.lanes}", MADD_WORDS[self.lanes], pair, ones))
         return total
 

@@ -31,6 +31,7 @@ from llmc.schedules.cpu.emit import (
     function,
     i64,
     local,
+    prefetch,
     read,
     shuffle,
     store,
@@ -48,6 +49,8 @@ from llmc.targets.base import Target
 Expr = Any
 NAME = "cpu.quantized_linear"
 OP = "llmc.quantized_linear"
+AHEAD = 2048
+"""Bytes before they are needed that weights are asked for: a panel is too much arithmetic for the processor to look that far."""
 CACHE = 192 << 10
 """Bytes of rounded activations that a row block may have: part of a second-level cache."""
 
@@ -135,10 +138,13 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
 def _tile(call: KernelCall, target: Target, simd: Simd, buffers: dict[str, Expr], n: Expr) -> _Tile:
     """Emit the rounding of x's ``n`` rows; the tile that multiplies them."""
-    at = _geometry(call)
-    rows = quantized_rows.workspace(n, at.columns, min(at.record // at.sets, BLOCK))
+    at, how = _geometry(call), scheme(call.attr("scheme"))
+    dot = Dot(simd, target, at.bits)
+    # What products lack: dot's codes are those of the scheme less a bias, and a symmetric scheme's zero is half their range.
+    start = dot.bias - (1 << (at.bits - 1)) if how.offset == "none" else dot.bias
+    rows = quantized_rows.workspace(n, at.columns, min(at.record // at.sets, BLOCK), start, how.offset)
     quantized_rows.quantize(simd, buffers["x"], n, at.k, rows)
-    return _Tile(call, target, simd, buffers, rows, at)
+    return _Tile(call, dot, simd, buffers, rows, at)
 
 
 def rows_kernel(call: KernelCall, target: Target, x: Expr, out: Expr, n: Expr) -> RowsKernel:
@@ -155,13 +161,11 @@ class _Tile:
     """The products of a panel with a tile of rows."""
 
     def __init__(
-        self, call: KernelCall, target: Target, simd: Simd, buffers: dict[str, Expr], rows: quantized_rows.Rows, at: Panels
+        self, call: KernelCall, dot: Dot, simd: Simd, buffers: dict[str, Expr], rows: quantized_rows.Rows, at: Panels
     ) -> None:
-        self.call, self.simd, self.buffers, self.rows, self.at = call, simd, buffers, rows, at
+        self.call, self.dot, self.simd, self.buffers, self.rows, self.at = call, dot, simd, buffers, rows, at
         self.scheme = scheme(call.attr("scheme"))
-        self.dot = Dot(simd, target, at.bits)
-        self.lanes = self.dot.lanes
-        self.subtract = (1 << (at.bits - 1)) - self.dot.bias if self.scheme.offset == "none" else -self.dot.bias
+        self.lanes = dot.lanes
 
     def over(self, weight: dict[str, Expr]) -> _Tile:
         """The same tile over another weight's panels and bias."""
@@ -170,68 +174,71 @@ class _Tile:
         return other
 
     def emit(self, panel: Expr, first: Expr, count: int) -> None:
+        """One row streams the panel as it lies. Several take its vectors one after the other: what they share fits the registers."""
+        parts = range(self.dot.parts)
+        for some in [parts] if count == 1 else [range(part, part + 1) for part in parts]:
+            self._parts(some, panel, first, count)
+
+    def _parts(self, parts: range, panel: Expr, first: Expr, count: int) -> None:
         at, dot = self.at, self.dot
-        acc = [[self._cleared() for _ in range(count)] for _ in range(dot.parts)]
+        acc = {part: [self._cleared() for _ in range(count)] for part in parts}
         # With several blocks to a scale, a group's sum is kept apart until it is complete.
-        group = acc if at.blocks == 1 else [[self._cleared() for _ in range(count)] for _ in range(dot.parts)]
+        group = acc if at.blocks == 1 else {part: [self._cleared() for _ in range(count)] for part in parts}
         with T.serial(0, at.records) as r:
             record = bind(i64(r) * at.record_bytes)
-            for part in range(dot.parts):
+            if count == 1:
+                prefetch(self.buffers["panels"], panel, record + AHEAD, at.record_bytes)
+            for part in parts:
+                scales = [bind(self._scales(panel, record, part, s)) for s in range(at.sets)]
                 offsets = [self._offsets(panel, record, part, s) for s in range(at.sets)]
 
-                def block(b: Expr, part: int = part, record: Expr = record, r: Expr = r, offsets: list[Expr] = offsets) -> None:
+                def block(
+                    b: Expr,
+                    part: int = part,
+                    record: Expr = record,
+                    r: Expr = r,
+                    scales: list[Expr] = scales,
+                    offsets: list[Expr] = offsets,
+                ) -> None:
                     codes = dot.codes(self.buffers["panels"], panel, record + b * at.block_bytes, part)
                     column = bind(i64(r) * at.blocks + b)
                     for i in range(count):
-                        self._row(panel, record, part, codes, first + i, column, offsets, acc[part][i], group[part][i])
+                        self._row(codes, first + i, column, scales, offsets, acc[part][i], group[part][i])
 
                 if at.blocks == 1:
                     block(i64(0))
                     continue
                 with T.serial(0, at.blocks) as b:
                     block(i64(b))
-                scales = bind(self._scales(panel, record, part, 0))
                 for i in range(count):
                     total, part_sum = acc[part][i], group[part][i]
-                    self._put(total, self.simd.fma(self._get(part_sum), scales, self._get(total)))
+                    self._put(total, self.simd.fma(self._get(part_sum), scales[0], self._get(total)))
                     self._put(part_sum, self.simd.splat(0.0, self.lanes))
         for i in range(count):
-            self._finish([self._get(acc[part][i]) for part in range(dot.parts)], first + i, panel)
+            self._finish({part: self._get(acc[part][i]) for part in parts}, first + i, panel)
 
     def _row(
-        self,
-        panel: Expr,
-        record: Expr,
-        part: int,
-        codes: list[Expr],
-        row: Expr,
-        column: Expr,
-        offsets: list[Expr],
-        acc: Expr,
-        group: Expr,
+        self, codes: list[Expr], row: Expr, column: Expr, scales: list[Expr], offsets: list[Expr], acc: Expr, group: Expr
     ) -> None:
         """One row of x times one block: its scaled products to ``group`` and what the weights' minima add to ``acc``."""
         at, rows, simd = self.at, self.rows, self.simd
         block = bind(row * (at.columns // BLOCK) + column)
-        scale = bind(read(rows.scales, block))
+        scale = simd.splat(bind(read(rows.scales, block)), self.lanes)
         for s in range(at.sets):
             quads = QUADS // at.sets
-            total = bind(read(rows.sums, block * at.sets + s))
-            start = total * tirx.const(-self.subtract, "int32") if self.subtract else tirx.const(0, "int32")
+            start = tirx.const(0, "int32") if rows.starts is None else read(rows.starts, block * at.sets + s)
             where = block * BLOCK + s * 4 * quads
             integers = self.dot.products(tirx.Broadcast(start, self.lanes), codes[s * quads : (s + 1) * quads], rows.codes, where)
             value = bind(tirx.Cast(vector("float32", self.lanes), integers))
+            offset = None if rows.offsets is None else simd.splat(read(rows.offsets, block * at.sets + s), self.lanes)
             if self.scheme.offset == "zero_point":
-                zeros = simd.splat(f32(0.0) - tirx.Cast("float32", total), self.lanes)
-                value = bind(simd.fma(offsets[s], zeros, value))
+                value = bind(simd.fma(offsets[s], offset, value))
             if at.blocks == 1:
-                weight = bind(self._scales(panel, record, part, s) * simd.splat(scale, self.lanes))
-                self._put(acc, simd.fma(value, weight, self._get(acc)))
+                self._put(acc, simd.fma(value, bind(scales[s] * scale), self._get(acc)))
             else:
-                self._put(group, simd.fma(value, simd.splat(scale, self.lanes), self._get(group)))
+                self._put(group, simd.fma(value, scale, self._get(group)))
             if self.scheme.offset == "minimum":
-                weight = simd.splat(bind(scale * tirx.Cast("float32", total)), self.lanes)
-                self._put(acc, simd.fma(offsets[s], weight, self._get(acc)))
+                self._put(acc, simd.fma(offsets[s], offset, self._get(acc)))
 
     def _cleared(self) -> Expr:
         register = local(self.lanes)
@@ -275,17 +282,19 @@ class _Tile:
         raw = read(self.buffers["panels"], panel, start, lanes=self.at.scale_bytes * self.lanes)
         return self.simd.widen(tirx.reinterpret(vector(self.at.scale_dtype, self.lanes), raw), self.at.scale_dtype, self.lanes)
 
-    def _finish(self, values: list[Expr], row: Expr, panel: Expr) -> None:
+    def _finish(self, values: dict[int, Expr], row: Expr, panel: Expr) -> None:
         """Bias, activation, residual and the store; of the last panel only the rows that exist."""
         rest = self.at.o % ROWS
 
         def whole() -> None:
-            for part, value in enumerate(values):
+            for part, value in values.items():
                 self._store(value, row, panel * ROWS + part * self.lanes, self.lanes)
 
         def short() -> None:
             for start, width in elements(rest, self.lanes):
                 part, lane = divmod(start, self.lanes)
+                if part not in values:
+                    continue
                 piece = values[part] if width == self.lanes else shuffle([values[part]], range(lane, lane + width))
                 self._store(piece, row, panel * ROWS + start, width)
 

@@ -1,8 +1,8 @@
 """Activations as int8: symmetric, one scale per 32 columns of k, rounded to nearest even.
 
 For block b of a row: ``scale = max |x| / 127``, ``code = round(x / scale)``; so x = scale · code within half a scale. A kernel
-reads the codes, the scales, and for weights with offsets the sums of a block: w = s · (c - z) makes the product
-s · scale · (Σ c · code - z · Σ code).
+reads the codes, the scales, and for weights with offsets what the sum of a stretch's codes makes of them: w = s · (c - z)
+makes the product s · scale · (Σ c · code - z · Σ code).
 """
 
 from __future__ import annotations
@@ -25,23 +25,35 @@ ROUND_BITS = 0x4B400000
 
 @dataclass(frozen=True)
 class Rows:
-    """Workspaces: ``codes`` int8 [n · columns], ``scales`` float32 [n · columns / 32], ``sums`` int32 [n · columns / stretch]."""
+    """Workspaces: ``codes`` int8 [n · columns], ``scales`` float32 [n · columns / 32], and of every stretch, [n · columns / stretch]:
+    ``starts`` int32, ``start`` · Σ code, None for a start of 0; ``offsets`` float32, scale · Σ code for ``offset`` ``"minimum"``,
+    - Σ code for ``"zero_point"``, None for ``"none"``."""
 
     codes: Expr
     scales: Expr
-    sums: Expr
+    starts: Expr | None
+    offsets: Expr | None
     columns: int
     stretch: int
+    start: int
+    offset: str
 
 
-def workspace(n: Expr, columns: int, stretch: int) -> Rows:
+def workspace(n: Expr, columns: int, stretch: int, start: int, offset: str) -> Rows:
     """Room for n rows of ``columns`` columns, a multiple of 32; ``stretch``: columns that share a sum, 16 or 32."""
+
+    def sums(dtype: str) -> Expr:
+        return T.alloc_buffer((n * (columns // stretch),), dtype)
+
     return Rows(
         T.alloc_buffer((n * columns,), "int8"),
         T.alloc_buffer((n * (columns // BLOCK),), "float32"),
-        T.alloc_buffer((n * (columns // stretch),), "int32"),
+        sums("int32") if start else None,
+        sums("float32") if offset != "none" else None,
         columns,
         stretch,
+        start,
+        offset,
     )
 
 
@@ -81,27 +93,37 @@ def _block(simd: Simd, x: Expr, row: Expr, block: Expr, k: int, rows: Rows, coun
         store(rows.codes, tirx.Cast(vector("int8", lanes), code), start + i * lanes, lanes=lanes)
     store(rows.scales, scale, at)
     sets, vectors = BLOCK // rows.stretch, rows.stretch // lanes
+    if rows.starts is None and rows.offsets is None:
+        return
     for s in range(sets):
         total = bind(_fold(lambda a, b: a + b, codes[s * vectors : (s + 1) * vectors]))
-        store(rows.sums, simd.total(total), at * sets + s)
+        _put_sum(rows, at * sets + s, bind(simd.total(total)), scale)
+
+
+def _put_sum(rows: Rows, at: Expr, total: Expr, scale: Expr) -> None:
+    if rows.starts is not None:
+        store(rows.starts, total * tirx.const(rows.start, "int32"), at)
+    if rows.offsets is not None:
+        value = tirx.Cast("float32", total)
+        store(rows.offsets, scale * value if rows.offset == "minimum" else f32(0.0) - value, at)
 
 
 def _short_block(simd: Simd, x: Expr, row: Expr, block: Expr, rows: Rows, count: int, at: Expr, start: Expr) -> None:
     largest, sets = T.alloc_buffer((1,), "float32"), BLOCK // rows.stretch
     store(largest, f32(0.0), 0)
-    for s in range(sets):
-        store(rows.sums, tirx.const(0, "int32"), at * sets + s)
     for i in range(count):
         store(largest, tirx.max(read(largest, 0), _abs(simd.load(x, row, block * BLOCK + i), 1)), 0)
     scale, inverse = _scale(read(largest, 0))
-    for i in range(BLOCK):
-        code = tirx.const(0, "int32")
-        if i < count:
-            code = rounded(simd, simd.load(x, row, block * BLOCK + i), inverse, 1)
-        store(rows.codes, tirx.Cast("int8", code), start + i)
-        slot = at * sets + i // rows.stretch
-        store(rows.sums, read(rows.sums, slot) + code, slot)
     store(rows.scales, scale, at)
+    for s in range(sets):
+        total = tirx.const(0, "int32")
+        for i in range(s * rows.stretch, (s + 1) * rows.stretch):
+            code = tirx.const(0, "int32")
+            if i < count:
+                code = rounded(simd, simd.load(x, row, block * BLOCK + i), inverse, 1)
+                total = bind(total + code)
+            store(rows.codes, tirx.Cast("int8", code), start + i)
+        _put_sum(rows, at * sets + s, total, scale)
 
 
 def _scale(largest: Expr) -> tuple[Expr, Expr]:

@@ -16,7 +16,6 @@ from llmc.dialect.rope_append import key_dim
 from llmc.schedules.protocol import KernelCall
 from llmc.targets import cpu
 from llmc.targets.base import Target
-from llmc.targets.cpu_pipeline import PIPELINE
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "int32": np.int32, "uint8": np.uint8}
 
@@ -28,7 +27,7 @@ def build(kernels: dict[str, tuple[Any, KernelCall]], target: Target, configs: d
         config = {axis: values[0] for axis, values in family.space(call, target).items()}
         config |= (configs or {}).get(name, {})
         functions[name] = family.build(call, target, config).with_attr("global_symbol", name)
-    return tvm.tirx.build(tvm.IRModule(functions), target=cpu.tvm_target(target), pipeline=PIPELINE)
+    return cpu.build_kernels(tvm.IRModule(functions), target)
 
 
 def tensor(array: np.ndarray) -> Any:

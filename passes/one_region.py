@@ -34,6 +34,7 @@ from llmc.passes.shapes import dims, plain
 from llmc.passes.team_kernels import TeamKernel, team_kernel
 from llmc.schedules.cpu import team
 from llmc.targets.base import Target
+from llmc.targets.cpu_pipeline import DIRECT_CALL
 
 ALIGN = 64
 DATA, SHAPE = 1, 2  # fields of a DLTensor, as tvm_struct_get numbers them
@@ -55,14 +56,14 @@ class _Step:
         return offset
 
 
-def one_region(module: tvm.IRModule, name: str, target: Target) -> tvm.IRModule:
+def one_region(module: tvm.IRModule, name: str, target: Target, few_rows: bool) -> tvm.IRModule:
     """Function ``name`` of a planned and scheduled module with all of its kernels in one; the module as it is if the function
-    does anything that is no kernel on tensors, or the target has no team."""
+    does anything that is no kernel on tensors, or the target has no team. ``few_rows``: of a step's rows, as in decode."""
     if not team.has_team(target):
         return module
     function = module[name]
     kernels: dict[str, TeamKernel] = {}
-    step = _read(module, function, name, kernels)
+    step = _read(module, function, name, kernels, few_rows)
     if step is None:
         return module
     slots = sum(kernel.phases or 1 for kernel, _ in step.calls)
@@ -75,10 +76,12 @@ def one_region(module: tvm.IRModule, name: str, target: Target) -> tvm.IRModule:
     var = builder.add_func(_step_function(f"step_{name}", step, counters, slots, scratch, bounds, target), f"step_{name}")
     module = builder.get()
     module.update_func(module.get_global_var(name), _caller(function, var, step.size))
-    return _without_unused(module, [kernel.name for kernel in kernels.values()])
+    return _without_unused(module)
 
 
-def _read(module: tvm.IRModule, function: relax.Function, name: str, kernels: dict[str, TeamKernel]) -> _Step | None:
+def _read(
+    module: tvm.IRModule, function: relax.Function, name: str, kernels: dict[str, TeamKernel], few_rows: bool
+) -> _Step | None:
     """The function as a :class:`_Step`, its kernels added to ``kernels``; None if it is not made of kernels on tensors."""
     step = _Step(list(function.params))
     storages: dict[Any, int] = {}
@@ -99,7 +102,7 @@ def _read(module: tvm.IRModule, function: relax.Function, name: str, kernels: di
             if not all(a in step.places for a in value.args):
                 return None
             if kernel_name not in kernels:
-                kernels[kernel_name] = team_kernel(f"{kernel_name}_team_{name}", module[value.op])
+                kernels[kernel_name] = team_kernel(f"{kernel_name}_team_{name}", module[value.op], few_rows)
             if _symbols_of(kernels[kernel_name], value.args) is None:
                 return None
             step.calls.append((kernels[kernel_name], list(value.args)))
@@ -225,8 +228,12 @@ def _caller(function: relax.Function, step: tvm.ir.GlobalVar, size: int) -> rela
     return caller.with_attrs(dict(function.attrs.items()))
 
 
-def _without_unused(module: tvm.IRModule, keep: Sequence[str]) -> tvm.IRModule:
-    """Without the kernels that no Relax function calls any more."""
+def _without_unused(module: tvm.IRModule) -> tvm.IRModule:
+    """Without the kernels that no Relax function calls any more. Those of a team are called by name."""
     used = {name for f in module.functions.values() if isinstance(f, relax.Function) for name in kernel_calls(f)}
-    functions = {var: f for var, f in module.functions.items() if isinstance(f, relax.Function) or var.name_hint in {*used, *keep}}
-    return tvm.IRModule(functions, attrs=module.attrs)
+
+    def kept(var: tvm.ir.GlobalVar, function: Any) -> bool:
+        of_team = int(function.attrs.get("calling_conv", 0)) == DIRECT_CALL
+        return isinstance(function, relax.Function) or of_team or var.name_hint in used
+
+    return tvm.IRModule({var: f for var, f in module.functions.items() if kept(var, f)}, attrs=module.attrs)

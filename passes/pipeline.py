@@ -195,7 +195,8 @@ def _plan_memory(s: _State) -> None:
 
 def _one_region(s: _State) -> None:
     if "step" not in s.options.unfused:
-        s.module = one_region(s.module, "decode", s.target)
+        for name in PHASES:
+            s.module = one_region(s.module, name, s.target, few_rows=name == "decode")
 
 
 def _lower_vm(s: _State) -> None:

@@ -8,8 +8,8 @@ before::                                         after::
       for i in parallel(60): ...
 
 Buffers become plain pointers, symbolic dimensions numbers, and memory that phases share is the caller's. A kernel without a loop
-that is always parallel (what such a kernel does is over before another thread has woken up), or whose phases depend on what it
-has computed, becomes a function that one thread calls.
+that is always parallel, where rows are few (what such a kernel does is over before another thread has woken up), or whose phases
+depend on what it has computed, becomes a function that one thread calls.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class TeamKernel:
     phases: int | None
 
 
-def team_kernel(name: str, kernel: tirx.PrimFunc) -> TeamKernel:
-    """``kernel`` for a team, as ``name``."""
-    phases = _phases(_statements(kernel.body))
+def team_kernel(name: str, kernel: tirx.PrimFunc, few_rows: bool = True) -> TeamKernel:
+    """``kernel`` for a team, as ``name``. ``few_rows``: loops that are parallel for many rows only are not worth a team."""
+    phases = _phases(_statements(kernel.body), few_rows)
     # In both cases a copy: no two functions may share a variable.
     copy = _serial(kernel) if phases is None else tvm.ir.load_json(tvm.ir.save_json(kernel))
     body = _statements(copy.body)
@@ -145,9 +145,9 @@ def _has_parallel(s: Stmt) -> bool:
     return any(_is_parallel(p) for p in _statements(s))
 
 
-def _phases(body: Sequence[Stmt]) -> int | None:
+def _phases(body: Sequence[Stmt], few_rows: bool) -> int | None:
     """How many slots the statements need; None if they are for one thread."""
-    if not any(_is_parallel(s) for s in body):
+    if not any(_is_parallel(s) if few_rows else _has_parallel(s) for s in body):
         return None
     count = 0
     for s in body:

@@ -18,9 +18,11 @@ from tvm import s_tir, tirx
 
 PIPELINE = "llmc.cpu"
 """The name by which ``relax.build`` and ``tvm.tirx.build`` take the list."""
+TVM_STACK = 1024
+"""Bytes of a buffer up to which TVM puts it on the stack. It takes more than that from the system each time it is wanted: a page
+fault for every page of it, in every step."""
 STACK = 256 << 10
-"""Bytes of a buffer that a thread has on its stack. TVM puts 1 KB there, and takes more than that from the system each time it is
-wanted: a page fault for every page of it, in every step."""
+"""The same here."""
 DIRECT_CALL = -1
 """``calling_conv`` of a function that other functions of its module call by name, with pointers and numbers."""
 
@@ -43,15 +45,17 @@ def _scratch_on_stack(function: tirx.PrimFunc, _module: tvm.IRModule, _context: 
     graph = json.loads(tvm.ir.save_json(function))
     nodes = graph["nodes"]
 
-    def size(buffer: int) -> int | None:
-        """Bytes of a buffer variable; None if they are not known here."""
+    def size(buffer: int) -> int:
+        """Bytes of a buffer variable; 0 if they are not known here."""
         kind = nodes[nodes[buffer]["data"]["ty"]]["data"]
         shape = [nodes[dim] for dim in nodes[kind["shape"]]["data"]]
         if any(dim["type"] != "ir.IntImm" for dim in shape):
-            return None
-        return prod(nodes[dim["data"]["value"]]["data"] for dim in shape) * tvm.DataType(nodes[kind["dtype"]]["data"]["dtype"]).itemsize
+            return 0
+        element = tvm.DataType(nodes[kind["dtype"]]["data"]["dtype"])
+        return prod(nodes[dim["data"]["value"]]["data"] for dim in shape) * element.itemsize
 
-    found = [n["data"] for n in nodes if n["type"] == "tirx.AllocBuffer" and (size(n["data"]["buffer"]) or STACK + 1) <= STACK]
+    allocs = [n["data"] for n in nodes if n["type"] == "tirx.AllocBuffer"]
+    found = [alloc for alloc in allocs if TVM_STACK < size(alloc["buffer"]) <= STACK]
     if not found:
         return function
     first = len(nodes)

@@ -103,8 +103,8 @@ def read(buffer: Expr, *index: Expr, lanes: int = 1) -> Expr:
 
 
 def prefetch(buffer: Expr, *index_and_bytes: Expr) -> None:
-    """Ask for memory ahead of time, a cache line at a time: ``prefetch(buffer, *index, count)``, ``count`` bytes from ``index`` on of
-    a buffer of bytes. Where there is none to be read, nothing happens."""
+    """Ask for memory ahead of time, a cache line at a time: ``prefetch(buffer, *index, count)``, ``count`` bytes of a buffer of
+    bytes from ``index`` on. Where there is none to be read, nothing happens."""
     *index, count = index_and_bytes
     read_once, near, data = (tirx.const(v, "int32") for v in (0, 3, 1))
     for line in range(0, count, 64):

@@ -27,7 +27,6 @@ from llmc.schedules.cpu.emit import (
     bind,
     ceildiv,
     elements,
-    f32,
     function,
     i64,
     local,
@@ -174,7 +173,7 @@ class _Tile:
         return other
 
     def emit(self, panel: Expr, first: Expr, count: int) -> None:
-        """One row streams the panel as it lies. Several take its vectors one after the other: what they share fits the registers."""
+        """One row streams the panel as it lies. Several take one vector of weight rows at a time: its codes fit the registers."""
         parts = range(self.dot.parts)
         for some in [parts] if count == 1 else [range(part, part + 1) for part in parts]:
             self._parts(some, panel, first, count)

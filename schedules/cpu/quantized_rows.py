@@ -25,9 +25,9 @@ ROUND_BITS = 0x4B400000
 
 @dataclass(frozen=True)
 class Rows:
-    """Workspaces: ``codes`` int8 [n · columns], ``scales`` float32 [n · columns / 32], and of every stretch, [n · columns / stretch]:
-    ``starts`` int32, ``start`` · Σ code, None for a start of 0; ``offsets`` float32, scale · Σ code for ``offset`` ``"minimum"``,
-    - Σ code for ``"zero_point"``, None for ``"none"``."""
+    """Workspaces: ``codes`` int8 [n · columns], ``scales`` float32 [n · columns / 32], and for every stretch of columns ``starts``
+    int32, ``start`` · Σ code, None for a start of 0; and ``offsets`` float32, scale · Σ code for ``offset`` ``"minimum"``, - Σ code
+    for ``"zero_point"``, None for ``"none"``."""
 
     codes: Expr
     scales: Expr

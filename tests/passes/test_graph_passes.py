@@ -16,10 +16,14 @@ from llmc.passes.fuse_rope import fuse_rope
 from llmc.passes.merge_projections import merge_projections
 from llmc.passes.paged_attention import paged_attention
 from llmc.passes.phases import phases
+from llmc.passes.quantize.options import QuantOptions
+from llmc.passes.quantize.plan import Plan, assign
+from llmc.passes.quantize.quantize_weights import quantize_weights
 from llmc.passes.rewrite import Graph, op_name
 from llmc.passes.simplify import simplify
 from llmc.passes.sink_permutes import sink_permutes
 from llmc.passes.verify_dialect import Verifier
+from llmc.targets import parse
 from tests.support import graphs, interpreter
 from tests.support.stepper import Stepper, mixed_schedule, page_shapes
 
@@ -90,9 +94,12 @@ def test_merged_weights_stand_below_each_other() -> None:
     assert "layers.0.attn.q_proj.weight" not in built.table
 
 
-def _paged_phases(case: str) -> tuple[graphs.Built, list[KvLayer], dict[str, Graph]]:
+def _paged_phases(case: str, quant: str = "none") -> tuple[graphs.Built, list[KvLayer], dict[str, Graph]]:
     built = graphs.build(graphs.CASES[case])
     graph = optimised(built)
+    plan = Plan(QuantOptions(quant))
+    assign(graph, built.table, plan)
+    quantize_weights(graph, built.table, plan, parse("cpu"))
     layers = paged_attention(graph, 4, "float32")
     return built, layers, {g.name: g for g in phases(graph)}
 
@@ -134,14 +141,13 @@ def test_phases_agree_with_one_forward_pass(case: str, fused: bool) -> None:
             np.testing.assert_allclose(row, expected[position], rtol=1e-9, atol=1e-9, err_msg=f"position {position}")
 
 
-def test_extend_computes_only_wanted_rows_after_the_last_attention() -> None:
-    _, _, by_name = _paged_phases("grouped")
-    rows = {
-        op: [str(v.ty.shape[0]) for v, e in by_name["extend"].bindings if op_name(e) == op] for op in ("llmc.linear", "llmc.attend")
-    }
+@pytest.mark.parametrize(("quant", "linear"), [("none", "llmc.linear"), ("int8_g32", "llmc.quantized_linear")])
+def test_extend_computes_only_wanted_rows_after_the_last_attention(quant: str, linear: str) -> None:
+    _, _, by_name = _paged_phases("grouped", quant)
+    rows = {op: [str(v.ty.shape[0]) for v, e in by_name["extend"].bindings if op_name(e) == op] for op in (linear, "llmc.attend")}
     assert rows["llmc.attend"] == ["n", "n"]
     # layer 0: qkv, o, gate+up, down; layer 1: qkv for all rows, then o, gate+up, down and the vocabulary for the wanted ones
-    assert rows["llmc.linear"] == ["n"] * 5 + ["r"] * 4
+    assert rows[linear] == ["n"] * 5 + ["r"] * 4
     assert [p.name for p in by_name["extend"].params[:9]] == [
         "input_ids", "positions", "slot_mapping", "q_indptr", "seq_lens", "block_table", "logit_rows", "kv_pages.0", "kv_pages.1",
     ]  # fmt: skip

@@ -37,7 +37,8 @@ def logits_of(case: str) -> tuple[list[dict[int, np.ndarray]], Any]:
 @pytest.mark.parametrize("case", list(graphs.CASES)[:3])
 def test_a_step_in_one_region_gives_the_same_bits(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     together, lowered = logits_of(case)
-    assert [k for k in kernel_calls(lowered.mod["decode"]) if not k.startswith("shape_func")] == ["step_decode"]
+    for phase in pipeline.PHASES:
+        assert [k for k in kernel_calls(lowered.mod[phase]) if not k.startswith("shape_func")] == [f"step_{phase}"]
     monkeypatch.setattr(pipeline, "PASSES", [p for p in pipeline.PASSES if p[0] != "one_region"])
     apart, _ = logits_of(case)
     for one, other in zip(together, apart, strict=True):
@@ -55,7 +56,9 @@ def test_kernels_for_one_thread_and_for_a_team_are_told_apart() -> None:
     rounded = team_kernel("b", family_kernel(quantized_linear, quantized_linear.SHAPES["qkv_960x576_q4_1"]))
     assert rounded.phases == 3 and len(rounded.shared) == 3  # rows rounded by all threads or by one, then the panels
     assert team_kernel("c", family_kernel(attend, attend.SHAPES["smollm2_decode"])).phases == 1
-    assert team_kernel("d", family_kernel(rms_norm, rms_norm.SHAPES["smollm2"])).phases is None
+    norm = family_kernel(rms_norm, rms_norm.SHAPES["smollm2"])
+    assert team_kernel("d", norm).phases is None
+    assert team_kernel("e", norm, few_rows=False).phases == 2  # with many rows on all threads, else on one
 
 
 def test_machines_without_the_means_keep_their_kernels_apart() -> None:

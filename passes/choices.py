@@ -24,7 +24,7 @@ OP = "llmc.model"
 class Choices:
     """``page_size``: positions of a KV page. Fused into one kernel: ``gated``, both halves of a gated feed-forward layer with its
     activation (:mod:`~llmc.passes.fuse_gated`); ``append``, rotation and append (:mod:`~llmc.passes.fuse_append`); ``step``, all
-    kernels of a decode step on a CPU (:mod:`~llmc.passes.one_region`)."""
+    kernels of a step on a CPU (:mod:`~llmc.passes.one_region`)."""
 
     page_size: int = 16
     gated: bool = True

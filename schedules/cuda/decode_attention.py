@@ -79,11 +79,13 @@ def matches(call: KernelCall, target: Target) -> str | None:
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """``split``: most blocks of a cluster; ``fill``: blocks that keep the GPU busy, beyond which clusters get smaller.
 
-    ``warps`` of a block; ``least``: chunks of 16 positions that are worth a block; ``min_blocks`` per multiprocessor limits
-    registers (0: the compiler's choice); ``dependent_launch``: start early.
+    ``warps`` of a block, more for codes, of which each has half as many bytes on their way; ``least``: chunks of 16 positions that
+    are worth a block; ``min_blocks`` per multiprocessor limits registers (0: the compiler's choice); ``dependent_launch``: start
+    early.
     """
+    warps = [16, 8, 4] if "kv_scheme" in dict(call.attrs) else [8, 4, 2]
     return {
-        "split": [8, 4, 2, 1], "fill": [132, 264, 396], "warps": [8, 4, 2], "least": [4, 8, 16], "min_blocks": [0, 2, 3],
+        "split": [8, 4, 2, 1], "fill": [132, 264, 396], "warps": warps, "least": [4, 8, 16], "min_blocks": [0, 2, 3],
         "dependent_launch": [True, False],
     }  # fmt: skip
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import llmc
 from llmc.compiler import compile as compile_model
+from llmc.manifest import KvInfo
 from tests.support.tiny_models import MODELS, VOCAB
 
 
@@ -44,6 +45,21 @@ def test_narrow_storage(dtype: str, tiny_model_dir: Callable[..., Path], tmp_pat
     report = compile_model(str(folder), out=tmp_path / "out", dtype=dtype)
     assert report.manifest.kv.dtype == dtype
     check(folder, tmp_path / "out", tolerance=3e-2 if dtype == "bfloat16" else 4e-3, greedy=False)
+
+
+@pytest.mark.parametrize(("kv_dtype", "tolerance"), [("int8", 3e-2), ("int4", 3e-1)])
+def test_quantized_kv_cache(kv_dtype: str, tolerance: float, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """Logits near those of floats in fewer bytes; a sample that forks pages gives what it gives alone."""
+    folder = tiny_model_dir("qwen3")
+    kv = compile_model(str(folder), out=tmp_path / "out", dtype="float32", kv_dtype=kv_dtype, page_size=4).manifest.kv
+    floats = KvInfo(kv.page_size, "float32", kv.layers)
+    assert kv.page_bytes < floats.page_bytes / (3 if kv_dtype == "int8" else 4)
+    check(folder, tmp_path / "out", tolerance=tolerance, greedy=False)
+    with llmc.load(tmp_path / "out") as model:
+        options = {"max_tokens": 9, "temperature": 1.0, "ignore_eos": True}
+        together = model.generate(list(range(1, 7)), n=3, seed=5, **options)
+        assert len({tuple(c.token_ids) for c in together}) > 1
+        assert together[0].token_ids == model.generate(list(range(1, 7)), seed=5, **options).token_ids
 
 
 def test_a_context_that_is_no_multiple_of_the_page(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:

@@ -116,3 +116,21 @@ def test_the_artifact_moves(smollm2_artifact: Path, tmp_path: Path) -> None:
         assert model.generate("The capital of France is", max_tokens=2).text.strip().startswith("Paris")
     text = (moved / "manifest.json").read_text()
     assert not re.search(re.escape(str(smollm2_artifact)), text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kv_dtype", "bits", "share"), [("int8", 8.25, 0.005), ("fp8_e4m3", 8.25, 0.01), ("int4", 5.0, 0.05)])
+def test_quantized_kv_cache(model: Any, smollm2_gguf: Path, tmp_path: Path, kv_dtype: str, bits: float, share: float) -> None:
+    """The likelihood of a text is near that with float32 pages (``share``: of the mean negative logarithm), at the scheme's bits."""
+    from llmc.compiler import compile as compile_model
+    from llmc.texts import EVALUATION, read_text
+
+    compile_model(str(smollm2_gguf), out=tmp_path / "artifact", dtype="float32", kv_dtype=kv_dtype, context=1024)
+    text = read_text(EVALUATION)[:3000]
+    with llmc.load(tmp_path / "artifact") as quantized:
+        kv, floats = quantized.manifest.kv, model.manifest.kv
+        assert kv.bits == bits and kv.bytes_per_token * 32 == floats.bytes_per_token * bits
+        expected, found = model.score(text).total, quantized.score(text).total
+        assert abs(found - expected) < share * abs(expected)
+        if kv_dtype == "int8":
+            assert "Paris" in quantized.generate("The capital of France is", max_tokens=8).text

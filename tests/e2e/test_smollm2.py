@@ -121,7 +121,7 @@ def test_the_artifact_moves(smollm2_artifact: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kv_dtype", "bits", "share"), [("int8", 8.25, 0.005), ("fp8_e4m3", 8.25, 0.01), ("int4", 5.0, 0.05)])
 def test_quantized_kv_cache(model: Any, smollm2_gguf: Path, tmp_path: Path, kv_dtype: str, bits: float, share: float) -> None:
-    """The likelihood of a text is near that with float32 pages (``share``: of the mean negative logarithm), at the scheme's bits."""
+    """A text is as likely as with float32 pages but for ``share`` of the mean negative logarithm, at the scheme's bits."""
     from llmc.compiler import compile as compile_model
     from llmc.texts import EVALUATION, read_text
 

@@ -1,4 +1,7 @@
-"""compressed-tensors itself as the judge: what it compresses is read back to what it decompresses."""
+"""compressed-tensors itself as the judge: what it compresses is read back to what it decompresses.
+
+Needs ``pip install --no-deps compressed-tensors loguru``; nothing else of llmc does.
+"""
 
 from __future__ import annotations
 

@@ -15,7 +15,8 @@ the blocks of a cluster through each other's (distributed shared memory): one la
 Split softmax as in "Flash-Decoding" (Dao et al., 2023); fragment layouts: PTX ISA, "mma.m16n8k16".
 
 The size of the clusters is chosen at launch from the number of sequences: few sequences are cut up to fill the GPU, many are not.
-How a sequence is cut therefore depends on its length and on the size of the batch, and the last bits of its row with it.
+How a sequence is cut therefore depends on its length and on the size of the batch, and the last bits of its row with it. Where
+sequences alone fill the GPU, :mod:`.decode_ring` takes over.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from llmc.schedules.cuda import hopper
+from llmc.schedules.cuda import decode_ring, hopper
+from llmc.schedules.cuda.host_choice import host_choice
 from llmc.schedules.cuda.kv_fragments import LOAD, SCHEMES, fragments
 from llmc.schedules.cuda.quantized_codes import as_float
 from llmc.schedules.gpu import attention_tile
@@ -80,13 +82,14 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """``split``: most blocks of a cluster; ``fill``: blocks that keep the GPU busy, beyond which clusters get smaller.
 
     ``warps`` of a block, more for codes, of which each has half as many bytes on their way; ``least``: chunks of 16 positions that
-    are worth a block; ``min_blocks`` per multiprocessor limits registers (0: the compiler's choice); ``dependent_launch``: start
-    early.
+    are worth a block; ``min_blocks`` per multiprocessor limits registers (0: the compiler's choice); ``many``: pairs of a sequence
+    and a KV head from which a warp takes a pair; from a half, and from a quarter of that on two and four warps do;
+    ``dependent_launch``: start early.
     """
     warps = [16, 8, 4] if "kv_scheme" in dict(call.attrs) else [8, 4, 2]
     return {
         "split": [8, 4, 2, 1], "fill": [132, 264, 396], "warps": warps, "least": [4, 8, 16], "min_blocks": [0, 2, 3],
-        "dependent_launch": [True, False],
+        "many": [1024, 512, 2048], "dependent_launch": [True, False],
     }  # fmt: skip
 
 
@@ -411,7 +414,12 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         # No block may leave while another one still reads its shared memory.
         T.cuda.cluster_sync()
 
-    return hopper.finish(attend, f"decode_attention_{hq}x{hk}x{d}", () if has_sinks else ("sinks",), dependent_launch)
+    few = hopper.finish(attend, f"decode_attention_{hq}x{hk}x{d}", () if has_sinks else ("sinks",), dependent_launch)
+    if not decode_ring.takes(call):
+        return few
+    batch, many = few.params[2].ty.shape[0], int(config["many"])
+    kernels = [few, *(decode_ring.kernel(call, parts, dependent_launch) for parts in (4, 2, 1))]
+    return host_choice(kernels, [batch * hk < many // 4, batch * hk < many // 2, batch * hk < many])
 
 
 reference = attention_tile.reference

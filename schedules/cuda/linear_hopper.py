@@ -4,7 +4,7 @@
 rows           kernel                     why
 =============  =========================  =========================================================================
 1-8, 9-16      ``gemv``                   mma with the weights as the wide operand; k split over warps
-17-64, -128    ``gemm_split``             wgmma over tiles of one or two 64 rows; k split over a cluster
+17-32,-64,-128 ``gemm_split``             wgmma over tiles as high as there are rows; k split over a cluster
 129-256        either                     ``gemm_split`` where too few tiles for the GPU want k split
 more           ``gemm_hopper``            wgmma, persistent over tiles, their width by what the last round leaves idle
 =============  =========================  =========================================================================
@@ -26,7 +26,17 @@ from llmc.targets.base import Target
 NAME = "cuda.linear_hopper"
 OP = "llmc.linear"
 KERNELS = {"gemv": gemv, "gemm_split": gemm_split, "gemm_hopper": gemm_hopper}
-BUCKETS = {"1-8": 8, "9-16": 16, "17-64": 64, "65-128": 128, "129-256": 256, "257-512": 512, "513-1024": 1024, "1025-": None}
+BUCKETS = {
+    "1-8": 8,
+    "9-16": 16,
+    "17-32": 32,
+    "33-64": 64,
+    "65-128": 128,
+    "129-256": 256,
+    "257-512": 512,
+    "513-1024": 1024,
+    "1025-": None,
+}
 """An axis of the configuration -> the most rows that its kernel runs for."""
 
 MOST_SPLIT_ROWS = 256
@@ -68,7 +78,8 @@ def candidates(call: KernelCall, rows: str) -> list[dict[str, Any]]:
         pairs = gemm_hopper.candidates(call, most)
         fixed = {"blocks": gemm_hopper.MULTIPROCESSORS}
         return [{"kernel": "gemm_hopper", "tile": list(tile), "cluster": cluster, **fixed} for tile, cluster in pairs]
-    return [{"kernel": "gemm_split", "tile": list(tile), "split": split} for tile, split in gemm_split.candidates(call, most)]
+    choices = gemm_split.candidates(call, most)
+    return [{"kernel": "gemm_split", "tile": list(tile), "split": split, "share": share} for tile, split, share in choices]
 
 
 def parts(call: KernelCall, target: Target) -> dict[str, list[dict[str, int]]]:

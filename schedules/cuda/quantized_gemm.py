@@ -7,8 +7,8 @@ values (:mod:`.quantized_codes`), and the scale and offset of a group are applie
 row comes after the sums. x comes by TMA into 128-byte-swizzled shared memory, copied by a warp of its own. While one warpgroup's
 products are computed, another one makes its next fragments.
 
-``split`` blocks of a cluster share a tile and k. The float32 sums meet in shared memory, where every block finishes its share of
-the rows of x from all of them, always in the same order, and stores whole rows of outputs. A gated linear has both sides' tiles.
+``split`` blocks of a cluster share a tile and k, and finish it together (:mod:`.cluster_finish`). A gated linear has both sides'
+tiles.
 
 Tiles that reach over an edge of x read zeros, so n is free; k makes rows of 16 bytes. The order of additions behind an output
 element does not depend on n.
@@ -20,7 +20,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from llmc.schedules.cuda import hopper, layout_mma, linear_call, quantized_call, quantized_codes, quantized_gemv
+from llmc.schedules.cuda import cluster_finish, hopper, layout_mma, linear_call, quantized_call, quantized_codes, quantized_gemv
 from llmc.schedules.cuda.gemm_hopper import CONSUMER_REGISTERS, MULTIPROCESSORS, PRODUCER_REGISTERS
 from llmc.schedules.cuda.layout_mma import BLOCK, LANES
 from llmc.schedules.cuda.quantized_call import make
@@ -35,9 +35,6 @@ OPERAND_FENCE = """
 __device__ __forceinline__ void operand_fence(unsigned int& r) { asm volatile("" : "+r"(r) :: "memory"); }
 """
 """Keeps the compiler from moving the making of an A fragment into the asynchronous multiplications."""
-
-VECTOR = 4
-"""Outputs that a thread finishes at once."""
 
 TILES = [(128, 256, 1), (128, 128, 1), (64, 256, 1), (64, 128, 1), (128, 64, 1), (64, 64, 2), (64, 32, 3), (64, 32, 2), (64, 16, 3)]
 SPLITS = (1, 2, 4, 8)
@@ -113,20 +110,17 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     dtype, out_dtype, scale_dtype = specs["x"].dtype, specs["out"].dtype, how.scale_dtype
     bias_dtype = specs["bias"].dtype if "bias" in specs else dtype
     residual_dtype = specs["residual"].dtype if "residual" in specs else dtype
-    has_bias, has_residual = "bias" in specs, "residual" in specs
-    activation, gated = linear_call.activation(call)
+    _, gated = linear_call.activation(call)
 
     rows, columns, resident = config["tile"]
     split, depth, dependent_launch = int(config["split"]), int(config["depth"]), bool(config["dependent_launch"])
     sides, warps = 1 + gated, rows // 16
     results, result_tiles = o // sides, at.tiles // sides
-    sums, pitch = columns // 2, rows + 4
+    sums, pitch = columns // 2, cluster_finish.pitch(rows)
     x_stages, x_bytes = stages(columns, resident, 4 * sides * columns * pitch), columns * K_STEP * 2
     # Alone on its multiprocessor, a block has a whole warpgroup copy, which gives its registers away.
     uneven = resident == 1
-    threads, share = 32 * (warps + (4 if uneven else 1)), columns // split
-    if share * split != columns:
-        raise ValueError(f"{columns} rows of x do not split over {split} blocks")
+    threads = 32 * (warps + (4 if uneven else 1))
     # Every part of k has a multiple of ``depth`` steps. Beyond the end x is zero.
     turns = -(-at.columns // (K_STEP * depth))
     last_step = at.columns // K_STEP - 1
@@ -148,6 +142,10 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         if scale_dtype == "float32":
             return T.reinterpret("float32", regs[base + group * 2 + row_half])
         return quantized_codes.as_float(regs[base + group], row_half, scale_dtype)
+
+    finish = cluster_finish.finisher(
+        call, results=results, outputs=rows, rows=columns, split=split, threads=threads, scaled=row_wise
+    )  # fmt: skip
 
     @T.prim_func
     def gemm(
@@ -342,53 +340,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         else:
             T.cuda.cta_sync()
 
-        total = T.alloc_local((sides * VECTOR,), "float32")
-        fetched = T.alloc_local((VECTOR,), "float32")
-        gate = T.alloc_local((2,), "float32")
-        pair = T.alloc_local((2,), "uint32")
-        remote = T.alloc_local((1,), "uint32")
-        item: T.int32 = thread
-        while item < share * (rows // VECTOR):
-            inside: T.int32 = item % (rows // VECTOR) * VECTOR
-            line: T.int32 = part * share + item // (rows // VECTOR)
-            row: T.int32 = x_tile * columns + line
-            output: T.int32 = row_tile * rows + inside
-            if row < T.cast(n, "int32") and output < results:
-                for side in T.unroll(sides):
-                    for p in T.unroll(split):
-                        if split > 1:
-                            T.ptx.mapa.shared__cluster.u32(
-                                remote[0], T.cuda.cvta_generic_to_shared(s_sums.ptr_to([side, line, inside])), T.uint32(p)
-                            )
-                            T.ptx["ld.shared::cluster.v4.f32"](fetched[0], fetched[1], fetched[2], fetched[3], remote[0])
-                        else:
-                            T.ptx["ld.shared.v4.f32"](
-                                fetched[0], fetched[1], fetched[2], fetched[3], s_sums.ptr_to([side, line, inside])
-                            )
-                        for e in T.unroll(VECTOR):
-                            j = T.meta_var(side * VECTOR + e)
-                            total[j] = fetched[e] if p == 0 else total[j] + fetched[e]
-                for e in T.unroll(VECTOR):
-                    column = T.meta_var(T.min(output + e, results - 1))
-                    for side in T.unroll(sides):
-                        if row_wise:
-                            total[side * VECTOR + e] = total[side * VECTOR + e] * T.cast(scales[side * results + column], "float32")
-                        if has_bias:
-                            total[side * VECTOR + e] = total[side * VECTOR + e] + T.cast(bias[side * results + column], "float32")
-                    hopper.activate(activation, total, e, gate)
-                    if gated:
-                        total[e] = total[e] * total[VECTOR + e]
-                    if has_residual:
-                        total[e] = total[e] + T.cast(residual[T.cast(row, "int64"), column], "float32")
-                if results % VECTOR == 0 and out_dtype == dtype:
-                    for e in T.unroll(2):
-                        T.ptx[to_pair](pair[e], total[e * 2 + 1], total[e * 2])
-                    T.ptx["st.global.v2.b32"](out.ptr_to([T.cast(row, "int64"), output]), pair[0], pair[1])
-                else:
-                    for e in T.unroll(VECTOR):
-                        if output + e < results:
-                            out[T.cast(row, "int64"), output + e] = T.cast(total[e], out_dtype)
-            item = item + threads
+        finish(s_sums, thread, part, 0, x_tile * columns, row_tile * rows, T.cast(n, "int32"), scales, bias, residual, out)
         if split > 1:
             # No block may leave while another one still reads its shared memory.
             T.cuda.cluster_sync()

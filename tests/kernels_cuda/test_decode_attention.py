@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from llmc.schedules.cuda import decode_attention
+from llmc.schedules.cuda import decode_attention, decode_ring
 from llmc.targets import cuda
 from tests.kernels.harness import error, paged_arrays
 from tests.kernels_cuda.emulated import TOLERANCE, call
@@ -42,10 +42,29 @@ def test_configurations(config: dict[str, int]) -> None:
     assert error(result, decode_attention.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
 
 
-def test_padding_rows_are_finite() -> None:
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("name", [name for name in SMALL if decode_ring.takes(decode_attention.SHAPES[name])])
+def test_many_sequences(name: str, parts: int) -> None:
+    """``decode_ring``: pages of more than 32 chunks, of less than one, and a block that is not full."""
+    case = decode_attention.SHAPES[name]
+    arrays, symbols = paged_arrays(case, [600, 17, 1, 50, 33], [1] * 5, seed=9)
+    pairs = 5 * int(case.args[1].shape[1])
+    result = call(decode_attention, case, TARGET, arrays, symbols, {"many": pairs * parts})
+    assert error(result, decode_attention.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+
+
+def test_what_the_ring_takes() -> None:
+    taken = {name for name, case in decode_attention.SHAPES.items() if decode_ring.takes(case)}
+    assert taken >= {"heads_32x8_128", "group_8_128", "group_3_64", "group_12_64_softcap"}
+    assert not taken & {"group_4_256_sinks", "group_1_80_f16", "group_16_96_window", "chunked_128_64"}
+
+
+@pytest.mark.parametrize("many", [512, 1])
+def test_padding_rows_are_finite(many: int) -> None:
     case = decode_attention.SHAPES["group_3_64"]
     arrays, symbols = paged_arrays(case, [3, 0], [1, 1], seed=4)
-    result = call(decode_attention, case, TARGET, arrays, symbols, {"split": 2, "warps": 1}).astype(np.float32)
+    config = {"split": 2, "warps": 1, "many": many}
+    result = call(decode_attention, case, TARGET, arrays, symbols, config).astype(np.float32)
     assert np.isfinite(result).all()
     assert not result[1].any()
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmc.schedules.cuda import cluster_finish
 from llmc.schedules.cuda import gemm_split as family
 from llmc.targets import cuda
 from tests.kernels.harness import error, random_arrays
@@ -38,11 +39,11 @@ def test_reference(name: str) -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        {"tile": (64, 64, 2), "split": 2},
-        {"tile": (64, 256, 1), "split": 4},
-        {"tile": (128, 64, 2), "split": 1},
-        {"tile": (128, 128, 1), "split": 2, "dependent_launch": False},
-        {"tile": (128, 256, 1), "split": 1},
+        {"tile": (64, 64, 2), "split": 2, "share": 2},
+        {"tile": (256, 128, 1), "split": 4, "share": 1},
+        {"tile": (128, 64, 2), "split": 1, "share": 4},
+        {"tile": (128, 128, 1), "split": 2, "share": 1, "dependent_launch": False},
+        {"tile": (128, 256, 1), "split": 1, "share": 1},
     ],
 )
 def test_configurations(name: str, config: dict[str, Any]) -> None:
@@ -70,11 +71,21 @@ def test_what_it_does_not_take() -> None:
 
 
 def test_pipeline_fits_shared_memory() -> None:
-    for rows, columns, resident in family.space(family.SHAPES["o_4096x4096"], TARGET)["tile"]:
-        depth = family.stages(rows, columns, resident)
-        used = max(depth * (rows + columns) * family.K_STEP * 2 + depth * 16, rows * columns * 4)
-        assert depth >= 4
-        assert resident * (used + 1024) <= (228 << 10), (rows, columns, resident)
+    for outputs, rows, resident in family.space(family.SHAPES["o_4096x4096"], TARGET)["tile"]:
+        depth = family.stages(outputs, rows, resident)
+        pipeline = depth * ((outputs + rows) * family.K_STEP * 2 + 16)
+        assert depth >= 3
+        for sides in (1, 2):
+            assert 4 * sides * rows * cluster_finish.pitch(outputs // sides) <= pipeline
+        assert resident * (pipeline + 1024) <= (228 << 10), (outputs, rows, resident)
+
+
+def test_a_cluster_has_at_most_eight_blocks_and_each_a_step() -> None:
+    case = family.SHAPES["residual_136x640_gelu"]
+    for split, share in ((4, 4), (16, 1)):
+        config = {"tile": (64, 64, 2), "split": split, "share": share, "dependent_launch": True}
+        with pytest.raises(ValueError, match="split over"):
+            family.build(case, TARGET, config)
 
 
 def test_roofline() -> None:

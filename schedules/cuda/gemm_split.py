@@ -123,7 +123,17 @@ def stages(outputs: int, rows: int, resident: int) -> int:
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
+    return kernel(call, config)
+
+
+def kernel(call: KernelCall, config: dict[str, Any], experts: int = 0) -> Any:
+    """The PrimFunc of ``call``. With ``experts``: of that many matrices ``[experts * o, k]``, grouped.
+
+    A grouped kernel takes ``tiles [m, 3]`` int32 before the result, each an expert, the first row of x of the tile, and the end of
+    the expert's rows; up to ``rows`` of them are multiplied with the expert's matrix. Unused tiles are zeros.
+    """
     o, k = (int(d) for d in call.args[1].shape)
+    grouped = experts > 0
     outputs, rows, resident = config["tile"]
     split, sharing, dependent_launch = int(config["split"]), int(config["share"]), bool(config["dependent_launch"])
     specs = dict(zip(linear_call.operand_names(call), (*call.args, call.result), strict=True))
@@ -131,7 +141,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     bias_dtype = specs["bias"].dtype if "bias" in specs else dtype
     _, gated = linear_call.activation(call)
 
-    sides = 1 + gated
+    sides, matrix_rows = 1 + gated, o * max(experts, 1)
     results, tile_results, cluster = o // sides, outputs // sides, split * sharing
     column_tiles = -(-results // tile_results)
     groups, depth, k_steps = outputs // 64, stages(outputs, rows, resident), _k_steps(call)
@@ -154,23 +164,27 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         return T.min((n + (SWIZZLE_ROWS * sharing - 1)) // (SWIZZLE_ROWS * sharing) * SWIZZLE_ROWS, rows // sharing)
 
     @T.prim_func
-    def gemm(x_ptr: T.handle, weight_ptr: T.handle, bias_ptr: T.handle, residual_ptr: T.handle, out_ptr: T.handle) -> None:
+    def gemm(
+        x_ptr: T.handle, weight_ptr: T.handle, bias_ptr: T.handle, residual_ptr: T.handle, tiles_ptr: T.handle, out_ptr: T.handle
+    ) -> None:  # fmt: skip
         n = T.int64()
+        m = T.int64()
         x = T.match_buffer(x_ptr, (n, k), dtype, align=16)
-        weight = T.match_buffer(weight_ptr, (o, k), dtype, align=16)
+        weight = T.match_buffer(weight_ptr, (matrix_rows, k), dtype, align=16)
         bias = T.match_buffer(bias_ptr, (o,), bias_dtype, align=4)
         residual = T.match_buffer(residual_ptr, (n, results), dtype, align=16)
+        tiles = T.match_buffer(tiles_ptr, (m, 3), "int32", align=4)
         out = T.match_buffer(out_ptr, (n, results), out_dtype, align=16)
         x_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
         hopper.encode_tensor_map(x_map, dtype, x.data, columns=k, rows=n, box_rows=T.cast(slice_rows(n), "int32"))
         weight_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        hopper.encode_tensor_map(weight_map, dtype, weight.data, columns=k, rows=o, box_rows=tile_results)
+        hopper.encode_tensor_map(weight_map, dtype, weight.data, columns=k, rows=matrix_rows, box_rows=tile_results)
         T.device_entry()
         T.attr({"tirx.launch_bounds_min_blocks_per_sm": resident})
         if cluster > 1:
             rank = T.cta_id_in_cluster([cluster])  # noqa: F841
         place, row_tile, column_group = T.cta_id(
-            [cluster, T.cast((n + rows - 1) // rows, "int32"), (column_tiles + sharing - 1) // sharing]
+            [cluster, T.cast(m if grouped else (n + rows - 1) // rows, "int32"), (column_tiles + sharing - 1) // sharing]
         )
         thread = T.thread_id([threads])
         pool = T.SMEMPool()
@@ -187,9 +201,11 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         lane: T.int32 = thread % 32
         part: T.int32 = place % split
         member: T.int32 = place // split
-        row_count: T.int32 = T.cast(n, "int32")
-        box: T.int32 = slice_rows(row_count)
+        box: T.int32 = slice_rows(T.cast(n, "int32"))
         first_output: T.int32 = (column_group * sharing + member) * tile_results
+        first_row: T.int32 = row_tile * rows
+        end_row: T.int32 = T.cast(n, "int32")
+        matrix: T.int32 = 0
         first_step: T.int32 = part * k_steps // split
         steps: T.int32 = (part + 1) * k_steps // split - first_step
         if thread == 0:
@@ -204,6 +220,14 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             T.cuda.cta_sync()
         if dependent_launch:
             T.ptx.griddepcontrol.launch_dependents()
+        if grouped:
+            if dependent_launch:
+                T.ptx.griddepcontrol.wait()
+            matrix = tiles[row_tile, 0] * o
+            first_row = tiles[row_tile, 1]
+            end_row = tiles[row_tile, 2]
+            if end_row == 0:
+                steps = 0
 
         @T.inline
         def load_weight(stage, step) -> None:
@@ -214,7 +238,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             for side in T.unroll(sides):
                 T.ptx[hopper.TMA_LOAD](
                     s_w.ptr_to([stage, side * tile_results, 0]), T.address_of(weight_map), (first_step + step) * K_STEP,
-                    first_output + side * results, full.ptr_to([stage]),
+                    matrix + first_output + side * results, full.ptr_to([stage]),
                 )  # fmt: skip
 
         @T.inline
@@ -222,11 +246,11 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             if sharing > 1:
                 T.ptx[hopper.TMA_LOAD + ".multicast::cluster"](
                     s_x.ptr_to([stage, member * box, 0]), T.address_of(x_map), (first_step + step) * K_STEP,
-                    row_tile * rows + member * box, full.ptr_to([stage]), T.cast(same_part << part, "uint16"),
+                    first_row + member * box, full.ptr_to([stage]), T.cast(same_part << part, "uint16"),
                 )  # fmt: skip
             else:
                 T.ptx[hopper.TMA_LOAD](
-                    s_x.ptr_to([stage, 0, 0]), T.address_of(x_map), (first_step + step) * K_STEP, row_tile * rows,
+                    s_x.ptr_to([stage, 0, 0]), T.address_of(x_map), (first_step + step) * K_STEP, first_row,
                     full.ptr_to([stage]),
                 )  # fmt: skip
 
@@ -317,12 +341,12 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             T.cuda.cluster_sync()
         else:
             T.cuda.cta_sync()
-        finish(s_sums, thread, part, member * split, row_tile * rows, first_output, row_count, bias, bias, residual, out)
+        finish(s_sums, thread, part, member * split, first_row, first_output, end_row, bias, bias, residual, out)
         if cluster > 1:
             # No block may leave while another one still reads its shared memory.
             T.cuda.cluster_sync()
 
-    unused = [name for name in ("bias", "residual") if name not in specs]
+    unused = [name for name in ("bias", "residual") if name not in specs] + ["tiles"] * (not grouped)
     return hopper.finish(gemm, f"gemm_split_{o}x{k}", unused, dependent_launch)
 
 

@@ -1,8 +1,8 @@
-"""Several kernels for the same arguments in one PrimFunc, of which host code launches one by the sizes it is called with."""
+"""Several kernels in one PrimFunc: one of them by the sizes it is called with, or one after the other."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -26,12 +26,38 @@ def host_choice(functions: Sequence[Any], conditions: Sequence[Expr]) -> Any:
     return tirx.PrimFunc(first.params, body, first.ret_type, first.attrs)
 
 
+Tensor = tuple[tuple[Expr, ...], str]
+"""Shape and dtype."""
+
+
+def in_sequence(
+    name: str, operands: Mapping[str, Tensor], workspaces: Mapping[str, Tensor], steps: Sequence[tuple[Any, Sequence[str]]]
+) -> Any:
+    """One function with parameters ``operands`` that launches each of ``steps``, functions and the names of their arguments.
+
+    ``workspaces`` are buffers that live as long as the call. A shape of the arguments may differ from that of the function's
+    parameters if the elements in memory are the same; the function's attributes are those of the first step.
+    """
+    buffers = {key: tirx.decl_buffer(*tensor, name=key) for key, tensor in {**operands, **workspaces}.items()}
+    bodies = [_substituted(function, [buffers[key] for key in keys]) for function, keys in steps]
+    body = tirx.SeqStmt([*(tirx.AllocBuffer(buffers[key]) for key in workspaces), *bodies])
+    first = steps[0][0]
+    whole = tirx.PrimFunc([buffers[key] for key in operands], body, first.ret_type, first.attrs)
+    return whole.with_attr("global_symbol", name)
+
+
 def _renamed(function: Any, like: Any) -> Any:
     """The body of ``function`` over the parameters, and the symbols in their shapes, of ``like``."""
+    return _substituted(function, like.params)
+
+
+def _substituted(function: Any, arguments: Sequence[Any]) -> Any:
+    """The body of ``function`` over ``arguments``, and the symbols in the parameters' shapes over their shapes."""
     new: list[tuple[Any, Any]] = []
-    for mine, theirs in zip(function.params, like.params, strict=True):
-        shapes = zip(mine.ty.shape, theirs.ty.shape, strict=True)
-        new += [(mine, theirs), *((a, b) for a, b in shapes if isinstance(a, tirx.Var))]
+    for mine, theirs in zip(function.params, arguments, strict=True):
+        new.append((mine, theirs))
+        if len(mine.ty.shape) == len(theirs.ty.shape):
+            new += [(a, b) for a, b in zip(mine.ty.shape, theirs.ty.shape, strict=True) if isinstance(a, tirx.Var)]
 
     def replace(var: Any) -> Any:
         return next((b for a, b in new if a.same_as(var)), var)

@@ -24,18 +24,18 @@ HEADS: dict[str, tuple[int, int, int, int]] = {"d128": (32, 8, 128, 16), "d64": 
 """Query heads, KV heads, head size, page size."""
 
 DECODE = {
-    "d128": ((1, 512), (1, 4096), (1, 32768), (8, 512), (32, 1024), (32, 4096), (128, 1024)),
+    "d128": ((1, 512), (1, 4096), (1, 32768), (8, 512), (32, 256), (32, 4096), (64, 256), (128, 256), (128, 1024)),
     "d64": ((1, 200), (8, 200), (16, 200), (64, 200), (8, 4096)),
     "d96": ((1, 1024), (16, 1024)),
 }
 """Sequences and positions of each."""
 
 DECODE_CONFIGS: dict[str, list[dict[str, Any]]] = {
-    "d128": [{}, {"least": 4}, {"least": 16}, {"warps": 4, "fill": 264}],
-    "d64": [{}, {"least": 4}, {"least": 2}, {"warps": 4}, {"warps": 4, "fill": 264, "least": 4}],
+    "d128": [{}, {"least": 4}, {"least": 16}, {"many": 512}, {"many": 2048}, {"many": 1 << 20}],
+    "d64": [{}, {"least": 4}, {"least": 2}, {"warps": 4}, {"many": 512}, {"many": 2048}],
     "d96": [{}, {"least": 4}, {"warps": 4}],
 }
-EXTEND_CONFIGS: list[dict[str, Any]] = [{}, {"short": [128, 128], "long": [128, 128]}]
+EXTEND_CONFIGS: list[dict[str, Any]] = [{}, {"turns": False}, {"short": [128, 128], "long": [128, 128]}]
 EXTEND = {
     "d128": ([(2048, 2048)], [(8192, 8192)], [(512, 512)] * 16, [(128, 128)] * 64, [(512, 8192)],
              [(1, 1024)] * 63 + [(512, 512)], [(4, 2048)] * 32),

@@ -39,13 +39,11 @@ GEMV = [
     ]
 ]  # fmt: skip
 SPLIT = [
-    {"tile": tile, "split": s}
-    for tile, splits in {
-        (64, 64, 2): (1, 2, 4), (64, 128, 2): (1, 2, 4), (64, 128, 1): (1, 2, 4), (64, 256, 1): (1, 2, 4),
-        (128, 128, 1): (1, 2, 4), (128, 256, 1): (1, 2),
-    }.items()
-    for s in splits
-]  # fmt: skip
+    {"tile": (128, rows, resident), "split": split, "share": share}
+    for rows in (32, 64, 128, 256)
+    for resident, split, share in [(1, 1, 1), (1, 1, 2), (1, 2, 1), (1, 3, 1), (2, 1, 1), (2, 2, 1), (2, 4, 1)]
+    if resident == 1 or rows < 256
+]
 HOPPER = [{"tile": (128, columns), "cluster": cluster} for columns in (256, 192, 128) for cluster in (1, 2)]
 KINDS: dict[str, tuple[str, list[dict[str, Any]], tuple[int, ...]]] = {
     "gemv": ("gemv", GEMV, (1, 8, 16)),
@@ -53,7 +51,7 @@ KINDS: dict[str, tuple[str, list[dict[str, Any]], tuple[int, ...]]] = {
     "hopper": ("gemm_hopper", HOPPER, (256, 512, 1024, 2048)),
     "linear": ("linear_hopper", [{}], (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)),
 }
-"""Label -> family, configurations, rows. Rows beyond a GEMV's ``columns`` are left out."""
+"""Label -> family, configurations, rows. Rows beyond what a tile is high, or a GEMV's ``columns``, are left out."""
 
 L2_BYTES = 256 << 20
 TOLERANCE = 8e-3
@@ -83,12 +81,13 @@ def build(folder: Path, only: list[str]) -> None:
             call = linear_call.sample(o, k, **attrs)
             default = {axis: values[0] for axis, values in family.space(call, target).items()}
             for config in configs:
-                if attrs.get("activation") == "silu_gated" and (config.get("split") == 8 or config.get("tile", (0, 0))[1] == 192):
+                if kind == "hopper" and attrs.get("activation") == "silu_gated" and config["tile"][1] == 192:
                     continue  # half of such a tile does not divide
                 name = f"kernel_{len(cases)}"
                 functions[name] = family.build(call, target, default | config).with_attr("global_symbol", name)
                 label = kind + " " + ",".join(f"{axis[0]}{_text(value)}" for axis, value in config.items())
-                fitting = [n for n in rows if n <= config.get("columns", n)]
+                high = config["tile"][1] if kind == "split" else config.get("columns", max(rows))
+                fitting = [n for n in rows if n <= high]
                 cases.append({"function": name, "shape": shape, "label": label, "rows": fitting})
     cuda_tools.prepare()
     with cuda.tvm_target(target) as tvm_target:

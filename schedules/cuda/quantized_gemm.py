@@ -3,9 +3,10 @@
 The result is computed transposed: a tile has ``rows`` outputs, 64 to a warpgroup, and ``columns`` rows of x. A lane loads its 16
 bytes of a chunk (:mod:`.layout_mma`) straight from memory, ``depth`` steps ahead, and turns them into A fragments: columns go to
 the lanes that wgmma wants them in, which differs from the layout's order by a transposition among four lanes, codes become 16-bit
-values (:mod:`.quantized_codes`), and the scale and offset of a group are applied in float32 and rounded once. A scale for a whole
-row comes after the sums. x comes by TMA into 128-byte-swizzled shared memory, copied by a warp of its own. While one warpgroup's
-products are computed, another one makes its next fragments.
+values (:mod:`.quantized_codes`), and the scale and offset of a group are applied in float32 and rounded once. In a narrow tile the
+products of a group are summed first and its scale applied to the sum. A scale for a whole row comes after the sums. x comes by TMA
+into 128-byte-swizzled shared memory, copied by a warp of its own. While one warpgroup's products are computed, another one makes
+its next fragments.
 
 ``split`` blocks of a cluster share a tile and k, and finish it together (:mod:`.cluster_finish`). A gated linear has both sides'
 tiles.
@@ -38,6 +39,9 @@ __device__ __forceinline__ void operand_fence(unsigned int& r) { asm volatile(""
 
 TILES = [(128, 256, 1), (128, 128, 1), (64, 256, 1), (64, 128, 1), (128, 64, 1), (64, 64, 2), (64, 32, 3), (64, 32, 2), (64, 16, 3)]
 SPLITS = (1, 2, 4, 8)
+MOST_LATE = 128
+"""Columns of a tile, of both sides, up to which a group's products are summed without its scale."""
+
 SHARED = 224 << 10
 """Bytes of shared memory of a multiprocessor for its blocks."""
 
@@ -132,6 +136,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     load_words = f"ld.global.nc{'' if scale_words == 1 else f'.v{scale_words}'}.b32"
     has_zeros, has_minima, half = how.offset == "zero_point", how.offset == "minimum", float(quantized_codes.middle(how))
     scale_shape = (at.tiles * 16,) if row_wise else (at.tiles, at.blocks, 8, groups, 2)
+    # Codes less their zero point are exact in 16 bits: with registers for the sums of a group, scales are left to those.
+    late = not row_wise and not has_minima and at.group % K_STEP == 0 and sides * columns <= MOST_LATE and depth % 2 == 0
+    group_steps = max(1, at.group // K_STEP)
     mma_type = hopper.PTX_TYPE[dtype]
     mma = f"wgmma.mma_async.sync.aligned.m64n{columns}k{WGMMA_K}.f32.{mma_type}.{mma_type}"
     to_pair, decode = hopper.packed_convert(dtype), quantized_codes.decoder(how, dtype)
@@ -217,6 +224,10 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             if uneven:
                 T.ptx["setmaxnreg.inc.sync.aligned.u32"](CONSUMER_REGISTERS[warps // 4])
             acc = T.alloc_local((sides * sums,), "float32")
+            part_sums = T.alloc_local((sides * sums if late else 1,), "float32")
+            group_scale = T.alloc_local((sides * 2,), "float32")
+            offset = T.alloc_local((1,), "uint32")
+            multiplied = T.meta_var(part_sums if late else acc)
             w_regs = T.alloc_local((depth * sides * step_chunks * 4,), "uint32")
             scale_regs = T.alloc_local((depth * sides * scale_words,), "uint32")
             minimum_regs = T.alloc_local((depth * sides * scale_words,), "uint32")
@@ -279,6 +290,15 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 T.ptx[to_pair](fragment[j], value[1], value[0])
 
             @T.inline
+            def less_zero_point(i, side, j) -> None:
+                """Element pair ``j`` of a fragment less its row's zero point: integers, so nothing is rounded."""
+                zero = T.meta_var(zero_regs[(i * sides + side) * 2 + j % 2])
+                T.ptx[to_pair](offset[0], T.float32(half) - zero, T.float32(half) - zero)
+                T.ptx[quantized_codes.MULTIPLY_ADD[dtype]](
+                    fragment[j], fragment[j], T.uint32(quantized_codes.ONES[dtype]), offset[0]
+                )
+
+            @T.inline
             def make_fragments(i) -> None:
                 """The A fragments of slot ``i``'s step."""
                 for side in T.unroll(sides):
@@ -289,7 +309,10 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         for q in T.unroll(4 // step_chunks):
                             decode(fragment, words, 0, q // 2, q % 2)
                             for j in T.unroll(4):
-                                if not row_wise:
+                                if late:
+                                    if has_zeros:
+                                        less_zero_point(i, side, j)
+                                elif not row_wise:
                                     scaled(i, side, c * (4 // step_chunks) + q, j)
                                 a_regs[(side * 4 + c * (4 // step_chunks) + q) * 4 + j] = fragment[j]
 
@@ -307,6 +330,10 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     make_fragments(i)
                     for v in T.unroll(sides * 16):
                         T.cuda.func_call("operand_fence", a_regs[v], source_code=OPERAND_FENCE, return_type="void")
+                    if late:
+                        for side in T.unroll(sides):
+                            for h in T.unroll(2):
+                                group_scale[side * 2 + h] = stored_float(scale_regs, (i * sides + side) * scale_words, 0, h)
                     load(i, first_step + step + depth + i)
                     T.cuda.mbarrier_wait(full.ptr_to([stage]), phase)
                     T.ptx.wgmma.fence.sync.aligned()
@@ -314,13 +341,20 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         for side in T.unroll(sides):
                             a = T.meta_var((side * 4 + kk) * 4)
                             T.ptx[mma](
-                                *[acc[side * sums + v] for v in range(sums)],
+                                *[multiplied[side * sums + v] for v in range(sums)],
                                 a_regs[a], a_regs[a + 1], a_regs[a + 2], a_regs[a + 3],
-                                x_descriptor[0] + T.cast(stage * (x_bytes // 16) + kk * 2, "uint64"), T.bool(True), 1, 1, 0,
+                                x_descriptor[0] + T.cast(stage * (x_bytes // 16) + kk * 2, "uint64"),
+                                T.bool(not late or i % group_steps > 0 or kk > 0), 1, 1, 0,
                             )  # fmt: skip
                     T.ptx.wgmma.commit_group.sync.aligned()
                     # With fragments made while a multiplication is under way, the compiler would wait after each one.
                     T.ptx.wgmma.wait_group.sync.aligned(0)
+                    if late and (i + 1) % group_steps == 0:
+                        hopper.fence(part_sums, sides * sums)
+                        for side in T.unroll(sides):
+                            for v in T.unroll(sums):
+                                at_sum = T.meta_var(side * sums + v)
+                                acc[at_sum] = acc[at_sum] + part_sums[at_sum] * group_scale[side * 2 + v // 2 % 2]
                     if thread % 128 == 0:
                         T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([stage]), T.uint32(1))
                     stage = stage + 1

@@ -25,8 +25,8 @@ from llmc.schedules.gpu.norm import layer_norm, rms_norm
 
 FAMILIES = (
     linear_hopper, gemv, gpu_gemv, gemm, quantized_hopper, quantized_gemv, quantized_simple, quantized_take,
-    decode_attention, prefill_attention, attend_decode, attend_extend, append, moe_hopper, moe, rms_norm, layer_norm, rope, rope_append, topk,
-    sample_stats, sample, advance,
+    decode_attention, prefill_attention, attend_decode, attend_extend, append, moe_hopper, moe, rms_norm, layer_norm, rope,
+    rope_append, topk, sample_stats, sample, advance,
 )  # fmt: skip
 """In order of preference; the first that matches takes a call."""
 

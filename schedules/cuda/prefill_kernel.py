@@ -278,9 +278,8 @@ def kernel(call: KernelCall, rows: int, keys: int, depth: int, turns: bool, depe
                 stage = 1 % depth
                 phase = 0 if depth > 1 else 1
                 j: T.int32 = first_tile + 1
-                if turns:
-                    if group == 1:
-                        T.ptx.bar.arrive(T.uint32(1), T.uint32(256))
+                if turns and group == 1:
+                    T.ptx.bar.arrive(T.uint32(1), T.uint32(256))
                 while j < end_tile:
                     T.cuda.mbarrier_wait(k_full.ptr_to([stage]), phase)
                     if turns:

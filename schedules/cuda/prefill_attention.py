@@ -64,7 +64,7 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """``short``, ``long``: rows of a thread block and positions of a key tile for such chunks; ``stages``: tiles of keys, and of
-    values, in shared memory; ``turns``: two warpgroups multiply in turns; ``dependent_launch``: start early.
+    values, in shared memory; ``dependent_launch``: start early.
     """
     d = int(call.args[0].shape[2])
     if d <= 64:
@@ -73,13 +73,13 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
         short, long = [[64, 64], [128, 128]], [[128, 128], [128, 64], [64, 64]]
     else:
         short = long = [[128, 64], [64, 64]]
-    return {"short": short, "long": long, "stages": [2], "turns": [True, False], "dependent_launch": [True, False]}
+    return {"short": short, "long": long, "stages": [2], "dependent_launch": [True, False]}
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
-    depth, turns, early = int(config["stages"]), bool(config["turns"]), bool(config["dependent_launch"])
+    depth, early = int(config["stages"]), bool(config["dependent_launch"])
     tiles = dict.fromkeys((int(config[length][0]), int(config[length][1])) for length in ("short", "long"))
-    kernels = [kernel(call, rows, keys, depth, turns, early) for rows, keys in tiles]
+    kernels = [kernel(call, rows, keys, depth, early) for rows, keys in tiles]
     if len(kernels) == 1:
         return kernels[0]
     q, _, table = kernels[0].params[:3]

@@ -4,8 +4,8 @@ A thread block takes 128 (or 64) rows of one sequence: of a few tokens, all the 
 token's head, heads fastest), so that a step of single tokens needs a block for each KV head and not for each query head, and
 reads their keys once. One warp copies: the tile of queries once, then keys and values tile by tile, each lane the boxes of one
 page. Two warpgroups (or one) compute, 64 rows each: S = QK', online softmax in registers, O += PV with P from registers. QK' of
-tile j is issued before PV of tile j - 1, so that the softmax runs while the tensor cores work; two warpgroups take turns at
-issuing, so that one's softmax runs beside the other's multiplications (Shah et al., 2024, "FlashAttention-3", 3.1 and 3.2).
+tile j is issued before PV of tile j - 1, so that the softmax runs while the tensor cores work (Shah et al., 2024,
+"FlashAttention-3").
 
 A head is copied in boxes of 64 columns, what is behind its end as zeros, which no multiplication reads.
 
@@ -33,9 +33,9 @@ def packed_heads(group: int, rows: int) -> int:
     return max(h for h in range(1, 17) if group % h == 0 and rows // h * h >= rows * 15 // 16)
 
 
-def kernel(call: KernelCall, rows: int, keys: int, depth: int, turns: bool, dependent_launch: bool) -> Any:
+def kernel(call: KernelCall, rows: int, keys: int, depth: int, dependent_launch: bool) -> Any:
     """The PrimFunc of ``call`` with ``rows`` of a thread block (64 or 128), ``keys`` positions of a tile, and ``depth`` tiles of
-    keys, and of values, in shared memory. ``turns``: two warpgroups issue their multiplications in turns.
+    keys, and of values, in shared memory.
     """
     hq, d = (int(v) for v in call.args[0].shape[1:])
     hk, page_size = int(call.args[1].shape[1]), int(call.attr("page_size"))
@@ -47,7 +47,6 @@ def kernel(call: KernelCall, rows: int, keys: int, depth: int, turns: bool, depe
     tile_pages, atoms = keys // page_size, -(-d // hopper.ATOM)
     q_atom_bytes, kv_atom_bytes = rows * 128, keys * 128
     q_bytes, kv_bytes = tokens * packed * 128 * atoms, kv_atom_bytes * atoms
-    turns = turns and groups == 2
     scores, values, fragments = keys // 2, d // 2, keys // 4
     types = f"f32.{hopper.PTX_TYPE[dtype]}.{hopper.PTX_TYPE[dtype]}"
     qk_mma = f"wgmma.mma_async.sync.aligned.m64n{keys}k16.{types}"
@@ -278,20 +277,14 @@ def kernel(call: KernelCall, rows: int, keys: int, depth: int, turns: bool, depe
                 stage = 1 % depth
                 phase = 0 if depth > 1 else 1
                 j: T.int32 = first_tile + 1
-                if turns and group == 1:
-                    T.ptx.bar.arrive(T.uint32(1), T.uint32(256))
                 while j < end_tile:
                     T.cuda.mbarrier_wait(k_full.ptr_to([stage]), phase)
-                    if turns:
-                        T.ptx.bar.sync(T.cast(group + 1, "uint32"), T.uint32(256))
                     hopper.fence(s, scores)
                     hopper.fence(o, values)
                     T.ptx.wgmma.fence.sync.aligned()
                     multiply_qk(stage)
                     T.cuda.mbarrier_wait(v_full.ptr_to([v_stage]), v_phase)
                     multiply_pv(v_stage)
-                    if turns:
-                        T.ptx.bar.arrive(T.cast(2 - group, "uint32"), T.uint32(256))
                     T.ptx.wgmma.wait_group.sync.aligned(1)
                     hopper.fence(s, scores)
                     if local == 0:

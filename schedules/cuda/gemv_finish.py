@@ -1,4 +1,4 @@
-"""How the decode linears end: the warps' partial sums meet in shared memory, and a thread finishes and stores each result."""
+"""How the decode linears end: partial sums meet in shared memory, and a thread finishes and stores each result."""
 
 from __future__ import annotations
 
@@ -13,31 +13,39 @@ from llmc.schedules.protocol import KernelCall
 Expr = Any
 
 
-def finisher(
-    call: KernelCall, *, results: int, warps: int, tiles: int, column_tiles: int, out_dtype: str, scaled: bool = False
-) -> Any:
-    """``finish(partial, acc, thread, first, first_row, rows, scales, bias, residual, out)`` for a block of ``warps`` warps.
+def storer(slots: int, column_tiles: int) -> Any:
+    """``store(partial, source, acc, lane)``: a warp's m16n8 accumulators [slots · column_tiles · 4] to ``partial[source]``."""
 
-    The block has ``tiles`` tiles of 16 results from ``first`` on, of ``results`` in a row, and ``rows`` rows of x from
-    ``first_row``. ``acc``: each warp's m16n8 accumulators [tiles · sides · column_tiles · 4] over its share of k, where a gated
-    linear has two sides, gate and factor, else one; ``partial``: shared float32 [warps, tiles · sides, column_tiles, 32, 4].
+    @T.inline
+    def store(partial: Expr, source: Expr, acc: Expr, lane: Expr) -> None:
+        for r in T.unroll(slots):
+            for c in T.unroll(column_tiles):
+                for i in T.unroll(4):
+                    partial[source, r, c, lane, i] = acc[(r * column_tiles + c) * 4 + i]
+
+    return store
+
+
+def finisher(
+    call: KernelCall, *, results: int, sources: int, threads: int, tiles: int, column_tiles: int, out_dtype: str, scaled: bool = False
+) -> Any:
+    """``finish(partial, source, thread, first, first_row, rows, scales, bias, residual, out)`` by ``threads`` threads.
+
+    They finish ``tiles`` tiles of 16 results from ``first`` on, of ``results`` in a row, and ``rows`` rows of x from
+    ``first_row``. ``partial``: shared float32 [.., tiles · sides, column_tiles, 32, 4], m16n8 accumulators over parts of k, whose
+    ``sources`` from index ``source`` on are added up in order; a gated linear has two sides, gate and factor, else one.
     Stores act(sum · scale + bias) (· factor) + residual; ``scales`` [results · sides or more] where ``scaled``, bias and residual
     where the call has them.
     """
     activation, gated = linear_call.activation(call)
-    sides, outputs, columns, threads = 1 + gated, 16 * tiles, 8 * column_tiles, 32 * warps
+    sides, outputs, columns = 1 + gated, 16 * tiles, 8 * column_tiles
     has_bias, has_residual = bool(call.attr("bias")), bool(call.attr("residual"))
 
     @T.inline
     def finish(
-        partial: Expr, acc: Expr, thread: Expr, first: Expr, first_row: Expr, rows: Expr, scales: Expr, bias: Expr, residual: Expr,
-        out: Expr,
+        partial: Expr, source: Expr, thread: Expr, first: Expr, first_row: Expr, rows: Expr, scales: Expr, bias: Expr,
+        residual: Expr, out: Expr,
     ) -> None:  # fmt: skip
-        for r in T.unroll(tiles * sides):
-            for c in T.unroll(column_tiles):
-                for i in T.unroll(4):
-                    partial[thread // 32, r, c, thread % 32, i] = acc[(r * column_tiles + c) * 4 + i]
-        T.cuda.cta_sync()
         # Neighbouring threads finish neighbouring outputs of a row: their stores coalesce.
         item: T.int32 = thread
         while item < outputs * columns:
@@ -51,10 +59,10 @@ def finisher(
                 slot: T.int32 = inside // 8 * 2 + row % 2
                 total: T.float32 = T.float32(0)
                 factor: T.float32 = T.float32(0)
-                for w in T.unroll(warps):
-                    total = total + partial[w, tile * sides, row // 8, owner, slot]
+                for s in T.unroll(sources):
+                    total = total + partial[source + s, tile * sides, row // 8, owner, slot]
                     if gated:
-                        factor = factor + partial[w, tile * sides + 1, row // 8, owner, slot]
+                        factor = factor + partial[source + s, tile * sides + 1, row // 8, owner, slot]
                 if scaled:
                     total = total * T.cast(scales[output], "float32")
                     if gated:

@@ -145,9 +145,11 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
     decode = quantized_codes.decoder(how, dtype)
     results = o // sides
+    store = gemv_finish.storer(slots, column_tiles)
     finish = gemv_finish.finisher(
-        call, results=results, warps=warps, tiles=tiles, column_tiles=column_tiles, out_dtype=out_dtype, scaled=row_wise
-    )
+        call, results=results, sources=warps, threads=threads, tiles=tiles, column_tiles=column_tiles, out_dtype=out_dtype,
+        scaled=row_wise,
+    )  # fmt: skip
 
     def group_ends(q: Any) -> Any:
         """Whether a group's last columns are those of piece ``q`` of a block."""
@@ -339,7 +341,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                             load_scales(b, r, following)
                     load_x(b, following)
             block = following
-        finish(partial, acc, thread, first_tile * 16, first_row, rows, scales, bias, residual, out)
+        store(partial, warp, acc, lane)
+        T.cuda.cta_sync()
+        finish(partial, 0, thread, first_tile * 16, first_row, rows, scales, bias, residual, out)
 
     unused = [name for name in ("zeros", "minima", "bias", "residual") if name not in specs]
     return hopper.finish(gemv, f"quantized_gemv_{how.name}_{o}x{k}", unused, dependent_launch)

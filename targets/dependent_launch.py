@@ -2,8 +2,8 @@
 
 A kernel so launched may start while the one before it drains (CUDA programming guide, "Programmatic Dependent Launch and
 Synchronization"; PTX ISA, "griddepcontrol"). It lets its successor start at once, and waits for its predecessor before anything
-else: the launch latency is hidden, and no memory is touched early. One kernel without it in a row of kernels with it makes its
-neighbours wait for each other. Hand-written kernels do the same by themselves, after fetching weights.
+else: the launch latency is hidden, and no memory is touched early. One that waits by itself has read weights before. One kernel
+without dependent launch in a row of kernels with it makes its neighbours wait for each other. Kernels in PTX see to it themselves.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import tvm
 from tvm import tirx
 from tvm.script import tirx as T
+from tvm_ffi.structural import structural_equal, structural_walk
 
 LAUNCH_PARAMETERS = "tirx.kernel_launch_params"
 DEPENDENT = "tirx.use_programtic_dependent_launch"
@@ -38,14 +39,23 @@ def request(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
     return tvm.IRModule({var: ask(function) for var, function in module.functions.items()}, attrs=module.attrs)
 
 
+def _waits(body: Any) -> bool:
+    """Whether a kernel's body has the wait in it."""
+    wait = T.ptx.griddepcontrol.wait()
+    found: list[Any] = []
+    structural_walk(body, (tvm.ir.Call, lambda c: found.append(c) if structural_equal(c, wait) else None))
+    return bool(found)
+
+
 def obey(module: tvm.IRModule) -> tvm.IRModule:
-    """After the split: kernels with a dependent launch begin with the release of their successor and the wait."""
+    """After the split: kernels with a dependent launch begin with the release of their successor, and the wait if it is missing."""
 
     def begin(function: Any) -> Any:
         launched = isinstance(function, tirx.PrimFunc) and int(function.attrs.get("calling_conv", 0)) == _DEVICE_KERNEL
         if not launched or DEPENDENT not in [str(p) for p in function.attrs[LAUNCH_PARAMETERS]]:
             return function
-        first = [tirx.Evaluate(call()) for call in (T.ptx.griddepcontrol.launch_dependents, T.ptx.griddepcontrol.wait)]
+        calls = [T.ptx.griddepcontrol.launch_dependents, T.ptx.griddepcontrol.wait]
+        first = [tirx.Evaluate(call()) for call in calls[: 1 if _waits(function.body) else 2]]
         return function.with_body(tirx.SeqStmt([*first, function.body]))
 
     return tvm.IRModule({var: begin(function) for var, function in module.functions.items()}, attrs=module.attrs)

@@ -61,6 +61,16 @@ def encode_tensor_map(tensor_map: Expr, dtype: str, data: Expr, *, columns: Expr
     )  # fmt: skip
 
 
+def encode_line_map(tensor_map: Expr, dtype: str, data: Expr, *, columns: int, rows: Expr, box_lines: int, box_rows: int) -> Expr:
+    """Host code: the same for boxes of ``box_rows`` rows and ``box_lines`` lines of :data:`ATOM` columns, which the map has as an
+    axis of their own: [rows, lines, columns of a line]. ``columns`` is a multiple of :data:`ATOM`.
+    """
+    return T.call_packed(
+        "runtime.cuTensorMapEncodeTiled", tensor_map, dtype, 3, data, ATOM, columns // ATOM, rows, ATOM * 2, columns * 2, ATOM,
+        box_lines, box_rows, 1, 1, 1, 0, SWIZZLE_128B, L2_PROMOTION_128B, 0,
+    )  # fmt: skip
+
+
 def finish(function: Any, name: str, unused: Iterable[str] = (), dependent_launch: bool = True) -> Any:
     """Name a TIRx PrimFunc, mark it scheduled, and drop the parameters that its body does not use."""
     drop = set(unused)

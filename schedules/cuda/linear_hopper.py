@@ -3,7 +3,8 @@
 =============  =========================  =========================================================================
 rows           kernel                     why
 =============  =========================  =========================================================================
-1-8, 9-16      ``gemv``                   mma with the weights as the wide operand; k split over warps
+1-8            ``ring_gemv``              mma with the weights as the wide operand, where a multiprocessor has several tiles
+1-8, 9-16      ``gemv``                   the same with more, smaller blocks
 17-32,-64,-128 ``gemm_split``             wgmma over tiles as high as there are rows; k split over a cluster
 129-256        either                     ``gemm_split`` where too few tiles for the GPU want k split
 more           ``gemm_hopper``            wgmma, persistent over tiles, their width by what the last round leaves idle
@@ -17,7 +18,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmc.schedules.cuda import gemm_hopper, gemm_split, gemv, linear_call
+from llmc.schedules.cuda import gemm_hopper, gemm_split, gemv, linear_call, ring_gemv
 from llmc.schedules.cuda.host_choice import host_choice
 from llmc.schedules.parts import by_rows
 from llmc.schedules.protocol import KernelCall
@@ -25,7 +26,7 @@ from llmc.targets.base import Target
 
 NAME = "cuda.linear_hopper"
 OP = "llmc.linear"
-KERNELS = {"gemv": gemv, "gemm_split": gemm_split, "gemm_hopper": gemm_hopper}
+KERNELS = {"ring_gemv": ring_gemv, "gemv": gemv, "gemm_split": gemm_split, "gemm_hopper": gemm_hopper}
 BUCKETS = {
     "1-8": 8,
     "9-16": 16,
@@ -72,7 +73,12 @@ def candidates(call: KernelCall, rows: str) -> list[dict[str, Any]]:
         assert columns is not None
         axes = dict.fromkeys([gemv.default_split(call, columns), (8, 8), (8, 4), (4, 4), (16, 2), (4, 8), (16, 1)])
         fixed = {"tiles": 1, "columns": columns, "min_blocks": 0}
-        return [{"kernel": "gemv", "warps": warps, "depth": depth, **fixed} for warps, depth in axes]
+        found = [{"kernel": "gemv", "warps": warps, "depth": depth, **fixed} for warps, depth in axes]
+        rings = [
+            {"kernel": "ring_gemv", "split": list(split), "columns": columns, "ring": ring_gemv.RING_BYTES}
+            for split in ring_gemv.splits(call, columns)
+        ]
+        return rings + found if rows == "1-8" and ring_gemv.pays(call) else found + rings
     most = BUCKETS[rows]
     if most is None or most > MOST_SPLIT_ROWS or (most == MOST_SPLIT_ROWS and gemm_split.default(call, most)[1] == 1):
         pairs = gemm_hopper.candidates(call, most)

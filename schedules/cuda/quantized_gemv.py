@@ -15,7 +15,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from llmc.schedules.cuda import gemv_finish, hopper, layout_mma, linear_call, quantized_call, quantized_codes
+from llmc.schedules.cuda import gemv, gemv_finish, hopper, layout_mma, linear_call, quantized_call, quantized_codes
 from llmc.schedules.cuda.emit import WIDTH
 from llmc.schedules.cuda.gemm_hopper import MULTIPROCESSORS
 from llmc.schedules.cuda.layout_mma import BLOCK, LANES, UNIT
@@ -26,7 +26,7 @@ from llmc.targets.base import Target
 
 NAME = "cuda.quantized_gemv"
 OP = quantized_call.OP
-LOAD_CODES = "ld.global.nc.L1::no_allocate.L2::256B.v4.b32"
+LOAD_CODES = gemv.LOAD_WEIGHT
 LOAD_X = "ld.global.nc.v4.b32"
 LOAD_WORDS = {1: "ld.global.nc.b32", 2: "ld.global.nc.v2.b32", 4: "ld.global.nc.v4.b32"}
 
@@ -95,13 +95,15 @@ def default(call: KernelCall, columns: int) -> tuple[int, int, int]:
     are waited for, codes of 4 bits computed with: they want warps to switch between rather than loads in flight.
     """
     at = layout_mma.geometry(quantized_call.how(call), call.attr("o"), call.attr("k"))
-    few = at.tiles <= 3 * MULTIPROCESSORS
+    per_multiprocessor = at.tiles / MULTIPROCESSORS
     if columns > 8:
-        warps, tiles, depth = (16, 2, 1) if few else (4, 2, 1)
-    elif few:
+        warps, tiles, depth = (16, 2, 1) if per_multiprocessor <= 3 else (4, 2, 1)
+    elif per_multiprocessor <= 2:
         warps, tiles, depth = 16, 1, 1
+    elif per_multiprocessor <= 3 or at.bits == 8:
+        warps, tiles, depth = 4, 1, 4
     else:
-        warps, tiles, depth = (4, 1, 4) if at.bits == 8 else (8, 1 if at.blocks > 16 else 2, 1)
+        warps, tiles, depth = 8, 1 if at.blocks > 16 else 2, 1
     if linear_call.activation(call)[1]:
         tiles = 1
     while depth > 1 and depth > at.blocks:
@@ -145,11 +147,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
     decode = quantized_codes.decoder(how, dtype)
     results = o // sides
-    store = gemv_finish.storer(slots, column_tiles)
-    finish = gemv_finish.finisher(
-        call, results=results, sources=warps, threads=threads, tiles=tiles, column_tiles=column_tiles, out_dtype=out_dtype,
-        scaled=row_wise,
-    )  # fmt: skip
+    end = gemv_finish.Finish(
+        call, results, tiles, column_tiles, sources=warps, threads=threads, scale_dtype=scale_dtype if row_wise else ""
+    )
 
     def group_ends(q: Any) -> Any:
         """Whether a group's last columns are those of piece ``q`` of a block."""
@@ -195,6 +195,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         minimum_regs = T.alloc_local((depth * slots * scale_words,), "uint32")
         zero_regs = T.alloc_local((depth * slots * groups * 2,), "float32")
         fragment = T.alloc_local((4,), "uint32")
+        row_scales = T.alloc_local((end.sided,), end.register(scale_dtype))
+        bias_regs = T.alloc_local((end.sided,), end.register(bias_dtype))
+        residual_regs = T.alloc_local((end.items,), end.register(residual_dtype))
         warp: T.int32 = thread // 32
         lane: T.int32 = thread % 32
         group: T.int32 = lane // 4
@@ -319,11 +322,14 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 if not row_wise:
                     for b in T.unroll(depth):
                         load_scales(b, r, block)
+        end.fetch_scales(row_scales, scales, thread, first_tile * 16)
+        end.fetch_bias(bias_regs, bias, thread, first_tile * 16)
         if dependent_launch:
             T.ptx.griddepcontrol.wait()
         if block < blocks:
             for b in T.unroll(depth):
                 load_x(b, block)
+        end.fetch_residual(residual_regs, residual, thread, first_tile * 16, first_row, rows)
         while block < blocks:
             following: T.int32 = block + warps * depth
             for b in T.unroll(depth):
@@ -341,9 +347,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                             load_scales(b, r, following)
                     load_x(b, following)
             block = following
-        store(partial, warp, acc, lane)
+        end.store(partial, warp, acc, lane)
         T.cuda.cta_sync()
-        finish(partial, 0, thread, first_tile * 16, first_row, rows, scales, bias, residual, out)
+        end.finish(partial, 0, thread, first_tile * 16, first_row, rows, row_scales, bias_regs, residual_regs, out)
 
     unused = [name for name in ("zeros", "minima", "bias", "residual") if name not in specs]
     return hopper.finish(gemv, f"quantized_gemv_{how.name}_{o}x{k}", unused, dependent_launch)

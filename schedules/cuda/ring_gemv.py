@@ -1,16 +1,19 @@
 """``llmc.linear`` for a few rows on sm_90a, its weights streamed through shared memory by thread blocks that stay.
 
 As :mod:`.gemv`, tensor cores multiply with the weights as the wide operand and 1 to 8 rows of x cost the same. What differs is how
-the weights come: one thread block a multiprocessor takes tile after tile of 16 results, and each of its warps keeps a ring of
-boxes (16 rows x 64 columns, 128-byte swizzled) in flight through the tensor memory accelerator. The ring is full before
-``griddepcontrol.wait``, takes few registers, and leaves room for a second kernel: while the kernels before are still running, or
-this one finishes, memory already delivers the weights of what comes next. A step's kernels hand over without a pause.
+the weights come: one thread block a multiprocessor takes tile after tile of 16 results, and each of its warps keeps a ring of boxes
+(16 rows by some 64 columns, 128-byte swizzled) in flight through the tensor memory accelerator. The warps split k, a warp's share
+of x stays in its registers for all tiles, and a warp of its own adds up the partial sums and finishes while the others go on. The
+ring fills before ``griddepcontrol.wait``.
 
-Warps split k, and a cluster of ``split`` blocks does where k is long, so that a warp's share of x stays in its registers for all
-tiles. A warp of its own adds up the partial sums and finishes; over a cluster it sends them to the block that finishes the tile
-(distributed shared memory).
+Tiles are dealt out beforehand, so no two blocks of a kernel may share a multiprocessor: they would get one's bandwidth, and all
+would wait for them (twice the time, measured). The ring is larger than half the shared memory for that reason.
 
-A lane's columns in a box are 16 t .. 16 t + 15, taken in halves: the 8 lanes that a shared load serves at once then hit every bank.
+On an H200, in the layers of an 8B model: 2 to 4 % faster than :mod:`.gemv` from three tiles a multiprocessor on (qkv, gate and up),
+slower where there are fewer. What lost: clusters that split a long k (places for clusters of 4 or 8 run short), 176 KB in flight
+(15 % slower than 112), rings small enough for two kernels to be resident, a later ``launch_dependents`` (no difference), and
+256-byte requests to memory, which cost 6 %.
+
 The order of additions behind an output element does not depend on n.
 """
 
@@ -28,15 +31,16 @@ from llmc.targets.base import Target
 NAME = "cuda.ring_gemv"
 OP = "llmc.linear"
 MULTIPROCESSORS = gemv.MULTIPROCESSORS
-BOX = hopper.ATOM
-"""Columns of a box; two multiplications of 16 x 16 for each of a lane's two 16-byte loads of a row."""
+LINE = hopper.ATOM
+"""Columns in 128 bytes of a row: two 16-byte loads of each lane, and two multiplications of 16 x 16 for each of those."""
 
 ROWS = 16
 X_REGISTERS = 64
 """Most registers of a lane for its share of x."""
 
-RING_BYTES = 96 << 10
-"""Of shared memory for the weights in flight: two blocks and a small kernel's fit a multiprocessor."""
+RING_BYTES = 128 << 10
+FEW_TILES = 2
+"""A multiprocessor's tiles up to which :mod:`.gemv` was faster."""
 
 LOAD_X = "ld.global.v4.b32"
 LOAD_SHARED = "ld.shared.v4.b32"
@@ -44,21 +48,21 @@ LOAD_SHARED = "ld.shared.v4.b32"
 _call = partial(linear_call.sample, phase="decode")
 
 SHAPES: dict[str, KernelCall] = {
-    "square_4096": _call(4096, 4096),
+    "qkv_6144x4096": _call(6144, 4096),
     "gate_up_28672x4096": _call(28672, 4096, activation="silu_gated"),
-    "down_4096x14336_residual": _call(4096, 14336, residual=1),
+    "logits_128256x4096": _call(128256, 4096, out="float32"),
     "even_64x512": _call(64, 512),
-    "tail_48x1360_bias": _call(48, 1360, bias=1),
-    "odd_19x72_f16_silu": _call(19, 72, "float16", activation="silu", bias=1, bias_dtype="float32", residual=1),
-    "many_tiles_320x136_gelu": _call(320, 136, activation="gelu", residual=1),
+    "tail_48x1344_bias": _call(48, 1344, bias=1),
+    "odd_19x64_f16_silu": _call(19, 64, "float16", activation="silu", bias=1, bias_dtype="float32", residual=1),
+    "many_tiles_320x128_gelu": _call(320, 128, activation="gelu", residual=1),
     "logits_100x64": _call(100, 64, out="float32"),
     "gated_96x320": _call(96, 320, activation="silu_gated"),
-    "gated_38x72_f16": _call(38, 72, "float16", activation="gelu_tanh_gated", bias=1, residual=1),
+    "gated_38x192_f16": _call(38, 192, "float16", activation="gelu_tanh_gated", bias=1, residual=1),
 }
 
 
 def mismatch(call: KernelCall, target: Target) -> bool:
-    """Whether the kernel does not take a call: as :func:`.gemv.mismatch`, and x is too long for a cluster's registers."""
+    """Whether the kernel does not take a call: as :func:`.gemv.mismatch`, k is no multiple of 64, or x too long for registers."""
     return gemv.mismatch(call, target) or not splits(call, 8)
 
 
@@ -69,28 +73,36 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
-    """``warps`` of a block and blocks of a cluster (``split``) that share k; ``columns`` (rows of x); ``ring``: bytes in flight.
+    """``split``: warps that split k, and lines of 64 columns of a box; ``columns`` (rows of x); ``ring``: bytes in flight.
 
-    ``min_blocks`` per multiprocessor limits registers; ``dependent_launch``: start early.
+    ``dependent_launch``: start early.
     """
-    pairs = splits(call, 8)
     return {
-        "split": [list(p) for p in pairs], "columns": [8, 16], "ring": [RING_BYTES, RING_BYTES // 2], "min_blocks": [2, 1, 3],
+        "split": [list(s) for s in splits(call, 8)],
+        "columns": [8, 16],
+        "ring": [RING_BYTES],
         "dependent_launch": [True, False],
-    }  # fmt: skip
+    }
 
 
 def splits(call: KernelCall, columns: int) -> list[tuple[int, int]]:
-    """Pairs of warps and blocks that share k such that x fits in registers, the fewest blocks first."""
-    boxes = -(-int(call.args[1].shape[1]) // BOX)
-    found = [(w, s) for s in (1, 2, 4, 8) for w in (8, 4, 16) if s * w <= max(boxes, 4)]
-    return [(w, s) for w, s in found if -(-(-(-boxes // s)) // w) * columns <= X_REGISTERS]
+    """``split`` such that a warp's share of up to ``columns`` rows of x fits in registers, the fastest first."""
+    lines, rest = divmod(int(call.args[1].shape[1]), LINE)
+    if rest:
+        return []
+    found = [(warps, wide) for warps in (8, 16, 4) for wide in (2, 4, 1) if warps * wide <= max(lines, 4)]
+    return [(warps, wide) for warps, wide in found if _share(lines, warps, wide) * wide * columns <= X_REGISTERS]
 
 
-def clusters(tiles: int, split: int) -> int:
-    """How many clusters of ``split`` blocks share ``tiles`` most evenly, one block a multiprocessor."""
-    rounds = -(-tiles // (MULTIPROCESSORS // split))
-    return -(-tiles // rounds)
+def pays(call: KernelCall) -> bool:
+    """Whether every multiprocessor has so many tiles that it makes up for a block's longer start."""
+    sides = 1 + linear_call.activation(call)[1]
+    return int(call.args[1].shape[0]) > sides * ROWS * MULTIPROCESSORS * FEW_TILES
+
+
+def _share(lines: int, warps: int, wide: int) -> int:
+    """Boxes of a row that a warp takes."""
+    return -(-lines // (warps * wide))
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
@@ -102,32 +114,24 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     sides = 1 + linear_call.activation(call)[1]
     results = o // sides
 
-    (warps, split), min_blocks = config["split"], int(config["min_blocks"])
-    column_tiles, dependent_launch = int(config["columns"]) // 8, bool(config["dependent_launch"])
+    (warps, wide), dependent_launch = config["split"], bool(config["dependent_launch"])
+    column_tiles = int(config["columns"]) // 8
     columns, threads = 8 * column_tiles, 32 * (warps + 1)
     tiles = -(-results // ROWS)
-    blocks = clusters(tiles, split)
-    owned = -(-tiles // (blocks * split))
-    """Tiles that a block of a cluster finishes."""
-    boxes = -(-k // BOX)
-    share = -(-boxes // split)
-    pieces = -(-share // warps)
+    blocks = -(-tiles // -(-tiles // MULTIPROCESSORS))
+    lines = k // LINE
+    pieces = _share(lines, warps, wide)
     units = pieces * sides
     """Boxes of a warp for a tile."""
-    box_bytes = ROWS * BOX * 2
-    stages = max(2, min(int(config["ring"]) // (warps * box_bytes), -(-tiles // blocks) * units))
+    box_bytes = ROWS * wide * LINE * 2
+    stages = max(2, int(config["ring"]) // (warps * box_bytes))
     mma_type = hopper.PTX_TYPE[dtype]
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
-    store = gemv_finish.storer(sides, column_tiles)
-    finish = gemv_finish.finisher(
-        call, results=results, sources=warps if split == 1 else split, threads=32, tiles=1, column_tiles=column_tiles,
-        out_dtype=out_dtype,
-    )  # fmt: skip
+    end = gemv_finish.Finish(call, results, 1, column_tiles, sources=warps, threads=32)
 
-    def column_of(part: Any, warp: Any, piece: Any) -> Any:
-        """Where box ``piece`` of a warp starts; beyond the block's share of k, beyond all of k, where zeros come for nothing."""
-        box = piece * warps + warp
-        return T.if_then_else(box < share, (part * share + box) * BOX, k)
+    def unit_of(member: Any, half: Any) -> Any:
+        """Which 16 bytes of a line lane t takes in a half: the 8 lanes that a shared load serves at once hit all banks."""
+        return member % wide + member // wide * (2 * wide) + half * wide
 
     @T.prim_func
     def gemv(x_ptr: T.handle, weight_ptr: T.handle, bias_ptr: T.handle, residual_ptr: T.handle, out_ptr: T.handle) -> None:
@@ -138,25 +142,23 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         residual = T.match_buffer(residual_ptr, (n, results), residual_dtype, align=4)
         out = T.match_buffer(out_ptr, (n, results), out_dtype, align=4)
         weight_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)
-        hopper.encode_tensor_map(weight_map, dtype, weight.data, columns=k, rows=o, box_rows=ROWS)
+        hopper.encode_line_map(weight_map, dtype, weight.data, columns=k, rows=o, box_lines=wide, box_rows=ROWS)
         T.device_entry()
-        T.attr({"tirx.launch_bounds_min_blocks_per_sm": min_blocks})
-        if split > 1:
-            rank = T.cta_id_in_cluster([split])  # noqa: F841
-        part, block, column_block = T.cta_id([split, blocks, T.cast((n + columns - 1) // columns, "int32")])
+        T.attr({"tirx.launch_bounds_min_blocks_per_sm": 1})
+        column_block, block = T.cta_id([T.cast((n + columns - 1) // columns, "int32"), blocks])
         thread = T.thread_id([threads])
         pool = T.SMEMPool()
-        ring = pool.alloc((warps * stages, ROWS, BOX), dtype, align=1024)
+        ring = pool.alloc((warps * stages, ROWS * wide, LINE), dtype, align=1024)
         partial = pool.alloc((2 * warps, sides, column_tiles, 32, 4), "float32", align=16)
-        gathered = pool.alloc((owned * split, sides, column_tiles, 32, 4), "float32", align=16)
         full = pool.alloc((warps * stages,), "uint64", align=8)
         ready = pool.alloc((2,), "uint64", align=8)
         free = pool.alloc((2,), "uint64", align=8)
-        complete = pool.alloc((owned,), "uint64", align=8)
         pool.commit()
         acc = T.alloc_local((sides * column_tiles * 4,), "float32")
         w_regs = T.alloc_local((16,), "uint32")
-        x_regs = T.alloc_local((pieces * column_tiles * 8,), "uint32")
+        x_regs = T.alloc_local((pieces * wide * column_tiles * 8,), "uint32")
+        bias_regs = T.alloc_local((end.sided,), end.register(bias_dtype))
+        residual_regs = T.alloc_local((end.items,), end.register(residual_dtype))
         # The same in all lanes of a warp, and the compiler has to know it.
         warp: T.int32 = hopper.shuffle(thread // 32, 0)
         lane: T.int32 = thread % 32
@@ -168,42 +170,44 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
         @T.inline
         def fill(slot, tile, unit) -> None:
-            """Ask for box ``unit`` of the block's tile ``tile``."""
+            """Ask for box ``unit`` of the block's tile ``tile``; beyond the last row or column zeros come for nothing."""
             T.ptx.mbarrier.arrive.expect_tx.shared.b64(full.ptr_to([warp * stages + slot]), T.uint32(box_bytes))
-            T.ptx[hopper.TMA_LOAD](
-                ring.ptr_to([warp * stages + slot, 0, 0]), T.address_of(weight_map), column_of(part, warp, unit // sides),
+            T.ptx[hopper.TMA_LOAD_3D](
+                ring.ptr_to([warp * stages + slot, 0, 0]), T.address_of(weight_map), 0, (unit // sides * warps + warp) * wide,
                 (block + tile * blocks) * ROWS + unit % sides * results, full.ptr_to([warp * stages + slot]),
             )  # fmt: skip
 
         @T.inline
         def load_x(piece) -> None:
-            for c in T.unroll(column_tiles):
-                for h in T.unroll(2):
-                    base = T.meta_var((piece * column_tiles + c) * 8 + h * 4)
-                    column = T.meta_var(column_of(part, warp, piece) + member * 16 + h * 8)
-                    for i in T.unroll(4):
-                        x_regs[base + i] = T.uint32(0)
-                    if group + c * 8 < rows and column < k:
-                        T.ptx[LOAD_X](
-                            x_regs[base], x_regs[base + 1], x_regs[base + 2], x_regs[base + 3],
-                            x.ptr_to([T.cast(first_row + group + c * 8, "int64"), column]),
-                        )  # fmt: skip
+            for line in T.unroll(wide):
+                for c in T.unroll(column_tiles):
+                    for h in T.unroll(2):
+                        base = T.meta_var(((piece * wide + line) * column_tiles + c) * 8 + h * 4)
+                        column = T.meta_var(((piece * warps + warp) * wide + line) * LINE + unit_of(member, h) * 8)
+                        for i in T.unroll(4):
+                            x_regs[base + i] = T.uint32(0)
+                        if group + c * 8 < rows and column < k:
+                            T.ptx[LOAD_X](
+                                x_regs[base], x_regs[base + 1], x_regs[base + 2], x_regs[base + 3],
+                                x.ptr_to([T.cast(first_row + group + c * 8, "int64"), column]),
+                            )  # fmt: skip
 
         @T.inline
-        def multiply(slot, piece, side) -> None:
-            """A box times its columns of x."""
+        def multiply(slot, piece, line, side) -> None:
+            """A line of every row of a box times its columns of x."""
             for h in T.unroll(2):
                 for r in T.unroll(2):
                     base = T.meta_var(h * 8 + r)
+                    at = T.meta_var((group + r * 8) * wide + line)
                     T.ptx[LOAD_SHARED](
                         w_regs[base], w_regs[base + 2], w_regs[base + 4], w_regs[base + 6],
-                        ring.ptr_to([warp * stages + slot, group + r * 8, T.bitwise_xor(member * 2 + h, group) * 8]),
+                        ring.ptr_to([warp * stages + slot, at, T.bitwise_xor(unit_of(member, h), at % 8) * 8]),
                     )  # fmt: skip
             for h in T.unroll(2):
                 for q in T.unroll(2):
                     for c in T.unroll(column_tiles):
                         a = T.meta_var(h * 8 + q * 4)
-                        b = T.meta_var((piece * column_tiles + c) * 8 + h * 4 + q * 2)
+                        b = T.meta_var(((piece * wide + line) * column_tiles + c) * 8 + h * 4 + q * 2)
                         s = T.meta_var((side * column_tiles + c) * 4)
                         T.ptx[mma](
                             acc[s], acc[s + 1], acc[s + 2], acc[s + 3], w_regs[a], w_regs[a + 1], w_regs[a + 2], w_regs[a + 3],
@@ -217,14 +221,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         if thread < 2:
             T.ptx.mbarrier.init.shared.b64(ready.ptr_to([thread]), T.uint32(warps))
             T.ptx.mbarrier.init.shared.b64(free.ptr_to([thread]), T.uint32(1))
-        if thread < owned:
-            T.ptx.mbarrier.init.shared.b64(complete.ptr_to([thread]), T.uint32(32 * split))
         T.ptx.fence.mbarrier_init.release.cluster()
         T.ptx.fence.proxy.async_.shared__cta()
-        if split > 1:
-            T.cuda.cluster_sync()
-        else:
-            T.cuda.cta_sync()
+        T.cuda.cta_sync()
 
         if warp < warps:
             if lane == 0:
@@ -243,7 +242,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     acc[i] = T.float32(0)
                 for u in T.unroll(units):
                     T.cuda.mbarrier_wait(full.ptr_to([warp * stages + slot]), phase)
-                    multiply(slot, u // sides, u % sides)
+                    for line in T.unroll(wide):
+                        multiply(slot, u // sides, line, u % sides)
                     # All lanes have read the box that the next one takes the place of.
                     T.cuda.warp_sync()
                     if lane == 0 and tile + (u + stages) // units < count:
@@ -254,7 +254,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         phase = phase ^ 1
                 if tile >= 2:
                     T.cuda.mbarrier_wait(free.ptr_to([tile % 2]), tile // 2 % 2 ^ 1)
-                store(partial, tile % 2 * warps + warp, acc, lane)
+                end.store(partial, tile % 2 * warps + warp, acc, lane)
                 T.cuda.warp_sync()
                 if lane == 0:
                     T.ptx.mbarrier.arrive.shared.b64(ready.ptr_to([tile % 2]), T.uint32(1))
@@ -262,43 +262,17 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         else:
             if dependent_launch:
                 T.ptx.griddepcontrol.wait()
-            remote = T.alloc_local((2,), "uint32")
             done: T.int32 = 0
             while done < count:
+                first: T.int32 = (block + done * blocks) * ROWS
+                end.fetch_bias(bias_regs, bias, lane, first)
+                end.fetch_residual(residual_regs, residual, lane, first, first_row, rows)
                 T.cuda.mbarrier_wait(ready.ptr_to([done % 2]), done // 2 % 2)
-                if split == 1:
-                    finish(partial, done % 2 * warps, lane, (block + done * blocks) * ROWS, first_row, rows, bias, bias, residual, out)
-                else:
-                    T.ptx.mapa.shared__cluster.u32(
-                        remote[1], T.cuda.cvta_generic_to_shared(complete.ptr_to([done // split])), T.cast(done % split, "uint32")
-                    )
-                    for s in T.unroll(sides):
-                        for c in T.unroll(column_tiles):
-                            for i in T.unroll(4):
-                                acc[i] = T.float32(0)
-                                for w in T.unroll(warps):
-                                    acc[i] = acc[i] + partial[done % 2 * warps + w, s, c, lane, i]
-                            T.ptx.mapa.shared__cluster.u32(
-                                remote[0],
-                                T.cuda.cvta_generic_to_shared(gathered.ptr_to([done // split * split + part, s, c, lane, 0])),
-                                T.cast(done % split, "uint32"),
-                            )  # fmt: skip
-                            T.ptx["st.shared::cluster.v4.f32"](remote[0], acc[0], acc[1], acc[2], acc[3])
-                    T.ptx["mbarrier.arrive.release.cluster.shared::cluster.b64"](remote[1])
+                end.finish(partial, done % 2 * warps, lane, first, first_row, rows, bias_regs, bias_regs, residual_regs, out)
                 T.cuda.warp_sync()
                 if lane == 0:
                     T.ptx.mbarrier.arrive.shared.b64(free.ptr_to([done % 2]), T.uint32(1))
                 done = done + 1
-            if split > 1:
-                mine: T.int32 = part
-                while mine < count:
-                    T.cuda.mbarrier_wait(complete.ptr_to([mine // split]), 0)
-                    T.ptx["fence.acq_rel.cluster"]()
-                    finish(
-                        gathered, mine // split * split, lane, (block + mine * blocks) * ROWS, first_row, rows, bias, bias, residual,
-                        out,
-                    )  # fmt: skip
-                    mine = mine + split
 
     unused = [name for name in ("bias", "residual") if name not in specs]
     return hopper.finish(gemv, f"ring_gemv_{o}x{k}", unused, dependent_launch)

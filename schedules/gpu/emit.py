@@ -21,12 +21,13 @@ from tvm.tirx.script import builder as T
 from llmc.schedules.cpu.emit import Symbols, arguments, bind, ceildiv, f32, function, i64, read, store, vector, when
 from llmc.schedules.kv_pages import stored_as
 from llmc.schedules.protocol import KernelCall
+from llmc.targets import dependent_launch
 from llmc.targets.base import GpuTarget, Target
 
 __all__ = [
-    "STORAGE", "WIDTH", "Symbols", "Team", "arguments", "bind", "ceildiv", "common_lanes", "each", "f32", "flat", "function",
-    "held_as", "i64", "launch", "load", "raw", "read", "registers", "share", "shared", "storable", "store", "store_all", "sync",
-    "when",
+    "STORAGE", "WIDTH", "Symbols", "Team", "arguments", "await_predecessor", "bind", "ceildiv", "common_lanes", "each", "f32",
+    "flat", "function", "held_as", "i64", "launch", "load", "raw", "read", "registers", "share", "shared", "storable", "store",
+    "store_all", "sync", "when",
 ]  # fmt: skip
 
 Expr = Any
@@ -74,6 +75,15 @@ def flat(target: GpuTarget, count: Expr, body: Callable[[Expr], None]) -> None:
     with launch(ceildiv(count, threads), threads) as (thread, block):
         i = bind(block * threads + i64(thread))
         when(i < count, lambda: body(i))
+
+
+def await_predecessor(target: GpuTarget) -> None:
+    """From here on the kernel reads what the ones before it wrote. Without a call of this it waits before anything else.
+
+    See :mod:`llmc.targets.dependent_launch`; every thread has to come by here.
+    """
+    if dependent_launch.supported(target.mcpu):
+        T.evaluate(T.ptx.griddepcontrol.wait())
 
 
 def common_lanes(target: GpuTarget, dtypes: Sequence[str], *counts: int) -> int:

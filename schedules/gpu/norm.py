@@ -18,6 +18,7 @@ from llmc.schedules.gpu.emit import (
     Symbols,
     Team,
     arguments,
+    await_predecessor,
     bind,
     ceildiv,
     common_lanes,
@@ -96,6 +97,16 @@ class Norm:
         lanes = _lanes(call, team)
         steps = -(-d // (group * lanes))
         held = registers(steps * lanes, start=0.0)
+        # Weights come from memory, x from a cache: they are on their way before x is there.
+        parameters = {name: registers(steps * lanes) for name in buffers if name in ("weight", "bias")}
+
+        def read_parameters(item: Expr, step: int) -> None:
+            for name, kept in parameters.items():
+                for i, value in enumerate(load(buffers[name], item * lanes, lanes=lanes)):
+                    store(kept, value, step * lanes + i)
+
+        each(lane, group, d // lanes, read_parameters)
+        await_predecessor(team.target)
 
         def read_piece(item: Expr, step: int) -> None:
             for i, value in enumerate(load(buffers["x"], *row, item * lanes, lanes=lanes)):
@@ -119,10 +130,9 @@ class Norm:
         scale = bind(f32(1.0) / tirx.sqrt(variance + f32(call.attr("eps"))))
 
         def write_piece(item: Expr, step: int) -> None:
-            weights = load(buffers["weight"], item * lanes, lanes=lanes)
-            values = [held[step * lanes + i] for i in range(lanes)]
+            values, weights = ([kept[step * lanes + i] for i in range(lanes)] for kept in (held, parameters["weight"]))
             if self.centred:
-                biases = load(buffers["bias"], item * lanes, lanes=lanes)
+                biases = [parameters["bias"][step * lanes + i] for i in range(lanes)]
                 values = [(v - mean) * scale * w + b for v, w, b in zip(values, weights, biases, strict=True)]
             else:
                 values = [v * scale * (w + f32(call.attr("offset"))) for v, w in zip(values, weights, strict=True)]

@@ -35,7 +35,7 @@ def _kernels(function: Any, target: Any) -> list[str]:
     return KERNEL.findall(source(function, target))
 
 
-@pytest.mark.parametrize("family", [append, moe, rms_norm, layer_norm, rope, rope_append, topk], ids=lambda f: f.NAME)
+@pytest.mark.parametrize("family", [append, moe, rope, rope_append, topk], ids=lambda f: f.NAME)
 def test_a_family_waits_first(family: Any) -> None:
     call = next(iter(family.SHAPES.values()))
     kernels = _kernels(family.build(call, HOPPER, {}), HOPPER)
@@ -44,6 +44,18 @@ def test_a_family_waits_first(family: Any) -> None:
         first, second = (line.strip() for line in body.splitlines()[:2])
         assert first == "tvm_builtin_ptx_griddepcontrol_launch_dependents();"
         assert second == "tvm_builtin_ptx_griddepcontrol_wait();"
+    assert "griddepcontrol" not in source(family.build(call, AMPERE, {}), AMPERE)
+
+
+@pytest.mark.parametrize("family", [rms_norm, layer_norm], ids=lambda f: f.NAME)
+def test_a_norm_waits_once_between_weights_and_rows(family: Any) -> None:
+    call = next(iter(family.SHAPES.values()))
+    (body,) = _kernels(family.build(call, HOPPER, {}), HOPPER)
+    assert body.splitlines()[0].strip() == "tvm_builtin_ptx_griddepcontrol_launch_dependents();"
+    before, after = body.split("tvm_builtin_ptx_griddepcontrol_wait();")
+    early, late = ([line for line in part.splitlines() if "= *(uint" in line] for part in (before, after))
+    assert early and not any("blockIdx" in line for line in early)
+    assert any("blockIdx" in line for line in late), "a row's place depends on the block"
     assert "griddepcontrol" not in source(family.build(call, AMPERE, {}), AMPERE)
 
 

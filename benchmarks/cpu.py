@@ -70,7 +70,10 @@ def onnx_model(gguf: Path, python: str, folder: Path) -> Path | str:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         where, name = str(gguf.parent), gguf.name
-        AutoModelForCausalLM.from_pretrained(where, gguf_file=name).save_pretrained(floats)
+        model = AutoModelForCausalLM.from_pretrained(where, gguf_file=name)
+        model.hf_quantizer = None  # its weights are floats now, and it would refuse to write them
+        del model.config.quantization_config
+        model.save_pretrained(floats)
         AutoTokenizer.from_pretrained(where, gguf_file=name).save_pretrained(floats)
     command = [python, "-m", "onnxruntime_genai.models.builder", "-i", str(floats), "-o", str(out), "-c", str(folder / "cache")]
     options = ["-p", "int4", "-e", "cpu", "--extra_options", "int4_block_size=32", "int4_accuracy_level=4"]

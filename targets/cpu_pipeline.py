@@ -19,7 +19,7 @@ from tvm import s_tir, tirx
 PIPELINE = "llmc.cpu"
 """The name by which ``relax.build`` and ``tvm.tirx.build`` take the list."""
 TVM_STACK = 1024
-"""Bytes of a buffer up to which TVM puts it on the stack. It takes more than that from the system each time it is wanted: a page
+"""Bytes of a buffer below which TVM puts it on the stack. It takes a larger one from the system each time it is wanted: a page
 fault for every page of it, in every step."""
 STACK = 256 << 10
 """The same here."""
@@ -55,7 +55,7 @@ def _scratch_on_stack(function: tirx.PrimFunc, _module: tvm.IRModule, _context: 
         return prod(nodes[dim["data"]["value"]]["data"] for dim in shape) * element.itemsize
 
     allocs = [n["data"] for n in nodes if n["type"] == "tirx.AllocBuffer"]
-    found = [alloc for alloc in allocs if TVM_STACK < size(alloc["buffer"]) <= STACK]
+    found = [alloc for alloc in allocs if TVM_STACK <= size(alloc["buffer"]) <= STACK]
     if not found:
         return function
     first = len(nodes)

@@ -101,10 +101,12 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
-    """``rows``: rows of a register tile. ``row_block``: rows that share one pass over a panel."""
-    tiles = [12, 8, 16, 4] if Simd(target).registers >= 32 else [4, 2, 6]
-    fits = max(1, CACHE // _geometry(call).columns // tiles[0]) * tiles[0]
-    return {"rows": tiles, "row_block": [min(fits, 480), 48, 96, 192]}
+    """``rows``: rows of a register tile. ``row_block``: rows that share one pass over a panel. ``ahead``: bytes before they are
+    needed that a single row asks for weights (0: never)."""
+    at = _geometry(call)
+    tiles = [12, 8, 16, 4] if Simd(target).registers >= 32 else [2, 4, 6] if at.bits == 8 else [4, 2, 6]
+    fits = max(1, CACHE // at.columns // tiles[0]) * tiles[0]
+    return {"rows": tiles, "row_block": [min(fits, 480), 48, 96, 192], "ahead": [AHEAD, 0, 1024, 4096]}
 
 
 def _geometry(call: KernelCall) -> Panels:
@@ -118,7 +120,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     with function(f"quantized_linear_{at.o}x{at.k}") as done:
         buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
         n = symbols.dim(call.args[0].shape[0])
-        tile = _tile(call, target, simd, buffers, n)
+        tile = _tile(call, target, simd, buffers, n, int(config["ahead"]))
 
         def task(t: Expr) -> None:
             low = bind(tirx.floordiv(t, at.panels) * block)
@@ -135,7 +137,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     return done()
 
 
-def _tile(call: KernelCall, target: Target, simd: Simd, buffers: dict[str, Expr], n: Expr) -> _Tile:
+def _tile(call: KernelCall, target: Target, simd: Simd, buffers: dict[str, Expr], n: Expr, ahead: int) -> _Tile:
     """Emit the rounding of x's ``n`` rows; the tile that multiplies them."""
     at, how = _geometry(call), scheme(call.attr("scheme"))
     dot = Dot(simd, target, at.bits)
@@ -143,12 +145,12 @@ def _tile(call: KernelCall, target: Target, simd: Simd, buffers: dict[str, Expr]
     start = dot.bias - (1 << (at.bits - 1)) if how.offset == "none" else dot.bias
     rows = quantized_rows.workspace(n, at.columns, min(at.record // at.sets, BLOCK), start, how.offset)
     quantized_rows.quantize(simd, buffers["x"], n, at.k, rows)
-    return _Tile(call, dot, simd, buffers, rows, at)
+    return _Tile(call, dot, simd, buffers, rows, at, ahead)
 
 
 def rows_kernel(call: KernelCall, target: Target, x: Expr, out: Expr, n: Expr) -> RowsKernel:
     """The layer's product for other kernels: rows of ``x`` times whichever weight has the call's shape, a panel a piece."""
-    tile = _tile(call, target, Simd(target), {"x": x, "out": out}, n)
+    tile = _tile(call, target, Simd(target), {"x": x, "out": out}, n, AHEAD)
 
     def of(weight: dict[str, Expr]) -> Callable[[Expr, Expr, int], None]:
         return tile.over(weight).emit
@@ -160,9 +162,10 @@ class _Tile:
     """The products of a panel with a tile of rows."""
 
     def __init__(
-        self, call: KernelCall, dot: Dot, simd: Simd, buffers: dict[str, Expr], rows: quantized_rows.Rows, at: Panels
+        self, call: KernelCall, dot: Dot, simd: Simd, buffers: dict[str, Expr], rows: quantized_rows.Rows, at: Panels, ahead: int
     ) -> None:
         self.call, self.dot, self.simd, self.buffers, self.rows, self.at = call, dot, simd, buffers, rows, at
+        self.ahead = ahead
         self.scheme = scheme(call.attr("scheme"))
         self.lanes = dot.lanes
 
@@ -185,8 +188,8 @@ class _Tile:
         group = acc if at.blocks == 1 else {part: [self._cleared() for _ in range(count)] for part in parts}
         with T.serial(0, at.records) as r:
             record = bind(i64(r) * at.record_bytes)
-            if count == 1:
-                prefetch(self.buffers["panels"], panel, record + AHEAD, at.record_bytes)
+            if count == 1 and self.ahead:
+                prefetch(self.buffers["panels"], panel, record + self.ahead, at.record_bytes)
             for part in parts:
                 scales = [bind(self._scales(panel, record, part, s)) for s in range(at.sets)]
                 offsets = [self._offsets(panel, record, part, s) for s in range(at.sets)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from typing import Any
 
@@ -189,10 +190,21 @@ def test_take_gives_the_dequantized_rows(label: str) -> None:
     assert error(result, quantized_take.reference(call, ids, panels)) < 1e-6
 
 
-@pytest.mark.parametrize("spec", ["cpu:aarch64+neon", "cpu:aarch64+dotprod"])
-def test_arm_code_is_generated(spec: str) -> None:
-    target = targets.parse(spec)
-    call = quantized_linear.SHAPES["odd_33x70_int8"]
-    module = build({"linear": (quantized_linear, call)}, target)
+@pytest.mark.parametrize(
+    ("spec", "instruction"),
+    [
+        ("cpu:aarch64+neon", "mla"),
+        ("cpu:aarch64+dotprod", "sdot"),
+        ("cpu:x86-64-v3", "vpsignb"),
+        ("cpu:x86-64-v3+avxvnni", "vpdpbusd"),
+        ("cpu:x86-64-v4+avx512vnni", "vpdpbusd"),
+    ],
+)
+def test_every_instruction_set_has_its_dot_product(spec: str, instruction: str) -> None:
+    """Eight bits, where the ways differ; and weights are asked for before they are needed."""
+    module = build({"linear": (quantized_linear, quantized_linear.SHAPES["odd_33x70_int8"])}, targets.parse(spec))
     assembly = module.inspect_source("asm")
-    assert ("sdot" in assembly) == ("dotprod" in spec)
+    found = {name for name in ("mla", "sdot", "vpsignb", "vpdpbusd") if re.search(rf"\b{name}\b", assembly)}
+    assert found - {"mla"} == {instruction} - {"mla"} and instruction in found
+    assert ("{vex}" in assembly) == ("avxvnni" in spec)
+    assert re.search(r"\bprefetch|\bprfm", assembly)

@@ -39,11 +39,11 @@ def check(model_type: str) -> str:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, logging
 
+    from llmc.dialect import interpreter
     from llmc.errors import UnsupportedError
     from llmc.importer.model import import_model
     from llmc.importer.params import Constant, ParamTable
     from llmc.importer.source import Binding
-    from tests.support import interpreter
 
     logging.set_verbosity_error()
 

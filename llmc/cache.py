@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 HEADER_BYTES = 1 << 20
 CONTENT_SUFFIXES = (".json", ".jinja", ".txt", ".model")
 BUILDERS = ("apache-tvm", "apache-tvm-ffi", "torch", "transformers")
-COMPILER_PARTS = ("llmc.importer", "llmc.dialect", "llmc.passes", "llmc.schedules", "llmc.targets")
+COMPILER_PARTS = ("llmc.importer", "llmc.dialect", "llmc.passes", "llmc.schedules", "llmc.targets", "llmc.texts")
 COMPILER_FILES = ("compiler.py", "settings.py", "weights_file.py", "artifact.py", "manifest.py")
 
 
@@ -103,6 +103,8 @@ def key(files: Path, options: dict[str, Any]) -> str:
     named = options.get("target", "cpu")
     specs = [named] if isinstance(named, str) else named
     options = {**options, "target": [f"cpu of {_host()}" if spec == "cpu" else spec for spec in specs]}
+    if text := options.get("calibration"):
+        options["calibration"] = fingerprint(Path(text))
     parts = {
         "model": fingerprint(files),
         "options": options,

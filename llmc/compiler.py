@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +33,9 @@ if TYPE_CHECKING:
     from llmc.schedules.records import Records
     from llmc.variants import SharedWeights
     from llmc.weights_file import Written
+
+CALIBRATION_WINDOW, CALIBRATION_WINDOWS = 512, 32
+"""Tokens of one window of calibration text, and how many windows are taken, spread over the text."""
 
 
 @dataclass
@@ -66,6 +71,9 @@ def compile(
     kv_dtype: str | None = None,
     quant: str | None = None,
     keep: Sequence[str] = (),
+    method: str = "rtn",
+    target_bpw: float | None = None,
+    calibration: Path | str | None = None,
     context: int | None = None,
     max_batch: int = 8,
     page_size: int | None = None,
@@ -79,14 +87,16 @@ def compile(
 
     Several targets (``["cpu:x86-64-v3", "cuda:sm_80,sm_90a"]``) make variants of one artifact, which share the weights; the loader
     takes the one that suits its machine best. ``dtype``: how matrices are stored (float32, bfloat16 or float16; None: as the
-    checkpoint has them, quantized ones included); sums are always float32. ``kv_dtype``: the same for the KV cache, or a scheme
-    it is quantized by: int8, fp8_e4m3 or int4, see :mod:`llmc.kv_layout` (None: as ``dtype``). ``quant``: a scheme that matrices
-    are rounded to (``"int4"``, ``"int8"``, ...: see :mod:`llmc.passes.quantize.scheme`); ``keep``: exceptions ``"NAME=SCHEME"``
-    with a regular expression for names and a scheme or ``none``. ``context``: the most positions a sequence may have (None: what
-    the model was trained for). ``max_batch``: sequences in one decode step. ``page_size``: positions of one KV page (None: as
-    ``choices`` has it). ``records``: a folder of tuning records to use beside llmc's own and those in the cache. ``choices``: what
-    is fused, and the page size (None: as ``llmc tune --whole`` measured for such models, else the defaults). ``dump_ir``: a folder
-    for the IR after every pass.
+    checkpoint has them, quantized ones included); sums are always float32. ``kv_dtype``: the same for the KV cache, or a scheme it
+    is quantized by: int8, fp8_e4m3 or int4, see :mod:`llmc.kv_layout` (None: as ``dtype``). ``quant``: a scheme that matrices are
+    rounded to (``"int4"``, ``"int8"``, ...: see :mod:`llmc.passes.quantize.scheme`); ``keep``: exceptions ``"NAME=SCHEME"`` with a
+    regular expression for names and a scheme or ``none``. ``method``: how matrices are rounded: ``"rtn"`` to the nearest code,
+    ``"awq"`` or ``"gptq"`` by what their layers see of the text in the file ``calibration`` (None: a text in the public domain that
+    comes with llmc). ``target_bpw``: bits per weight of the whole model, in the place of ``quant``. ``context``: the most positions
+    a sequence may have (None: what the model was trained for). ``max_batch``: sequences in one decode step. ``page_size``:
+    positions of one KV page (None: as ``choices`` has it). ``records``: a folder of tuning records to use beside llmc's own and
+    those in the cache. ``choices``: what is fused, and the page size (None: as ``llmc tune --whole`` measured for such models, else
+    the defaults). ``dump_ir``: a folder for the IR after every pass.
 
     Raises an :class:`llmc.errors.LlmcError`; ``out`` is then as it was before.
     """
@@ -98,9 +108,10 @@ def compile(
         with clock.phase("model") as phase:
             source = resolve(model, progress=phase.callback())
         known = tuning_records(records)
-        settings = settings_of(source, dtype, kv_dtype, quant, keep, context, max_batch)
+        settings = settings_of(source, dtype, kv_dtype, quant, keep, context, max_batch, method, target_bpw)
         settings = with_choices(settings, source, chosen, known, choices, page_size)
-        return _compile(model, source, chosen, settings, known, dump_ir, clock, writer)
+        with _calibrated(settings, source, calibration) as settings:
+            return _compile(model, source, chosen, settings, known, dump_ir, clock, writer)
 
 
 def kernels(
@@ -231,6 +242,36 @@ def stream_weights(weights: SharedWeights, clock: Clock, writer: ArtifactWriter,
         return write_weights(weights.table, writer.root, "weights", advance, first)
 
 
+@contextmanager
+def _calibrated(settings: Settings, source: ModelSource, text: Path | str | None) -> Iterator[Settings]:
+    """The settings with windows of the calibration text and a folder for what is made of it, if their method needs that."""
+    if not settings.quantization.calibrated:
+        if text is not None:
+            raise UsageError(f"nothing reads the calibration text {text} with --method rtn and no --target-bpw")
+        yield settings
+        return
+    import numpy as np
+
+    from llmc.passes.quantize.calibrate import Calibration
+    from llmc.runtime.tokenizer import Tokenizer
+    from llmc.texts import CALIBRATION, read_text, windows
+
+    content = read_text(CALIBRATION if text is None else Path(text))
+    with tempfile.TemporaryDirectory(prefix="llmc-") as folder:
+        files = _write_tokenizer(source, Path(folder))
+        if files is None:
+            raise UsageError(f"{source.name} has no tokenizer, so no calibration text can be read: use --quant with --method rtn")
+        ids = Tokenizer(Path(folder), files).encode(content)
+        bos = files.bos_token_id if ids and ids[0] == files.bos_token_id else None
+        length = min(CALIBRATION_WINDOW, settings.context)
+        if len(ids) < length:
+            raise UsageError(
+                f"the calibration text {text} has {len(ids)} tokens, and {length} are read at a time: give a longer one"
+            )
+        cut = windows(ids, length, CALIBRATION_WINDOWS, bos)
+        yield replace(settings, calibration=Calibration(np.array(cut), Path(folder)))
+
+
 def _import(source: ModelSource, target: Target, settings: Settings, clock: Clock) -> ImportedModel:
     from llmc.importer.model import import_model
 
@@ -265,6 +306,8 @@ def lower_model(
     """Run the passes."""
     from llmc.passes.pipeline import Options, lower
 
+    if settings.calibration is not None:
+        settings.calibration.progress = phase.callback()
     options = Options(
         page_size=settings.page_size,
         kv_dtype=settings.kv_dtype,
@@ -273,6 +316,7 @@ def lower_model(
         max_rows=limits.max_rows,
         max_logit_rows=limits.max_logit_rows,
         quantization=settings.quantization,
+        calibration=settings.calibration,
         records=records,
         unfused=settings.unfused,
     )

@@ -12,10 +12,11 @@ from llmc.importer.source import ModelSource
 from llmc.kv_layout import KV_DTYPES
 from llmc.manifest import Limits, Manifest
 from llmc.passes.choices import DEFAULT, Choices, find, model_call
-from llmc.passes.quantize.options import NATIVE, NONE, QuantOptions
+from llmc.passes.quantize.options import NATIVE, NONE, ROUND_TO_NEAREST, QuantOptions
 from llmc.targets.base import Target
 
 if TYPE_CHECKING:
+    from llmc.passes.quantize.calibrate import Calibration
     from llmc.schedules.protocol import KernelCall
     from llmc.schedules.records import Records
 
@@ -32,7 +33,7 @@ MAX_LOGIT_ROWS = 128
 @dataclass(frozen=True)
 class Settings:
     """The options of a compile once they are checked and defaults are filled in. ``choices``: where those for the whole model are
-    from (:mod:`llmc.passes.choices`)."""
+    from (:mod:`llmc.passes.choices`). ``calibration``: the text for a quantization method that looks at one."""
 
     storage_dtype: str
     kv_dtype: str
@@ -42,6 +43,7 @@ class Settings:
     page_size: int
     unfused: frozenset[str] = frozenset()
     choices: str = "default"
+    calibration: Calibration | None = None
 
 
 def check_positive(**values: int | None) -> None:
@@ -82,6 +84,8 @@ def settings_of(
     keep: Sequence[str],
     context: int | None,
     max_batch: int,
+    method: str = ROUND_TO_NEAREST,
+    target_bpw: float | None = None,
 ) -> Settings:
     """The options of :func:`llmc.compile` by the same names. Raises UsageError for one that means nothing."""
     storage = dtype or source.dtype
@@ -90,7 +94,7 @@ def settings_of(
     if kv_dtype is not None and kv_dtype not in KV_DTYPES:
         raise UsageError(f"unknown dtype {kv_dtype!r} for the KV cache: choose one of {', '.join(KV_DTYPES)}")
     trained = default_context(source.config.get_text_config())
-    quantization = QuantOptions(quant, tuple(keep), native=dtype is None)
+    quantization = QuantOptions(quant, tuple(keep), native=dtype is None, method=method, target_bpw=target_bpw)
     return Settings(storage, kv_dtype or storage, quantization, context or trained, max_batch, DEFAULT.page_size)
 
 
@@ -136,7 +140,12 @@ def described(settings: Settings) -> dict[str, Any]:
 
 
 def settings_from(m: Manifest) -> Settings:
-    """The options of the compile that made an artifact."""
+    """The options of the compile that made an artifact. Raises UsageError for one whose weights depend on a text."""
+    if "method" in m.options:
+        raise UsageError(
+            f"how the weights of {m.model.name} were quantized depends on a text that the artifact does not hold: "
+            "compile the model for all targets at once (--target may be repeated)"
+        )
     quant, keep = m.options.get("quant", NONE), tuple(m.options.get("keep", ()))
     options = QuantOptions(None if quant in (NATIVE, NONE) else quant, keep, native=quant == NATIVE)
     return Settings(

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 
@@ -36,7 +36,7 @@ from llmc.passes.merge_projections import merge_projections
 from llmc.passes.one_region import one_region
 from llmc.passes.paged_attention import paged_attention
 from llmc.passes.phases import phases
-from llmc.passes.quantize.options import QuantOptions
+from llmc.passes.quantize.options import ROUND_TO_NEAREST, QuantOptions
 from llmc.passes.quantize.plan import Plan, assign
 from llmc.passes.quantize.quantize_weights import quantize_weights
 from llmc.passes.quantize.report import Stored
@@ -52,6 +52,9 @@ from llmc.schedules.records import Records
 from llmc.schedules.registry import takes
 from llmc.targets.base import Target
 
+if TYPE_CHECKING:
+    from llmc.passes.quantize.calibrate import Calibration
+
 PHASES = ("decode", "extend")
 Progress = Callable[[int, int, str], None]
 
@@ -63,6 +66,7 @@ class Options:
     ``page_size``: positions in a page; ``kv_dtype``: of stored keys and values; ``context``: most positions of a sequence;
     ``max_batch``: sequences in a step; ``max_rows``: tokens in an extend step; ``max_logit_rows``: rows with logits in one;
     ``quantization``: how weights are stored; ``unfused``: what not to fuse (:class:`llmc.passes.choices.Choices`);
+    ``calibration``: the text that methods other than rounding to nearest look at;
     ``records``: the measurements that kernels get their configurations from.
     """
 
@@ -73,6 +77,7 @@ class Options:
     max_rows: int = 512
     max_logit_rows: int = 64
     quantization: QuantOptions = field(default_factory=QuantOptions)
+    calibration: Calibration | None = None
     records: Records | None = None
     unfused: frozenset[str] = frozenset()
 
@@ -119,6 +124,22 @@ class _State:
     functions_in_order: tuple[str, ...] = PHASES
     functions: list[FunctionInfo] = field(default_factory=list)
     kernels: list[KernelChoice] = field(default_factory=list)
+
+
+def _calibrate(s: _State) -> None:
+    asked, text = s.options.quantization, s.options.calibration
+    if not asked.calibrated:
+        return
+    if text is None:
+        raise InternalError(f"{asked.described()} was asked for without calibration text")
+    if asked.target_bpw is not None:
+        from llmc.passes.quantize.budget import spend
+
+        spend(s.graphs[0], s.params, s.plan.free, asked.target_bpw, s.target, text.windows[0], text.progress)
+    if asked.method != ROUND_TO_NEAREST:
+        from llmc.passes.quantize.calibrate import calibrate
+
+        calibrate(s.graphs[0], s.params, asked.method, s.target, text)
 
 
 def _fuse_gated(s: _State) -> None:
@@ -211,6 +232,7 @@ PASSES: list[tuple[str, Callable[[_State], None]]] = [
     ("simplify_layouts", lambda s: simplify(s.graphs[0], s.params)),
     ("fuse_bias", lambda s: fuse_bias(s.graphs[0])),
     ("assign_schemes", lambda s: assign(s.graphs[0], s.params, s.plan)),
+    ("calibrate", _calibrate),
     ("merge_projections", lambda s: merge_projections(s.graphs[0], s.params)),
     ("fuse_epilogue", lambda s: fuse_epilogue(s.graphs[0])),
     ("simplify_slices", lambda s: simplify(s.graphs[0], s.params)),

@@ -18,9 +18,11 @@ from llmc.targets.base import Target
 
 
 class WeightLayout(Protocol):
-    """The shape of a layout module. ``NAME``: unique, ``"cpu.panel16"``."""
+    """The shape of a layout module. ``NAME``: unique, ``"cpu.panel16"``; ``ACTIVATIONS``: what kernels of this layout can round
+    their inputs to, token by token (``"int8"``, ``"fp8_e4m3"``)."""
 
     NAME: str
+    ACTIVATIONS: tuple[str, ...]
 
     def takes(self, scheme: Scheme, o: int, k: int, target: Any) -> str | None:
         """None if it stores a [o, k] matrix of ``scheme``; else why it does not, one phrase for the report."""

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=options.positive, metavar="N", help="CPU threads (default: one per physical core)")
     parser.add_argument("--recompile", action="store_true", help="compile again even if the cache holds this model")
     options.add_compile(parser)
+    options.add_method(parser)
 
 
 def _lengths(text: str) -> list[int]:

@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "-o", "--out", required=True, type=Path, metavar="OUT", help="folder to write; must not exist, unless --force"
     )
     options.add_compile(parser)
+    options.add_method(parser)
     parser.add_argument(
         "--context", type=options.positive, metavar="N", help="most positions of a sequence (default: the model's own)"
     )

@@ -26,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recompile", action="store_true", help="compile again even if the cache holds this model")
     options.add_output(parser, json="the figures")
     options.add_compile(parser)
+    options.add_method(parser)
 
 
 def main(args: argparse.Namespace) -> int:

@@ -18,7 +18,7 @@ from llmc.cli.parser import Parser
 from llmc.errors import InternalError, LlmcError
 from llmc.version import __version__
 
-COMMANDS = ("compile", "add", "run", "chat", "inspect", "verify", "package", "eval", "bench", "tune", "doctor", "fetch")
+COMMANDS = ("compile", "add", "run", "chat", "inspect", "verify", "package", "eval", "quantize", "bench", "tune", "doctor", "fetch")
 
 INTERRUPTED = 130
 TERMINATED = 143

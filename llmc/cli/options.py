@@ -9,6 +9,7 @@ from typing import Any
 from llmc.kv_layout import KV_DTYPES
 
 DTYPES = ("float32", "bfloat16", "float16")
+METHODS = ("rtn", "awq", "gptq", "smoothquant")
 
 
 def positive(text: str) -> int:
@@ -76,9 +77,31 @@ def add_compile(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--page-size", type=positive, metavar="N", help="positions in one KV page (default: as tuned, else 16)")
 
 
+def add_method(parser: argparse.ArgumentParser) -> None:
+    """How codes are found: for every command that makes weights. It changes no kernel, so ``tune`` has no use for it."""
+    group = parser.add_argument_group("quantization")
+    group.add_argument(
+        "--method",
+        choices=METHODS,
+        default="rtn",
+        help="how matrices are rounded: to nearest, or by what their layers see of a text (default: rtn)",
+    )
+    group.add_argument(
+        "--target-bpw",
+        type=float,
+        metavar="B",
+        help="a scheme for each matrix by what it loses, B bits per weight over all",
+    )
+    group.add_argument("--calibration", metavar="FILE", help="the text for both, UTF-8 (default: one in the public domain)")
+
+
+COMPILE = ("dtype", "kv_dtype", "quant", "keep", "max_batch", "page_size")
+METHOD = ("method", "target_bpw", "calibration")
+
+
 def compile_options(args: argparse.Namespace) -> dict[str, Any]:
-    """The keyword arguments of ``llmc.compile`` that :func:`add_compile` read."""
-    chosen = {name: getattr(args, name) for name in ("dtype", "kv_dtype", "quant", "keep", "max_batch", "page_size")}
+    """The keyword arguments of ``llmc.compile`` that :func:`add_compile` and, if it was called, :func:`add_method` read."""
+    chosen = {name: getattr(args, name) for name in (*COMPILE, *METHOD) if name in COMPILE or hasattr(args, name)}
     return {"target": args.target or ["cpu"], **chosen}
 
 

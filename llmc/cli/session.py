@@ -21,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_sampling(parser)
     options.add_runtime(parser)
     options.add_compile(parser)
+    options.add_method(parser)
 
 
 def open_model(args: argparse.Namespace) -> Model:

@@ -24,15 +24,20 @@ def rope(x: relax.Expr, cos: relax.Expr, sin: relax.Expr, rotary_dim: int, inter
 register(OP, lambda c, _: c.args[0].ty)
 
 
+def rotated(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, *, rotary_dim: int, interleaved: int = 0) -> np.ndarray:
+    """``llmc.rope`` in the arrays' own dtype."""
+    part = x[..., :rotary_dim]
+    if interleaved:
+        turned = np.stack((-part[..., 1::2], part[..., 0::2]), axis=-1).reshape(part.shape)
+    else:
+        half = rotary_dim // 2
+        turned = np.concatenate((-part[..., half:], part[..., :half]), axis=-1)
+    y = x.copy()
+    y[..., :rotary_dim] = part * cos[:, None, :] + turned * sin[:, None, :]
+    return y
+
+
 def reference(x: np.ndarray, cos: np.ndarray, sin: np.ndarray, *, rotary_dim: int, interleaved: int = 0) -> np.ndarray:
     """float64 reference of ``llmc.rope``."""
     x, cos, sin = (a.astype(np.float64) for a in (x, cos, sin))
-    part = x[..., :rotary_dim]
-    if interleaved:
-        rotated = np.stack((-part[..., 1::2], part[..., 0::2]), axis=-1).reshape(part.shape)
-    else:
-        half = rotary_dim // 2
-        rotated = np.concatenate((-part[..., half:], part[..., :half]), axis=-1)
-    y = x.copy()
-    y[..., :rotary_dim] = part * cos[:, None, :] + rotated * sin[:, None, :]
-    return y
+    return rotated(x, cos, sin, rotary_dim=rotary_dim, interleaved=interleaved)

@@ -13,6 +13,7 @@ from llmc.importer.params import Source
 from llmc.passes.quantize.native import column_order, native, native_scheme
 from llmc.passes.quantize.report import Stored
 from llmc.passes.quantize.round_to_nearest import quantize
+from llmc.passes.quantize.rounded import rounding
 from llmc.passes.quantize.scheme import QuantizedTensor, Scheme, scheme
 from llmc.schedules.layouts import WeightLayout, pack_stack
 from llmc.schedules.protocol import TensorSpec
@@ -61,7 +62,7 @@ class Matrix:
     def quantized(self) -> QuantizedTensor:
         """The matrix in its scheme, a stack's matrices one below the other. Raises ModelError for a NaN or an infinity."""
         if self.keeps_codes:
-            self.record.error = 0.0
+            self.record.error, _ = rounding(self.source)
             stored = native(self.source)
             return stored if stored.scheme == self.scheme else stored.flat()
         weight = self.source.read()

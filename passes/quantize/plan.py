@@ -8,7 +8,6 @@ read. A router (its result picks experts) stays as it is: it is tiny, and one wr
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +29,12 @@ OUTER_SCHEME = "int8"
 
 @dataclass
 class Plan:
-    """The options, and what was done: one entry per matrix of the graph."""
+    """The options, and what was done: one entry per matrix of the graph. ``free``: names of matrices whose scheme a budget
+    decides."""
 
     options: QuantOptions = field(default_factory=QuantOptions)
     stored: list[Stored] = field(default_factory=list)
+    free: set[str] = field(default_factory=set)
 
 
 def assign(graph: Graph, params: ParamTable, plan: Plan) -> None:
@@ -50,7 +51,8 @@ def assign(graph: Graph, params: ParamTable, plan: Plan) -> None:
         roles = {op_name(value) for _, value in uses}
         head = "llmc.linear" in roles and param.shape[0] == vocab
         names = [param.name, *([HEAD] if head else []), *([EMBEDDING] if "relax.take" in roles else [])]
-        chosen, refusal = _chosen(plan.options, names, param), ""
+        kept = _exception(plan.options, names, param)
+        chosen, refusal = _default(plan.options, names, param) if kept is None else kept, ""
         if chosen != NONE:
             router = any(result in routers for result, _ in uses)
             refusal = _refusal(var, uses, router, chosen == native_scheme(param.source) and column_order(param.source) is not None)
@@ -58,18 +60,24 @@ def assign(graph: Graph, params: ParamTable, plan: Plan) -> None:
             plan.stored.append(Stored(param.name, param.shape, param.dtype, dtype_bits(param.dtype), reason=refusal))
         else:
             param.scheme = chosen
+            if plan.options.target_bpw is not None and kept is None:
+                plan.free.add(param.name)
 
 
 def dtype_bits(dtype: str) -> float:
     return 8.0 * DTYPES[dtype].itemsize
 
 
-def _chosen(options: QuantOptions, names: Iterable[str], param: Param) -> str:
-    """The scheme the options give a matrix that goes by ``names``; ``"none"`` for none."""
-    names = list(names)
+def _exception(options: QuantOptions, names: list[str], param: Param) -> str | None:
+    """What the first exception that fits one of ``names`` says: a scheme or ``"none"``; None if none fits."""
     for pattern, kept in options.exceptions:
         if any(re.search(pattern, name) for name in names):
             return (native_scheme(param.source) or NONE) if kept == NATIVE else kept
+    return None
+
+
+def _default(options: QuantOptions, names: list[str], param: Param) -> str:
+    """The scheme that a matrix going by ``names`` gets without an exception; ``"none"`` for none."""
     if options.default == NATIVE:
         return native_scheme(param.source) or NONE
     if options.default != NONE and len(names) > 1 and scheme(options.default).bits < 8:

@@ -30,6 +30,7 @@ from llmc.importer.params import Constant, Param, ParamTable
 from llmc.passes.quantize.packed import Matrix, Part
 from llmc.passes.quantize.plan import Plan, dtype_bits
 from llmc.passes.quantize.report import Stored
+from llmc.passes.quantize.rounded import rounding
 from llmc.passes.quantize.scheme import Scheme, scheme
 from llmc.passes.rewrite import Graph, Rewriter, op_name, rewrite
 from llmc.passes.shapes import dims, dtype_of
@@ -39,11 +40,13 @@ from llmc.targets.base import Target
 
 @dataclass
 class _Weight:
-    """A matrix that was replaced: its parts, the attributes that say what they are, and the order of its columns if it has one."""
+    """A matrix that was replaced: its parts, the attributes that say what they are, the order of its columns if it has one, and
+    what its layer's inputs are rounded to if its scheme says so."""
 
     parts: list[relax.Var]
     attrs: dict[str, Any]
     columns: relax.Var | None
+    activations: str
 
 
 def quantize_weights(graph: Graph, params: ParamTable, plan: Plan, target: Target) -> None:
@@ -97,7 +100,7 @@ def _replace(params: ParamTable, param: Param, plan: Plan, target: Target, refus
     ``refusal``."""
     (*experts, o, k), wanted = param.shape, scheme(param.scheme)
     layout, stored, why = _layout(param, target)
-    record = Stored(param.name, param.shape, wanted.name, stored.bits_per_weight(k))
+    record = Stored(param.name, param.shape, wanted.name, stored.bits_per_weight(k), reason=rounding(param.source)[1])
     plan.stored.append(record)
     if layout is None or refusal:
         record.scheme, record.bits, record.reason = param.dtype, dtype_bits(param.dtype), refusal or why
@@ -105,6 +108,7 @@ def _replace(params: ParamTable, param: Param, plan: Plan, target: Target, refus
         return None
     if stored is not wanted:
         record.reason = f"with one level of float32 scales ({why})"
+    activations = _activations(stored, layout, record)
     matrix = Matrix(param.source, stored, layout, record)
     params.remove(param.name)
     specs = layouts.stack_parts(layout, stored, experts[0], o, k) if experts else layout.parts(stored, o, k)
@@ -117,7 +121,17 @@ def _replace(params: ParamTable, param: Param, plan: Plan, target: Target, refus
     if matrix.column_order is not None:
         order = params.add(f"{param.name}.columns", Constant(matrix.column_order.astype(np.int32), f"columns of {param.name}"))
         columns = relax.Var(order.name, TensorType([k], "int32"))
-    return _Weight(variables, {"scheme": stored.name, "layout": layout.NAME, "o": o, "k": k}, columns)
+    return _Weight(variables, {"scheme": stored.name, "layout": layout.NAME, "o": o, "k": k}, columns, activations)
+
+
+def _activations(how: Scheme, layout: layouts.WeightLayout, record: Stored) -> str:
+    """What a layer's inputs are rounded to because its scheme says so, which is recorded; empty if the scheme leaves it open."""
+    if not how.activations:
+        return ""
+    found = how.activations in layout.ACTIVATIONS
+    what = f"inputs in {how.activations}" if found else f"inputs as they are: no kernel here rounds them to {how.activations}"
+    record.reason = ", ".join(filter(None, (record.reason, what)))
+    return how.activations if found else "compute"
 
 
 def _rule(
@@ -134,9 +148,10 @@ def _rule(
             if weight.columns is None
             else work.emit(relax.op.take(value.args[0], weight.columns, axis=1, mode="clip"))
         )
-        return quantized_linear(x, weight.parts, bias, residual, **weight.attrs, **attrs, activations=activations)
+        rounded = weight.activations or activations
+        return quantized_linear(x, weight.parts, bias, residual, **weight.attrs, **attrs, activations=rounded)
     if name == "llmc.moe" and value.args[3] in replaced:
-        return _experts(value, replaced, activations)
+        return _experts(value, replaced, replaced[value.args[3]].activations or activations)
     if name == "relax.take" and value.args[0] in replaced:
         weight = replaced[value.args[0]]
         return quantized_take(value.args[1], weight.parts, **weight.attrs, out_dtype=dtype_of(var))

@@ -11,6 +11,7 @@ name                                     weight
                                          ``fp8_e4m3_b128``: one per block of 128 × 128
 ``mxfp4``                                OCP MX: FP4 E2M1 with a power of two for 32 columns
 ``nf4_g64``                              the 16 quantiles of a normal distribution (QLoRA, arXiv:2305.14314) times a scale
+``w8a8``, ``w8a8_fp8``                   ``int8`` and ``fp8_e4m3`` whose layers round their inputs to 8 bits as well, token by token
 ``q4_0`` ... ``q8_0``, ``iq4_nl``        GGUF's blocks of 32 columns
 ``q2_k`` ... ``q6_k``                    GGUF's blocks of 256 columns, scales (and minima) themselves quantized
 ======================================== ==========================================================================================
@@ -24,7 +25,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
 
@@ -55,6 +56,9 @@ class Scheme:
 
     ``rows``: rows that the rounding gives one common scale (0: all); scales are kept per row whatever it is. ``super_group``:
     columns whose scales share a float16 factor, the scales themselves being integers of ``sub_bits`` bits; 0: scales are floats.
+
+    ``activations``: what the layer's inputs are rounded to, with a scale for each token, where the target has kernels for it:
+    ``"int8"`` or ``"fp8_e4m3"``; empty: the target's own habit.
     """
 
     name: str
@@ -66,6 +70,7 @@ class Scheme:
     rows: int = 1
     super_group: int = 0
     sub_bits: int = 0
+    activations: str = ""
 
     def groups(self, k: int) -> int:
         """Scales in a row of ``k`` columns."""
@@ -197,7 +202,7 @@ _SHORT = {"nf4": "nf4_g64", "int8_row": "int8", **{f"int{b}{o}": f"int{b}{o}_g32
 _PATTERN = re.compile(
     r"(?:int(?P<bits>[2-8])(?P<offset>[zp]?)|(?P<nf4>nf4))(?:_g(?P<group>\d+)|(?P<row>_row))?(?:_(?P<scale>f16|bf16|f32))?"
     r"|(?P<fp8>fp8_e4m3)(?:_(?P<span>t|b128))?"
-    r"|(?P<mxfp4>mxfp4)"
+    r"|(?P<mxfp4>mxfp4)|(?P<w8a8>w8a8(?:_fp8)?)"
 )
 _OFFSETS = {"": "none", "z": "minimum", "p": "zero_point"}
 _DTYPES = {None: "float16", "f16": "float16", "bf16": "bfloat16", "f32": "float32"}
@@ -213,6 +218,8 @@ EXAMPLES = (
     "fp8_e4m3_b128",
     "mxfp4",
     "nf4",
+    "w8a8",
+    "w8a8_fp8",
 )
 
 
@@ -230,6 +237,9 @@ def scheme(name: str) -> Scheme:
     if found["fp8"]:
         group, rows = {None: (0, 1), "t": (0, 0), "b128": (128, 128)}[found["span"]]
         return Scheme(full, "fp8_e4m3", 8, group, "none", "float32", rows)
+    if found["w8a8"]:
+        whole = scheme("fp8_e4m3" if full.endswith("fp8") else "int8")
+        return replace(whole, name=full, activations="fp8_e4m3" if full.endswith("fp8") else "int8")
     if found["mxfp4"]:
         return Scheme(full, "fp4_e2m1", 4, 32, "none", "bfloat16")
     group = int(found["group"] or 0)

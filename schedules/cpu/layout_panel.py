@@ -30,6 +30,7 @@ from llmc.schedules.cpu import two_level
 from llmc.schedules.protocol import TensorSpec
 
 NAME = "cpu.panel16"
+ACTIVATIONS: tuple[str, ...] = ("int8",)
 ROWS = 16
 BLOCK = 32
 QUADS = BLOCK // 4

@@ -15,6 +15,7 @@ from llmc.passes.quantize.scheme import QuantizedTensor, Scheme
 from llmc.schedules.protocol import TensorSpec
 
 NAME = "cpu.plain"
+ACTIVATIONS: tuple[str, ...] = ()
 BLOCK = 32
 """Columns whose halves share bytes."""
 

@@ -29,6 +29,7 @@ from llmc.passes.quantize.scheme import QuantizedTensor, Scheme
 from llmc.schedules.protocol import TensorSpec
 
 NAME = "cuda.mma"
+ACTIVATIONS: tuple[str, ...] = ()
 ROWS = 16
 BLOCK = 128
 LANES = 32

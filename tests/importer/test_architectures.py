@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from llmc.dialect import interpreter
 from llmc.errors import ModelError, UnsupportedError
 from llmc.importer.model import ImportedModel, import_model
 from llmc.importer.resolve import resolve
-from tests.support import interpreter
 from tests.support.tiny_models import MODELS, VOCAB
 
 LENGTHS = (2, 19)  # 19 exceeds every window of the tiny models

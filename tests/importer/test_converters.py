@@ -10,11 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llmc.dialect import interpreter
 from llmc.importer.aten import CONVERTERS, convert
 from llmc.importer.export import _functional
 from llmc.importer.params import Constant, ParamTable
 from llmc.importer.walker import Walker
-from tests.support import interpreter
 
 WIDTH, VOCAB, LENGTH = 12, 31, 7
 Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

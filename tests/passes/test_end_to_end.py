@@ -14,11 +14,12 @@ import tvm
 from tvm import relax
 
 from llmc import targets
+from llmc.dialect import interpreter
 from llmc.importer.params import Constant, Param, ParamTable
 from llmc.kv_layout import page_dtype
 from llmc.passes.pipeline import PASSES, Lowered, Options, lower
 from tests.kernels.harness import DTYPES
-from tests.support import graphs, interpreter
+from tests.support import graphs
 from tests.support.stepper import Stepper, mixed_schedule, page_shapes
 
 TARGET = targets.parse("cpu")

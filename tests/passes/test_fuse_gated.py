@@ -8,6 +8,7 @@ import pytest
 from tvm.relax import op
 
 from llmc.dialect.core import attrs_of
+from llmc.dialect.interpreter import OPS
 from llmc.dialect.linear import linear, reference
 from llmc.dialect.quantized import quantized_linear
 from llmc.passes.fuse_gated import fuse_gated
@@ -15,7 +16,6 @@ from llmc.passes.merge_projections import merge_projections
 from llmc.passes.shapes import dims, take_slice
 from llmc.passes.widen import widen
 from tests.passes.test_patterns import Case
-from tests.support.interpreter import OPS
 
 
 def fuse(graph: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from llmc.dialect import interpreter
 from llmc.manifest import KvLayer
 from llmc.passes.fuse_append import fuse_append
 from llmc.passes.fuse_epilogue import fuse_bias, fuse_epilogue
@@ -24,7 +25,7 @@ from llmc.passes.simplify import simplify
 from llmc.passes.sink_permutes import sink_permutes
 from llmc.passes.verify_dialect import Verifier
 from llmc.targets import parse
-from tests.support import graphs, interpreter
+from tests.support import graphs
 from tests.support.stepper import Stepper, mixed_schedule, page_shapes
 
 Pass = Callable[[Graph, graphs.Built], None]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tests.support import graphs, interpreter
+from llmc.dialect import interpreter
+from tests.support import graphs
 
 
 def _torch_forward(built: graphs.Built, ids: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ import pytest
 from tvm import relax, tirx
 from tvm.relax import TensorType, op
 
+from llmc.dialect.interpreter import Interpreter
 from llmc.dialect.linear import linear
 from llmc.dialect.norm import rms_norm
 from llmc.importer.params import Constant, ParamTable
@@ -26,7 +27,6 @@ from llmc.passes.simplify import simplify
 from llmc.passes.sink_permutes import sink_permutes
 from llmc.passes.verify_dialect import Verifier
 from tests.support.graphs import stored
-from tests.support.interpreter import Interpreter
 
 N = 5
 

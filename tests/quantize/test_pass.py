@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llmc import targets
+from llmc.dialect import interpreter
 from llmc.errors import UsageError
 from llmc.importer.params import DTYPES, Constant, Param, ParamTable
 from llmc.passes.paged_attention import paged_attention
@@ -22,7 +23,7 @@ from llmc.passes.quantize.scheme import scheme
 from llmc.passes.rewrite import op_name
 from tests.passes.test_end_to_end import OPTIONS, TARGET, Machine
 from tests.passes.test_graph_passes import optimised
-from tests.support import graphs, interpreter
+from tests.support import graphs
 from tests.support.stepper import Stepper, mixed_schedule
 
 

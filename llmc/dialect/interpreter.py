@@ -1,8 +1,10 @@
-"""A NumPy interpreter of flat graphs, in float64: the independent reference that passes and importers are checked against.
+"""A NumPy interpreter of flat graphs: the independent reference that passes and importers are checked against.
 
 Every float is float64 and every integer int64, so what a pass may change is only the order of operations. Relax operators go
 through the table ``OPS``, dialect operators through their references. In-place state: ``llmc.append`` returns a new array, and
-:func:`run` returns the last pages of every page parameter.
+``pages`` holds the last pages of every page parameter.
+
+Calibration (:mod:`llmc.passes.quantize.forward`) runs graphs with it too, in float32.
 """
 
 from __future__ import annotations
@@ -36,12 +38,12 @@ def _erf(x: np.ndarray) -> np.ndarray:
     return np.vectorize(erf, otypes=[np.float64])(x)
 
 
-def _cast(x: Any, dtype: str) -> np.ndarray:
+def _cast(x: Any, dtype: str, floats: type = np.float64) -> np.ndarray:
     if dtype == "bool":
         return np.asarray(x).astype(np.bool_)
     if dtype.startswith(("int", "uint")):
         return np.trunc(x).astype(np.int64) if np.asarray(x).dtype.kind == "f" else np.asarray(x).astype(np.int64)
-    return np.asarray(x).astype(np.float64)
+    return np.asarray(x).astype(floats, copy=False)
 
 
 def _axes(attr: Any) -> tuple[int, ...] | None:
@@ -184,7 +186,7 @@ OPS: Table = {
     "relax.scatter_elements": _scatter_elements, "relax.scatter_nd": _scatter_nd,
     "relax.repeat": lambda a, x: np.repeat(x, int(a.repeats), axis=None if a.axis is None else int(a.axis)),
     "relax.tile": lambda a, x: np.tile(x, _axes(a.repeats) or ()), "relax.flip": lambda a, x: np.flip(x, int(a.axis)),
-    "relax.astype": lambda a, x: _cast(x, str(a.dtype)), "relax.one_hot": _one_hot,
+    "relax.one_hot": _one_hot,
     "relax.topk": _topk, "relax.sort": _sort, "relax.argsort": _argsort,
     "relax.nn.pad": _pad,
     "relax.tril": _pure(np.tril), "relax.triu": _pure(np.triu),
@@ -241,6 +243,9 @@ def evaluate(expr: Any, symbols: Mapping[Any, int]) -> int:
 class Interpreter:
     """Runs one Relax function of dataflow bindings; ``values`` holds every variable's array afterwards."""
 
+    FLOATS: type = np.float64
+    """What floats of every width are computed in."""
+
     def __init__(self, function: relax.Function) -> None:
         self.function = function
         self.values: dict[Any, Any] = {}
@@ -263,6 +268,10 @@ class Interpreter:
                 self._track_pages(binding.var, binding.value)
         return self._eval(self.function.body.body)
 
+    def cast(self, x: Any, dtype: str) -> np.ndarray:
+        """``x`` as a value of ``dtype``, in the width that this interpreter computes in."""
+        return _cast(x, dtype, self.FLOATS)
+
     def _bind_symbols(self, var: Any, value: np.ndarray) -> None:
         for dim, size in zip(var.ty.shape, value.shape, strict=True):
             if isinstance(dim, tirx.Var) and self.symbols.setdefault(dim, size) != size:
@@ -272,7 +281,7 @@ class Interpreter:
         expected = tuple(evaluate(d, self.symbols) for d in var.ty.shape)
         if expected != value.shape:
             raise ValueError(f"{var.name}: expected {expected}, found {value.shape}")
-        self.values[var] = _cast(value, str(var.ty.dtype))
+        self.values[var] = self.cast(value, str(var.ty.dtype))
         self._page_of[var] = var.name
 
     def _track_pages(self, var: Any, value: Any) -> None:
@@ -296,7 +305,7 @@ class Interpreter:
 
     def _eval(self, expr: Any) -> Any:
         if isinstance(expr, GenericConst):
-            return _cast(expr.value.numpy() if hasattr(expr.value, "numpy") else expr.value, str(expr.ty.dtype))
+            return self.cast(expr.value.numpy() if hasattr(expr.value, "numpy") else expr.value, str(expr.ty.dtype))
         if isinstance(expr, relax.ShapeExpr):
             return tuple(evaluate(d, self.symbols) for d in expr)
         if isinstance(expr, tirx.IntImm | tirx.FloatImm):
@@ -314,11 +323,13 @@ class Interpreter:
         args = [self._eval(a) for a in call.args]
         if name.startswith("llmc."):
             return OPS[name](*args, **attrs_of(call))
+        if name == "relax.astype":
+            return self.cast(args[0], str(call.attrs.dtype))
         if name == "relax.arange":
-            return _cast(np.arange(*args), str(call.attrs.dtype))
+            return self.cast(np.arange(*args), str(call.attrs.dtype))
         if name in ("relax.full", "relax.zeros", "relax.ones"):
             fill = {"relax.zeros": 0, "relax.ones": 1}.get(name)
-            return np.full(args[0], args[1] if fill is None else fill, np.float64 if fill is not None else None)
+            return np.full(args[0], args[1] if fill is None else fill, self.FLOATS if fill is not None else None)
         if name not in OPS:
             raise KeyError(f"the interpreter has no {name}")
         return OPS[name](call.attrs, *args)

@@ -1,0 +1,218 @@
+"""Quantizing by what layers see: the graph runs over calibration text, and a method rounds each matrix as its turn comes.
+
+before::                                             after (AWQ, SmoothQuant)::
+
+    x = llmc.rms_norm(h, g)                              x = llmc.rms_norm(h, g / s)
+    q, k, v = llmc.linear(x, wq), ...                    q, k, v = llmc.linear(x, Q(wq · s)), ...
+    y = llmc.linear(multiply(a, u), w)                   y = llmc.linear(multiply(a, u / t), Q(w · t))   # in u's rows
+    z = llmc.linear(o, w)                                z = llmc.linear(multiply(o, 1 / r), Q(w · r))
+
+GPTQ changes no operator. Each layer there sees what the quantized layers before it leave, so that it can make up for them too; AWQ
+looks at the model as it was, as its authors do. AWQ's scales go into the norm or the linear layer before where nothing else reads
+its result; elsewhere the division is an operator of its own, if that gains enough.
+
+SmoothQuant puts its scales where AWQ does, but never adds an operator. It is for 8 bits, where activations are rounded too; AWQ and
+GPTQ are for fewer. What one linear layer reads is quantized so; other matrices are rounded to nearest.
+The codes go to files at once: memory is that of :mod:`.forward`, one matrix, and a few k × k matrices of moments.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tvm import relax
+
+from llmc.dialect.core import attrs_of
+from llmc.importer.finite import check_finite
+from llmc.importer.params import Param, ParamTable
+from llmc.passes.quantize.awq import awq, search
+from llmc.passes.quantize.fold_scales import Folds
+from llmc.passes.quantize.forward import Forward, Progress, linear, tensor
+from llmc.passes.quantize.gptq import gptq
+from llmc.passes.quantize.native import native_scheme
+from llmc.passes.quantize.packed import relative_error
+from llmc.passes.quantize.round_to_nearest import quantize
+from llmc.passes.quantize.rounded import Rounded, save
+from llmc.passes.quantize.scheme import QuantizedTensor, Scheme, scheme
+from llmc.passes.quantize.smoothquant import smooth
+from llmc.passes.rewrite import Graph, op_name
+from llmc.schedules import layouts
+from llmc.targets.base import Target
+
+WORTH_AN_OPERATOR = 0.9
+"""AWQ divides x by an operator of its own if the squared error falls below this part of what it is without."""
+
+
+@dataclass
+class Calibration:
+    """``windows``: token ids [windows, length]. ``folder`` takes the codes, and must be there until they have been read."""
+
+    windows: np.ndarray
+    folder: Path
+    progress: Progress = lambda *_: None
+    files: int = 0
+
+    def keep(self, param: Param, method: str, exact: np.ndarray, tensor: QuantizedTensor) -> None:
+        """Let ``param`` be ``tensor`` from now on, the rounded form of ``exact``."""
+        path = self.folder / f"{self.files}.npz"
+        self.files += 1
+        save(path, tensor)
+        param.source = Rounded(param.source, tensor.scheme.name, method, path, relative_error(exact, tensor))
+
+
+@dataclass
+class _Layers:
+    """Linear layers that read the same x, each with its weight's parameter."""
+
+    members: list[tuple[relax.Var, relax.Call]] = field(default_factory=list)
+    scales: np.ndarray | None = None
+
+
+def calibrate(graph: Graph, params: ParamTable, method: str, target: Target, calibration: Calibration) -> None:
+    """Give every matrix of ``graph`` that is to be quantized, and is worth it, the codes that ``method`` finds."""
+    layers = _layers(graph, params, method, target)
+    if not layers:
+        return
+    work = METHODS[method](layers, params, calibration)
+    run = Forward(graph, params, calibration.windows)
+    last = max(i for i, (_, value) in enumerate(graph.bindings) if work.concerns(value))
+    run.visit(work.visit, lambda done, total, what: calibration.progress(done, total, f"{method} {what}"), last + 1)
+    work.finish(graph)
+
+
+def _layers(graph: Graph, params: ParamTable, method: str, target: Target) -> dict[relax.Var, _Layers]:
+    """The layers to quantize, by what they read, in the order of the graph."""
+    uses, weights = graph.uses(), set(graph.params[graph.inputs :])
+    found: dict[relax.Var, _Layers] = {}
+    for var, value in graph.bindings:
+        if op_name(value) != "llmc.linear" or value.args[1] not in weights or uses[value.args[1]] != 1:
+            continue
+        param = params[value.args[1].name]
+        if param.scheme and _is_worth_it(param, method, target):
+            found.setdefault(value.args[0], _Layers()).members.append((var, value))
+    return found
+
+
+def _is_worth_it(param: Param, method: str, target: Target) -> bool:
+    """Whether ``method`` can gain on ``param``: bits that are few, or 8 with activations rounded too; a layout that stores them;
+    and no codes of its own."""
+    how, held = scheme(param.scheme), native_scheme(param.source)
+    if (how.bits >= 8) != (method == "smoothquant") or how.super_group or (held and how in (scheme(held), scheme(held).flat())):
+        return False
+    return layouts.choose(how, param.shape[0], param.shape[1], target)[0] is not None
+
+
+class _Method(ABC):
+    """What methods share: the moments of a layer's inputs, kept while the next layers read the same x."""
+
+    def __init__(self, layers: dict[relax.Var, _Layers], params: ParamTable, calibration: Calibration) -> None:
+        self.layers = layers
+        self.params = params
+        self.calibration = calibration
+        self._latest: tuple[Any, np.ndarray] | None = None
+
+    @abstractmethod
+    def visit(self, run: Forward, var: relax.Var, value: Any) -> np.ndarray | None:
+        """Quantize the matrix of a layer when its turn comes; the layer's result for the layers after it."""
+
+    @abstractmethod
+    def finish(self, graph: Graph) -> None:
+        """Change the graph, if the method does, once all matrices are done."""
+
+    def concerns(self, value: Any) -> bool:
+        group = self.layers.get(value.args[0]) if op_name(value) == "llmc.linear" else None
+        return group is not None and any(call.same_as(value) for _, call in group.members)
+
+    def moments(self, run: Forward, x: relax.Var) -> np.ndarray:
+        """Σ x xᵀ over all tokens, float32 [k, k]."""
+        if self._latest is None or not self._latest[0].same_as(x):
+            rows = tensor(run.value(x))
+            self._latest = (x, (rows.T @ rows).numpy())
+        return self._latest[1]
+
+    def weight(self, call: relax.Call) -> tuple[Param, Scheme, np.ndarray]:
+        param = self.params[call.args[1].name]
+        exact = param.source.read()
+        check_finite(exact, param.source)
+        return param, scheme(param.scheme), exact.astype(np.float32)
+
+
+class _Gptq(_Method):
+    def visit(self, run: Forward, var: relax.Var, value: Any) -> np.ndarray | None:
+        if not self.concerns(value):
+            return None
+        param, how, exact = self.weight(value)
+        rounded = gptq(exact, self.moments(run, value.args[0]), how)
+        self.calibration.keep(param, "gptq", exact, rounded)
+        bias = run.value(value.args[2]) if attrs_of(value)["bias"] else None
+        return linear(run.value(value.args[0]), rounded.dequantize(), bias)
+
+    def finish(self, graph: Graph) -> None:
+        """Nothing is left to do: the graph stays as it was."""
+
+
+class _Scaling(_Method):
+    """Methods that scale input channels: the model's exact results go on to the layers after."""
+
+    NAME: str
+
+    def __init__(self, layers: dict[relax.Var, _Layers], params: ParamTable, calibration: Calibration) -> None:
+        super().__init__(layers, params, calibration)
+        self.folds: Folds | None = None
+
+    def visit(self, run: Forward, var: relax.Var, value: Any) -> np.ndarray | None:
+        if not self.concerns(value):
+            return None
+        x = value.args[0]
+        group = self.layers[x]
+        self.folds = self.folds or Folds(run.graph, self.params)
+        if group.scales is None:
+            readers = [v for v, _ in group.members]
+            weights = [(exact, how) for _, how, exact in (self.weight(call) for _, call in group.members)]
+            group.scales = self.scales(run, x, weights, self.folds.costs_an_operator(x, readers))
+            self.folds.divide(x, readers, group.scales)
+        param, how, exact = self.weight(value)
+        self.calibration.keep(param, self.NAME, exact * group.scales, self.rounded(run, x, exact, group.scales, how))
+        bias = run.value(value.args[2]) if attrs_of(value)["bias"] else None
+        return linear(run.value(x), exact, bias)
+
+    @abstractmethod
+    def scales(self, run: Forward, x: relax.Var, weights: list[tuple[np.ndarray, Scheme]], costly: bool) -> np.ndarray:
+        """The scales of x's channels, float32 [k]; ``costly``: dividing x by them takes an operator."""
+
+    @abstractmethod
+    def rounded(self, run: Forward, x: relax.Var, exact: np.ndarray, scales: np.ndarray, how: Scheme) -> QuantizedTensor:
+        """``exact`` · diag(scales) in a scheme."""
+
+    def finish(self, graph: Graph) -> None:
+        if self.folds is not None:
+            self.folds.insert(graph)
+
+
+class _Awq(_Scaling):
+    NAME = "awq"
+
+    def scales(self, run: Forward, x: relax.Var, weights: list[tuple[np.ndarray, Scheme]], costly: bool) -> np.ndarray:
+        found, gain = search(weights, self.moments(run, x))
+        return np.ones_like(found) if costly and gain > WORTH_AN_OPERATOR else found
+
+    def rounded(self, run: Forward, x: relax.Var, exact: np.ndarray, scales: np.ndarray, how: Scheme) -> QuantizedTensor:
+        return awq(exact, scales, self.moments(run, x), how)
+
+
+class _SmoothQuant(_Scaling):
+    NAME = "smoothquant"
+
+    def scales(self, run: Forward, x: relax.Var, weights: list[tuple[np.ndarray, Scheme]], costly: bool) -> np.ndarray:
+        largest = np.abs(run.value(x)).max(axis=0)
+        return np.ones_like(largest) if costly else smooth([exact for exact, _ in weights], largest)
+
+    def rounded(self, run: Forward, x: relax.Var, exact: np.ndarray, scales: np.ndarray, how: Scheme) -> QuantizedTensor:
+        return quantize(exact * scales, how)
+
+
+METHODS: dict[str, type[_Method]] = {"gptq": _Gptq, "awq": _Awq, "smoothquant": _SmoothQuant}

@@ -5,9 +5,9 @@
     python benchmarks/tuning.py quality RESULTS.jsonl          how much of the best a search finds in a tenth of a space
     python benchmarks/tuning.py gains RESULTS.jsonl            the best of every kernel beside its default
 
-``pack`` holds the whole space of five kernels, cut where :data:`FIXED` says, and a spread of the others. Kernels are compiled from
-the sources as they are on disk: let nobody edit them meanwhile. ``quality`` replays searches against those times: a search asks
-for the times of a batch of configurations, as it would of a device.
+``pack`` holds the whole space of each kernel, or a spread of one with more than :data:`MOST` configurations. Kernels are compiled
+from the sources as they are on disk: let nobody edit them meanwhile. ``quality`` replays searches against those times: a search
+asks for the times of a batch of configurations, as it would of a device.
 """
 
 from __future__ import annotations
@@ -27,41 +27,41 @@ import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 
 # isort: split
 from llmc import compiler, targets
-from llmc.schedules.records import Record, Records, config_text, machine_class, slowdowns
+from llmc.schedules.parts import spaces
+from llmc.schedules.records import Record, Records, axes, config_text, machine_class, slowdowns
 from llmc.tune.build import family_named
 from llmc.tune.cost_model import CostModel
 from llmc.tune.search import Config, enumerate_space, propose, unlike
 from llmc.tune.task import Task, tasks_of
 
 TARGET = "cuda:sm_90a"
-WHOLE = ("gemv_6144x4096", "gemv_4096x4096", "gemv_28672x4096", "gemv_4096x14336", "gemv_16384x2048")
-FIXED: dict[str, list[Any]] = {"columns": [8], "min_blocks": [0, 2], "dependent_launch": [True]}
-"""Values that the spaces are cut to, so that all of five fit one folder: for up to 8 rows more columns only cost."""
+MODELS = ("8b", "1b")
+MOST = 32
+"""Configurations of a kernel that are packed: all of a part's space, a spread of a larger one."""
 
-SPREAD = 12
-"""Configurations of a kernel whose space is not packed whole."""
-
-WHOLE_AT_LEAST = 60
-"""Configurations from which on a kernel counts as packed whole."""
+WHOLE_AT_LEAST = 8
+"""Configurations from which on the search of a kernel is replayed."""
 
 SEEDS = 4
 
 
-def pack(folder: Path, kernels: str = "*") -> None:
-    """Compile the candidates of both models, of the kernels that the pattern fits."""
-    from cuda_smoke import MODELS, write_model
+def pack(folder: Path, kernels: str, parts: Sequence[str], quant: str | None) -> None:
+    """Compile the candidates of both models, of the kernels that the pattern fits and the ranges of rows in ``parts``."""
+    from cuda_smoke import MODELS as SIZES
+    from cuda_smoke import write_model
 
     from llmc.tune import pack as packing
     from llmc.tune.tuner import versions
 
     target, rng = targets.parse(TARGET), random.Random(0)
     found: dict[Any, Task] = {}
-    for name in ("8b", "1b"):
+    for name in MODELS:
         with tempfile.TemporaryDirectory() as source:
-            write_model(Path(source) / name, MODELS[name], zeros=True)
-            choices = compiler.kernels(str(Path(source) / name), target=TARGET, dtype="bfloat16", max_batch=16)
+            write_model(Path(source) / name, SIZES[name], zeros=True)
+            choices = compiler.kernels(str(Path(source) / name), target=TARGET, dtype="bfloat16", quant=quant, max_batch=16)
         for task in tasks_of(choices, target, kernels):
-            found.setdefault(task.call, task)
+            if not parts or task.part in parts:
+                found.setdefault((task.call, task.part), task)
     problems = packing.write(
         folder, target, [(task, _candidates(task, rng)) for task in found.values()], versions(),
         lambda done, total, what: print(f"{done} of {total}: {what}", flush=True),
@@ -71,15 +71,12 @@ def pack(folder: Path, kernels: str = "*") -> None:
 
 def _candidates(task: Task, rng: random.Random) -> list[Config]:
     """The default first."""
-    cut = {axis: [v for v in values if axis not in FIXED or v in FIXED[axis]] for axis, values in task.space.items()}
-    everything = enumerate_space(cut, rng)
-    if len(everything) <= SPREAD or task.label.startswith(WHOLE):
-        return everything
-    return [task.default, *unlike(everything, [task.default], SPREAD, rng)]
+    everything = enumerate_space(task.space, rng)
+    return everything if len(everything) <= MOST else [task.default, *unlike(everything, [task.default], MOST, rng)]
 
 
 def _load(path: Path) -> tuple[dict[Any, list[Record]], Any]:
-    """The records of a file (``.jsonl``, or ``.jsonl.xz``) by family and call, and the target."""
+    """The records of a file (``.jsonl``, or ``.jsonl.xz``) by family, call and axes, and the target."""
     records = Records()
     if path.suffix == ".xz":
         with tempfile.TemporaryDirectory() as folder:
@@ -92,10 +89,15 @@ def _load(path: Path) -> tuple[dict[Any, list[Record]], Any]:
     by_call: dict[Any, list[Record]] = {}
     for name in sorted(families):
         for r in records.of_family(family_named(name, target), machine_class(target)):
-            by_call.setdefault((r.family, r.call), []).append(r)
+            by_call.setdefault((r.family, r.call, axes(r.config)), []).append(r)
     for note in records.notes:
         print(note, file=sys.stderr)
     return by_call, target
+
+
+def _space(family: Any, record: Record, target: Any) -> dict[str, list[Any]]:
+    """The space that a record's configuration is from."""
+    return next(s for s in spaces(family, record.call, target) if s.keys() == axes(record.config))
 
 
 def search_loss(
@@ -111,7 +113,7 @@ def search_loss(
     for r in records:
         by_config.setdefault(r.config, []).append(r)
     rng = random.Random(seed)
-    space = family.space(call, target)
+    space = _space(family, records[0], target)
     everything = [c for c in enumerate_space(space, rng) if config_text(c) in by_config]
     default = {axis: values[0] for axis, values in space.items()}
     if not learn:
@@ -127,25 +129,31 @@ def search_loss(
     return min(times.get(config_text(c), float("inf")) for c in tried)
 
 
+def _title(name: str, call: Any, part: frozenset[str]) -> str:
+    """The kernel for people; of a family with parts, which."""
+    shape = [int(call.attr("o")), int(call.attr("k"))] if call.attr("o") else list(call.args[1].shape)
+    return f"{name} {shape}" + (f" n={next(iter(part))}" if len(part) == 1 else "")
+
+
 def quality(path: Path) -> None:
     """A table: for every space packed whole, how much of the best speed searches find in a tenth and a fifth of the trials."""
     by_call, target = _load(path)
     print("| kernel | space | default | trials | random | cost model | cost model, other shapes known |")
     print("|---|---:|---:|---:|---:|---:|---:|")
-    for (name, call), records in by_call.items():
+    for (name, call, part), records in by_call.items():
         family = family_named(name, target)
         times = slowdowns(records)
         if len(times) < WHOLE_AT_LEAST:
             continue
-        others = [r for (n, c), rs in by_call.items() if n == name and c != call for r in rs]
-        default = config_text({axis: values[0] for axis, values in family.space(call, target).items()})
+        others = [r for (n, c, _), rs in by_call.items() if n == name and c != call for r in rs]
+        default = config_text({axis: values[0] for axis, values in _space(family, records[0], target).items()})
         first = f"{math.exp(-times[default]):.1%}" if default in times else "failed"
-        for trials in (len(times) // 10, len(times) // 5):
+        for trials in sorted({max(2, round(len(times) / share)) for share in (10, 5)}):
             shares = []
             for known, learn in (([], False), ([], True), (others, True)):
                 losses = [search_loss(records, known, family, target, trials, learn, seed) for seed in range(SEEDS)]
                 shares.append(f"{math.exp(-statistics.mean(losses)):.1%} (worst {math.exp(-max(losses)):.1%})")
-            print(f"| {name} {list(call.args[1].shape)} | {len(times)} | {first} | {trials} | {' | '.join(shares)} |", flush=True)
+            print(f"| {_title(name, call, part)} | {len(times)} | {first} | {trials} | {' | '.join(shares)} |", flush=True)
 
 
 def gains(path: Path) -> None:
@@ -154,13 +162,13 @@ def gains(path: Path) -> None:
     logs: list[float] = []
     print("| kernel | sizes | default, us | best, us | gain | configuration |")
     print("|---|---|---:|---:|---:|---|")
-    for (name, call), records in by_call.items():
+    for (name, call, part), records in by_call.items():
         family = family_named(name, target)
         scores = slowdowns(records)
         if not scores:
             continue
         best = min(scores, key=lambda text: (scores[text], text))
-        default = config_text({axis: values[0] for axis, values in family.space(call, target).items()})
+        default = config_text({axis: values[0] for axis, values in _space(family, records[0], target).items()})
         seconds = {(r.config, r.symbols): r.seconds for r in records if r.seconds is not None}
         logs.append(scores.get(default, 0.0))
         for symbols in sorted({r.symbols for r in records}):
@@ -168,8 +176,7 @@ def gains(path: Path) -> None:
             if a is None:
                 continue
             sizes = " ".join(f"{k}={v}" for k, v in symbols if k in ("n", "b", "context"))
-            shape = list(call.args[1].shape)
-            print(f"| {name} {shape} | {sizes} | {a * 1e6:.2f} | {b * 1e6:.2f} | {a / b:.3f} | {best} |")
+            print(f"| {_title(name, call, part)} | {sizes} | {a * 1e6:.2f} | {b * 1e6:.2f} | {a / b:.3f} | {best} |")
     print(f"\nGeometric mean of the gains over {len(logs)} kernels: {math.exp(statistics.mean(logs)):.3f}")
 
 
@@ -178,9 +185,11 @@ def main() -> None:
     parser.add_argument("action", choices=["pack", "quality", "gains"])
     parser.add_argument("path", type=Path)
     parser.add_argument("--kernels", default="*", help="pack: only kernels that this pattern fits")
+    parser.add_argument("--parts", nargs="*", default=[], help="pack: only these ranges of rows, such as 1-8 (default: all)")
+    parser.add_argument("--quant", help="pack: the scheme of the models' weights (default: bfloat16)")
     options = parser.parse_args()
     if options.action == "pack":
-        pack(options.path, options.kernels)
+        pack(options.path, options.kernels, options.parts, options.quant)
     else:
         {"quality": quality, "gains": gains}[options.action](options.path)
 

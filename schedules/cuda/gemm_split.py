@@ -7,8 +7,7 @@ higher than there are rows. ``split`` blocks of a cluster share a tile, each wit
 them, since from a hundred rows on x is as much to bring from the L2 cache as the weights are.
 
 One warp copies 128-byte-swizzled tiles over mbarriers, the others multiply. Weights do not depend on the kernel before: with
-programmatic dependent launch the pipeline is full of them before ``griddepcontrol.wait``. Two blocks that fit a multiprocessor let
-the next kernel do so while this one still runs.
+programmatic dependent launch the pipeline is full of them before ``griddepcontrol.wait``.
 
 Gated (``silu_gated``): the first half of a weight tile is rows of the gate, the second the same rows of the up projection.
 
@@ -38,8 +37,8 @@ SHARED = {1: 224 << 10, 2: 110 << 10}
 TILES = [
     (128, 32, 2), (128, 32, 1), (128, 64, 2), (128, 64, 1), (128, 128, 1), (128, 128, 2), (128, 256, 1), (64, 64, 2), (256, 128, 1),
 ]  # fmt: skip
-LEAST_STEPS, LONG = 4, 128
-"""Steps of k that are worth a block of their own, and that keep a block busy long enough to have a multiprocessor for itself."""
+LEAST_STEPS = 4
+"""Steps of k that are worth a block of their own."""
 
 MOST_CLUSTER = 8
 MULTIPROCESSORS = gemm_hopper.MULTIPROCESSORS
@@ -85,19 +84,16 @@ Choice = tuple[tuple[int, int, int], int, int]
 
 
 def default(call: KernelCall, rows: int) -> Choice:
-    """``tile``, ``split`` and ``share`` for up to ``rows`` rows, as measured on an H200 at the shapes of an 8B model.
+    """``tile``, ``split`` and ``share`` for up to ``rows`` rows, as measured on an H200 in the layers of an 8B model.
 
-    A full GPU is not best: blocks of the next kernel that start on free multiprocessors fetch its weights meanwhile. What a
-    multiprocessor can take in limits how few blocks there may be: more with many rows, whose x comes on top of the weights.
+    A full GPU is not best: blocks of the next kernel that start on free multiprocessors fetch its weights meanwhile. Nor are two
+    blocks to a multiprocessor: they crowd on those that are free while the kernel before still runs.
     """
     high = next((r for r in (32, 64, 128) if rows <= r), 256)
-    count, steps = -(-int(call.args[1].shape[0]) // 128) * -(-rows // high), _k_steps(call)
-    if high > 64 or count >= MULTIPROCESSORS:
-        resident, most = 1, MULTIPROCESSORS * 3 // 4
-    else:
-        resident, most = (1, MULTIPROCESSORS // 2) if steps >= LONG else (2, MULTIPROCESSORS)
-    split = max((s for s in _splits(call) if s * count <= most and s * LEAST_STEPS <= steps), default=1)
-    return (128, high, resident), split, 2 if split == 1 and high > 64 and count > 1 else 1
+    count = -(-int(call.args[1].shape[0]) // 128) * -(-rows // high)
+    fitting = [s for s in _splits(call) if s * count <= MULTIPROCESSORS * 3 // 4 and s * LEAST_STEPS <= _k_steps(call)]
+    split = max(fitting, default=1)
+    return (128, high, 1), split, 2 if split == 1 and high > 64 and count > 1 else 1
 
 
 def candidates(call: KernelCall, rows: int) -> list[Choice]:

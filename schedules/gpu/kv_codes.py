@@ -13,8 +13,9 @@ from typing import Any
 from tvm import tirx
 
 from llmc.kv_layout import PageLayout
+from llmc.schedules.cpu.emit import words
 from llmc.schedules.gpu.emit import Team, bind, f32, i64, read, registers, store, when
-from llmc.schedules.kv_codes import decode, down, encode_e4m3, parameter, scale_of, upper_half
+from llmc.schedules.kv_codes import decode, down, encode_e4m3, scale_of
 from llmc.targets.base import GpuTarget
 
 Expr = Any
@@ -73,8 +74,10 @@ class Side:
         return [tirx.Cast("float32", (tirx.Cast("int32", pairs[i // 2]) >> (4 * (i % 2))) & 15) for i in range(lanes)]
 
     def _parameter(self, page: Expr, head: Expr, slot: Expr, index: Expr) -> Expr:
-        at = self.parameters + 2 * (slot * self.scheme.parameters(self.dim) + index)
-        return bind(parameter(read(self.pages, page, head, at, lanes=2)))
+        at = bind(self.parameters + 2 * (slot * self.scheme.parameters(self.dim) + index))
+        # Byte by byte: TVM takes a buffer whose every access is a vector for one of vectors, whatever their widths.
+        low, high = (tirx.Cast("uint32", read(self.pages, page, head, at + i)) for i in range(2))
+        return bind(tirx.reinterpret("float32", (low << words(16, 1)) | (high << words(24, 1))))
 
     def write(self, team: Team, threads: int, active: Expr, page: Expr, head: Expr, slot: Expr, load: Load) -> None:
         """Store a whole key or value if ``active``: one for each ``threads`` neighbours of the block, who all take part."""
@@ -123,8 +126,11 @@ class Side:
         return low, *scale_of(bind(largest(lambda x: x) - low), self.scheme)
 
     def _store_parameter(self, page: Expr, head: Expr, slot: Expr, index: Expr, value: Expr) -> None:
-        at = self.parameters + 2 * (slot * self.scheme.parameters(self.dim) + index)
-        store(self.pages, upper_half(value), page, head, at, lanes=2)
+        at = bind(self.parameters + 2 * (slot * self.scheme.parameters(self.dim) + index))
+        bits = bind(tirx.reinterpret("uint32", value))
+        for i in range(2):
+            byte = (bits >> words(16 + 8 * i, 1)) & words(0xFF, 1)
+            store(self.pages, tirx.Cast("uint8", byte), page, head, at + i)
 
     def _store_codes(
         self, page: Expr, head: Expr, slot: Expr, first: Expr, end: Expr, held: list[Expr], low: Expr | None, inverse: Expr

@@ -201,7 +201,8 @@ def build(call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
 
                     def key(start: Expr = start, values: list[Expr] = values) -> None:
                         if keys is not None:
-                            store_all(keys, values, own_key + start)
+                            for i, v in enumerate(values):  # one by one, as they are read: TVM wants one width for all accesses
+                                store(keys, v, own_key + start + i)
                             return
                         when(slot >= 0, lambda: store_all(pages, values, page, head - heads, offset * d + start))
 

@@ -1,6 +1,6 @@
 """A small model's speed on this CPU beside other engines, on the same weights, in one run.
 
-    python benchmarks/cpu.py MODEL.gguf --peers PYTHON [--quant SCHEME] [--work FOLDER] [--threads 2] [--rounds 5]
+    python benchmarks/cpu.py MODEL.gguf --peers PYTHON [--quant SCHEME [--method gptq]] [--work FOLDER] [--threads 2]
 
 Compiles MODEL.gguf with llmc twice, as it is and with every matrix in SCHEME, and runs every engine in turn, a fresh process each,
 round by round: what disturbs the machine disturbs all of them. ``PYTHON``: an interpreter that has llama-cpp-python,
@@ -125,7 +125,7 @@ def report(engines: list[Engine], limit: float, sizes: dict[str, int], arguments
         ratios = [f"{f} {ratio(ours.median(f), [p.median(f) for p in peers])}" for f in ("prefill", "decode")]
         lines.append(f"{ours.name} by the best peer: {', '.join(ratios)}.")
         lines.append("")
-    quant = f" --quant '{arguments.quant}'" if arguments.quant else ""
+    quant = f" --quant {arguments.quant} --method {arguments.method}" if arguments.quant else ""
     lines += [f"    python benchmarks/cpu.py {arguments.model.name} --peers PYTHON{quant} --threads {arguments.threads}", ""]
     return "\n".join(lines)
 
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--peers", required=True)
     parser.add_argument("--quant", default="", help="a scheme for every matrix, the output's too")
+    parser.add_argument("--method", default="rtn", help="how its matrices are rounded: rtn, awq, gptq")
     parser.add_argument("--work", type=Path, help="folder for what is built, kept")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
@@ -151,8 +152,8 @@ def main() -> None:
         artifact = compiled(arguments.model, work / "native")
         engines = [Engine("llmc", sys.executable, str(artifact))]
         if arguments.quant:
-            flags = ["--quant", arguments.quant, "--keep", f"lm_head={arguments.quant}"]
-            rounded = compiled(arguments.model, work / arguments.quant, *flags)
+            flags = ["--quant", arguments.quant, "--keep", f"lm_head={arguments.quant}", "--method", arguments.method]
+            rounded = compiled(arguments.model, work / f"{arguments.quant}-{arguments.method}", *flags)
             engines.append(Engine(f"llmc {arguments.quant}", sys.executable, str(rounded)))
         sizes = {e.name: weight_bytes(Path(e.model)) for e in engines}
         prompt = work / "prompt.json"

@@ -151,8 +151,13 @@ def export(executable: Any, target: Target, path: str) -> None:
     executable.export_library(path, fcompile=linker(target))
 
 
+_ALIASES = {"apple-m1": "apple-a14", "apple-m2": "apple-a15", "apple-m3": "apple-a16"}
+"""Names that LLVM takes and does not list, with the processors whose cores those have."""
+
+
 def _cpus(triple: str) -> set[str]:
-    return {str(name) for name in codegen.llvm_get_cpu_archlist(tvm.target.Target({"kind": "llvm", "mtriple": triple}))}
+    listed = {str(name) for name in codegen.llvm_get_cpu_archlist(tvm.target.Target({"kind": "llvm", "mtriple": triple}))}
+    return listed | {alias for alias, name in _ALIASES.items() if name in listed}
 
 
 def _features(triple: str, mcpu: str) -> set[str]:

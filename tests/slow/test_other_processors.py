@@ -19,6 +19,7 @@ COUNT = 8
 
 # Slow: an emulated processor.
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_smollm2_on_an_emulated_aarch64(smollm2_gguf: Path, tmp_path: Path) -> None:
     """Cross-compiled, packaged with the libraries of TVM's wheel, its C example built by zig: the tokens of this machine's variant.
 

@@ -28,6 +28,7 @@ def compiled(model: Path, folder: Path, seed: str, *targets: str) -> dict[str, b
 
 # Slow: eight targets twice, and two of them alone.
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_two_compiles_give_the_same_bytes(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     model = tiny_model_dir("llama")
     first = compiled(model, tmp_path / "first", "1", *TARGETS)

@@ -3,7 +3,7 @@
 =============  =========================  =========================================================================
 rows           kernel                     why
 =============  =========================  =========================================================================
-1-8            ``ring_gemv``              mma with the weights as the wide operand, where a multiprocessor has several tiles
+1-8            ``ring_gemv``              mma with the weights as the wide operand, where there are many of them
 1-8, 9-16      ``gemv``                   the same with more, smaller blocks
 17-32,-64,-128 ``gemm_split``             wgmma over tiles as high as there are rows; k split over a cluster
 129-256        either                     ``gemm_split`` where too few tiles for the GPU want k split

@@ -9,10 +9,10 @@ ring fills before ``griddepcontrol.wait``.
 Tiles are dealt out beforehand, so no two blocks of a kernel may share a multiprocessor: they would get one's bandwidth, and all
 would wait for them (twice the time, measured). The ring is larger than half the shared memory for that reason.
 
-On an H200, in the layers of an 8B model: 2 to 4 % faster than :mod:`.gemv` from three tiles a multiprocessor on (qkv, gate and up),
-slower where there are fewer. What lost: clusters that split a long k (places for clusters of 4 or 8 run short), 176 KB in flight
-(15 % slower than 112), rings small enough for two kernels to be resident, a later ``launch_dependents`` (no difference), and
-256-byte requests to memory, which cost 6 %.
+On an H200, in the layers of 8B and 1B models, next to :mod:`.gemv`: 1 to 14 % faster from 32 MB of weights on, 15 % slower at 8 to
+12 MB. What lost: clusters that split a long k (places for clusters of 4 or 8 run short), 176 KB in flight (15 % slower than 112),
+rings small enough for two kernels to be resident, a later ``launch_dependents`` (no difference), and requests of 256 bytes to
+memory (6 % slower).
 
 The order of additions behind an output element does not depend on n.
 """
@@ -25,6 +25,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from llmc.schedules.cuda import gemv, gemv_finish, hopper, linear_call
+from llmc.schedules.cuda.emit import WIDTH
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 
@@ -39,8 +40,8 @@ X_REGISTERS = 64
 """Most registers of a lane for its share of x."""
 
 RING_BYTES = 128 << 10
-FEW_TILES = 2
-"""A multiprocessor's tiles up to which :mod:`.gemv` was faster."""
+WORTH = 32 << 20
+"""Bytes of weights from which on :mod:`.gemv` was no faster: twice what the rings hold."""
 
 LOAD_X = "ld.global.v4.b32"
 LOAD_SHARED = "ld.shared.v4.b32"
@@ -95,9 +96,9 @@ def splits(call: KernelCall, columns: int) -> list[tuple[int, int]]:
 
 
 def pays(call: KernelCall) -> bool:
-    """Whether every multiprocessor has so many tiles that it makes up for a block's longer start."""
-    sides = 1 + linear_call.activation(call)[1]
-    return int(call.args[1].shape[0]) > sides * ROWS * MULTIPROCESSORS * FEW_TILES
+    """Whether the weights are so many that they make up for a block's longer start."""
+    o, k = (int(d) for d in call.args[1].shape)
+    return o * k * WIDTH[call.args[1].dtype] >= WORTH
 
 
 def _share(lines: int, warps: int, wide: int) -> int:

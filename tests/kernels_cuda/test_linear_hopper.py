@@ -67,6 +67,16 @@ def test_every_candidate_is_one_that_its_kernel_can_be_built_with(o: int, k: int
                 assert config["split"] <= -(-k // gemm_split.K_STEP)
 
 
+@pytest.mark.parametrize(
+    ("o", "k", "kernel"),
+    [(4096, 4096, "ring_gemv"), (2048, 8192, "ring_gemv"), (3072, 2048, "gemv"), (4096, 14336, "gemv"), (4096, 4104, "gemv")],
+)
+def test_few_rows_of_many_weights_stream_where_x_fits(o: int, k: int, kernel: str) -> None:
+    call = gemm_split._call(o, k)
+    assert family.candidates(call, "1-8")[0]["kernel"] == kernel
+    assert family.candidates(call, "9-16")[0]["kernel"] == "gemv"
+
+
 def test_what_it_does_not_take() -> None:
     assert family.matches(gemm_split._call(20, 64), TARGET) is None
     assert family.matches(gemm_split._call(64, 20), TARGET) is None

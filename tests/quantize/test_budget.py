@@ -1,4 +1,4 @@
-"""Sensitivity against one run per matrix, the allocation against trying everything, and a budget through all passes."""
+"""Sensitivity against one run per matrix, the allocation against trying everything, and a model of a given number of bits."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ import pytest
 
 from llmc.dialect import interpreter
 from llmc.errors import UsageError
-from llmc.passes.pipeline import Lowered, lower
 from llmc.passes.quantize.budget import CANDIDATES, Choice, allocate, hull
-from llmc.passes.quantize.calibrate import Calibration
 from llmc.passes.quantize.options import QuantOptions
 from llmc.passes.quantize.report import bits_per_weight, rows
 from llmc.passes.quantize.round_to_nearest import quantize
 from llmc.passes.quantize.scheme import scheme
 from llmc.passes.quantize.sensitivity import PROBE, measure
-from tests.passes.test_end_to_end import OPTIONS, TARGET
-from tests.quantize.test_calibrate import WIDE, prepared, tokens
+from tests.quantize.test_calibrate import WIDE, prepared, stored, tokens
 from tests.support import graphs
 
 TIED = replace(WIDE, tied=True)
@@ -87,27 +84,18 @@ def test_the_hull_leaves_out_what_is_never_best() -> None:
     assert [c[0] for c in hull([(4, 1.0, how), (1, 8.0, how), (2, 7.9, how), (3, 2.0, how), (5, 1.5, how)])] == [1, 3, 4]
 
 
-def lowered_model(options: QuantOptions, folder: Path) -> tuple[graphs.Built, Lowered]:
-    built = graphs.build(WIDE)
-    calibration = Calibration(tokens(WIDE), folder)
-    return built, lower(built.module, built.table, TARGET, replace(OPTIONS, quantization=options, calibration=calibration))
-
-
 def test_a_model_comes_to_the_bits_that_were_asked(tmp_path: Path) -> None:
-    built, lowered = lowered_model(QuantOptions(target_bpw=7.0, method="gptq", keep=("k_proj=int4_g32",)), tmp_path)
-    for name in lowered.weights:
-        graphs.stored(built.table, name)
-    lines = rows(lowered.stored)
-    assert 6.0 < bits_per_weight(lines) <= 7.0
-    found = {r.name: r.scheme for r in lowered.stored if len(r.shape) == 2}
+    kept = stored(WIDE, QuantOptions(target_bpw=7.0, method="gptq", keep=("k_proj=int4_g32",)), tmp_path)
+    assert 6.0 < bits_per_weight(rows(kept)) <= 7.0
+    found = {r.name: r.scheme for r in kept if len(r.shape) == 2}
     assert found["layers.0.attn.k_proj.weight"] == "int4_g32"
     assert len(set(found.values()) & set(CANDIDATES)) > 1
-    assert any(r.reason == "gptq" for r in lowered.stored)
+    assert any(r.reason == "gptq" for r in kept)
 
 
 def test_budgets_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--target-bpw 1.5 is less than the \d+\.\d\d bits per weight"):
-        lowered_model(QuantOptions(target_bpw=1.5), tmp_path)
+        stored(WIDE, QuantOptions(target_bpw=1.5), tmp_path)
     with pytest.raises(UsageError, match="give one"):
         QuantOptions("int4", target_bpw=4.5)
     with pytest.raises(UsageError, match="--target-bpw 40 cannot be"):

@@ -76,7 +76,7 @@ def build(folder: Path, only: list[str]) -> None:
 
     from llmc.passes.quantize.scheme import scheme
     from llmc.schedules.cuda import quantized_gemm, quantized_gemv
-    from llmc.schedules.cuda.quantized_call import make, part_names, specs
+    from llmc.schedules.gpu.quantized_call import make, part_names, specs
     from llmc.targets import cuda, cuda_tools
     from llmc.targets.link import linker
 
@@ -186,7 +186,7 @@ def _random_parts(case: dict[str, Any]) -> list[Any]:
 
 
 def _unpack(case: dict[str, Any], parts: list[Any], o: int, k: int) -> Any:
-    """The weight, float32 [o, k], from the parts of the layout ``cuda.mma`` (schedules/cuda/layout_mma.py)."""
+    """The weight, float32 [o, k], from the parts of the layout ``gpu.mma`` (schedules/gpu/layout_mma.py)."""
     import torch
 
     named = {name: t for (name, _, _), t in zip(case["parts"], parts, strict=True)}

@@ -30,22 +30,57 @@ class Target:
 
 
 @dataclass(frozen=True)
+class MatrixInstruction:
+    """A GPU's instruction d[m, n] += a[m, k] · b[n, k]ᵀ of one warp, with float32 sums, as data.
+
+    ``form``: who knows where elements are.
+
+    - ``"lanes"``: this data does. A lane holds ``width`` consecutive elements of k of one line of a and of one of b; lanes of one
+      line hold the ones that follow, from the first on again where there are more lanes than elements. Lane l has column l % n of
+      d, and its element e is in row ``strides[0]`` (l / n) + ``strides[1]`` e.
+    - ``"ptx"``: ``ldmatrix`` loads what the instruction wants (PTX ISA, "Matrix fragments for mma.m16n8k16").
+    - ``"simdgroup"``: the fragments are opaque, and loaded and stored by instructions (Metal Shading Language, 6.7).
+
+    ``operands``: for each dtype of a matrix that it multiplies, the instruction's name, and the dtype that its operands have in
+    shared memory: ``"int32"`` is two 16-bit elements.
+    """
+
+    form: str
+    shape: tuple[int, int, int]
+    operands: tuple[tuple[str, str, str], ...]
+    width: int = 0
+    strides: tuple[int, int] = (0, 0)
+
+    def takes(self, dtype: str) -> bool:
+        return any(dtype == known for known, _, _ in self.operands)
+
+    def name(self, dtype: str) -> str:
+        return next(name for known, name, _ in self.operands if known == dtype)
+
+    def held_as(self, dtype: str) -> str:
+        return next(held for known, _, held in self.operands if known == dtype)
+
+
+@dataclass(frozen=True)
 class GpuTarget(Target):
     """A GPU and the host that drives it: ``triple`` is the host's, ``mcpu`` the GPU architecture (``"sm_90a"``).
 
     ``vector_bits`` is the widest load of one thread, ``vector_registers`` the 32-bit registers a thread may have.
-    ``shared_memory``: bytes of it that one thread block may ask for. ``registers``: 32-bit registers of one multiprocessor.
+    ``shared_memory``: bytes of it that one thread block may ask for, ``shared_arrays``: of them, those that arrays of fixed size
+    may take together. ``registers``: 32-bit registers of one multiprocessor.
     ``multiprocessors``: how many a typical GPU has, for planning. ``max_lanes``: most elements of one vector load.
-    ``lane_exchange``: whether the threads of a warp can read each other's registers.
+    ``lane_exchange``: whether the threads of a warp can read each other's registers. ``matrix``: its matrix instruction, if any.
     """
 
     warp_size: int = 32
     max_threads: int = 1024
     shared_memory: int = 48 << 10
+    shared_arrays: int = 48 << 10
     registers: int = 65536
     multiprocessors: int = 108
     max_lanes: int = 8
     lane_exchange: bool = True
+    matrix: MatrixInstruction | None = None
 
 
 def folder_name(target: Target) -> str:

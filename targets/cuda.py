@@ -27,7 +27,8 @@ from llmc.errors import UsageError
 from llmc.runtime.device import cuda_devices
 from llmc.targets import dependent_launch
 from llmc.targets.base import GpuTarget, Target
-from llmc.targets.gpu import compute_dtype, schedule
+from llmc.targets.gpu import compute_dtype, layouts, schedule
+from llmc.targets.limits import MMA
 from llmc.targets.link import linker
 
 __all__ = ["KIND", "build", "check_tools", "compute_dtype", "export", "families", "known_specs", "layouts", "parse",
@@ -66,6 +67,7 @@ def parse(spec: str) -> GpuTarget:
         vector_bits=128,
         vector_registers=255,
         shared_memory=SHARED_MEMORY[arch],
+        matrix=MMA,
     )
 
 
@@ -105,13 +107,6 @@ def families(target: Target) -> Sequence[Any]:
     from llmc.schedules.cuda import FAMILIES
 
     return FAMILIES
-
-
-def layouts(target: Target) -> Sequence[Any]:
-    """The layouts of quantized weights, in order of preference."""
-    from llmc.schedules.cuda import LAYOUTS
-
-    return LAYOUTS
 
 
 def build(module: tvm.IRModule, target: Target) -> Any:

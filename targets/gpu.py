@@ -28,7 +28,7 @@ def parse(spec: str, table: Mapping[str, Mapping[str, Any]], triple: str) -> Gpu
         hint = f"; nearest: {', '.join(f'{kind}:{n}' for n in near)}" if near else ""
         asked = f"unknown GPU architecture {arch!r} in target {spec!r}" if arch else f"target {spec!r} names no GPU architecture"
         raise UsageError(f"{asked}: there is {', '.join(known)}{hint}")
-    limits = {"vector_bits": 128, **table[arch]}
+    limits = {"vector_bits": 128, "shared_arrays": table[arch]["shared_memory"], **table[arch]}
     return GpuTarget(name=f"{kind}:{arch}", kind=kind, triple=triple, mcpu=arch, features=(), **limits)
 
 
@@ -48,6 +48,13 @@ def families(target: Target) -> Sequence[Any]:
     from llmc.schedules.gpu import FAMILIES
 
     return FAMILIES
+
+
+def layouts(target: Target) -> Sequence[Any]:
+    """The layouts of quantized weights, in order of preference."""
+    from llmc.schedules.gpu import LAYOUTS
+
+    return LAYOUTS
 
 
 def schedule(function: Any, target: GpuTarget) -> Any:

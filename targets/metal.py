@@ -25,12 +25,12 @@ from tvm import tirx
 
 from llmc.targets import gpu
 from llmc.targets.base import GpuTarget, Target
-from llmc.targets.gpu import compute_dtype, families, schedule
+from llmc.targets.gpu import compute_dtype, families, layouts, schedule
 from llmc.targets.limits import METAL
 from llmc.targets.link import linker
 
-__all__ = ["KIND", "build", "check_tools", "compute_dtype", "export", "families", "known_specs", "parse", "schedule",
-           "tvm_target"]  # fmt: skip
+__all__ = ["KIND", "build", "check_tools", "compute_dtype", "export", "families", "known_specs", "layouts", "parse",
+           "schedule", "tvm_target"]  # fmt: skip
 KIND = "metal"
 TRIPLE = "arm64-apple-macos13.0"
 

@@ -15,12 +15,12 @@ import tvm
 
 from llmc.targets import gpu
 from llmc.targets.base import GpuTarget, Target
-from llmc.targets.gpu import compute_dtype, families, schedule
+from llmc.targets.gpu import compute_dtype, families, layouts, schedule
 from llmc.targets.limits import OPENCL
 from llmc.targets.link import linker
 
-__all__ = ["KIND", "build", "check_tools", "compute_dtype", "export", "families", "known_specs", "parse", "schedule",
-           "tvm_target"]  # fmt: skip
+__all__ = ["KIND", "build", "check_tools", "compute_dtype", "export", "families", "known_specs", "layouts", "parse",
+           "schedule", "tvm_target"]  # fmt: skip
 KIND = "opencl"
 
 

@@ -34,12 +34,12 @@ from tvm import tirx
 from llmc.errors import InternalError, MissingExtraError
 from llmc.targets import gpu
 from llmc.targets.base import GpuTarget, Target
-from llmc.targets.gpu import compute_dtype, families, schedule
+from llmc.targets.gpu import compute_dtype, families, layouts, schedule
 from llmc.targets.limits import ROCM
 from llmc.targets.link import linker
 
-__all__ = ["KIND", "build", "check_tools", "compute_dtype", "export", "families", "known_specs", "parse", "schedule",
-           "tvm_target"]  # fmt: skip
+__all__ = ["KIND", "build", "check_tools", "compute_dtype", "export", "families", "known_specs", "layouts", "parse",
+           "schedule", "tvm_target"]  # fmt: skip
 KIND = "rocm"
 
 Expr = Any
@@ -92,6 +92,7 @@ def _prepare() -> None:
     tvm_ffi.register_global_func("tvm_callback_rocm_link", _link, override=True)
     tvm_ffi.register_global_func("tvm_callback_rocm_bitcode_path", lambda *_: [], override=True)
     tirx.op.register_intrin_lowering("tirx.tvm_warp_shuffle_xor", target=KIND, f=_exchange, level=20)
+    tirx.op.register_intrin_lowering("tirx.call_pure_extern", target=KIND, f=_multiply, level=20)
 
 
 def _link(code: Any) -> bytearray:
@@ -104,6 +105,29 @@ def _link(code: Any) -> bytearray:
         if done.returncode:
             raise InternalError(f"linking AMD GPU code failed: {done.stderr.strip()[-800:]}")
         return bytearray(linked.read_bytes())
+
+
+_MATRIX: dict[str, tuple[str, str, int]] = {
+    "mfma_f32_16x16x16_bf16": ("llvm.amdgcn.mfma.f32.16x16x16bf16.1k", "int16", 3),
+    "mfma_f32_16x16x16_f16": ("llvm.amdgcn.mfma.f32.16x16x16f16", "float16", 3),
+    "wmma_f32_16x16x16_bf16_w16": ("llvm.amdgcn.wmma.f32.16x16x16.bf16", "int16", 0),
+    "wmma_f32_16x16x16_f16_w16": ("llvm.amdgcn.wmma.f32.16x16x16.f16", "float16", 0),
+    "wmma_f32_16x16x16_bf16_w8": ("llvm.amdgcn.wmma.f32.16x16x16.bf16", "int16", 0),
+    "wmma_f32_16x16x16_f16_w8": ("llvm.amdgcn.wmma.f32.16x16x16.f16", "float16", 0),
+}
+"""Matrix instructions by the names of :mod:`llmc.targets.limits`: LLVM's intrinsic, the elements of its operands, and how many
+modifiers follow them (of which none is used)."""
+
+
+def _multiply(op: Expr) -> Expr:
+    """A matrix instruction over vectors of words as LLVM's intrinsic over vectors of 16-bit elements; other calls as they are."""
+    name = str(op.args[0].value)
+    if name not in _MATRIX:
+        return op
+    intrinsic, element, modifiers = _MATRIX[name]
+    a, b = (tirx.reinterpret(f"{element}x{2 * value.ty.dtype.lanes}", value) for value in op.args[1:3])
+    unused = [tirx.const(0, "int32")] * modifiers
+    return tirx.call_llvm_pure_intrin(str(op.ty.dtype), intrinsic, a, b, op.args[3], *unused)
 
 
 _SWIZZLE_REACH = 32

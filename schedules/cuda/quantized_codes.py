@@ -1,4 +1,4 @@
-"""Codes of the layout ``cuda.mma`` into the 16-bit values that tensor cores multiply, in registers and without rounding.
+"""Codes of the layout ``gpu.mma`` into the 16-bit values that tensor cores multiply, in registers and without rounding.
 
 Integers: a code is put into the low bits of a power of two's significand, which a subtraction takes off again: exact, since
 integers of 8 bits with a sign fit the significands of both 16-bit types. A value is code - 2^(bits - 1) whatever the offset of

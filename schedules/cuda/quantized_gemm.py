@@ -21,10 +21,11 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from llmc.schedules.cuda import cluster_finish, hopper, layout_mma, linear_call, quantized_call, quantized_codes, quantized_gemv
+from llmc.schedules.cuda import cluster_finish, hopper, linear_call, quantized_codes, quantized_gemv
 from llmc.schedules.cuda.gemm_hopper import CONSUMER_REGISTERS, MULTIPROCESSORS, PRODUCER_REGISTERS
-from llmc.schedules.cuda.layout_mma import BLOCK, LANES
-from llmc.schedules.cuda.quantized_call import make
+from llmc.schedules.gpu import layout_mma, quantized_call
+from llmc.schedules.gpu.layout_mma import BLOCK, LANES
+from llmc.schedules.gpu.quantized_call import make
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 

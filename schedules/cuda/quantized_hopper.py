@@ -15,9 +15,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmc.schedules.cuda import linear_call, quantized_call, quantized_gemm, quantized_gemv
+from llmc.schedules.cuda import linear_call, quantized_gemm, quantized_gemv
 from llmc.schedules.cuda.host_choice import host_choice
-from llmc.schedules.cuda.quantized_call import make
+from llmc.schedules.gpu import quantized_call
+from llmc.schedules.gpu.quantized_call import make
 from llmc.schedules.parts import by_rows
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target

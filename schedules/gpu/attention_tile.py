@@ -112,7 +112,7 @@ def plan(call: KernelCall, target: GpuTarget, rows: int) -> Plan | None:
             found = Plan(rows, keys, min(rows, 256 // keys, target.max_threads // keys))
             scratch = 0 if target.lane_exchange else 8 * found.threads
             used = 4 * rows * (d + 4) + keys * (max(d, dv) * width + _PAD_BYTES) + 4 * rows * keys + scratch
-            if used <= target.shared_memory:
+            if used <= target.shared_arrays:
                 return found
             rows //= 2
         keys, rows = keys // 2, 4

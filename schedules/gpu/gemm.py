@@ -8,6 +8,7 @@ depend on n.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from tvm import tirx
@@ -19,8 +20,7 @@ from llmc.schedules.gpu.emit import (
     arguments,
     bind,
     ceildiv,
-    common_lanes,
-    f32,
+    each,
     function,
     i64,
     launch,
@@ -32,6 +32,7 @@ from llmc.schedules.gpu.emit import (
     when,
 )
 from llmc.schedules.gpu.linear_call import make_call
+from llmc.schedules.gpu.operand import CHUNK, Floats, Operand, weight_line
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import GpuTarget, Target
 
@@ -48,6 +49,7 @@ SHAPES: dict[str, KernelCall] = {
     "extend_130x37": make_call(130, 37, "bfloat16", bias=1, residual=1, activation="gelu_tanh"),
     "extend_5x16_mixed": make_call(5, 16, "float16", "float32", activation="relu", out="float32"),
     "extend_66x1": make_call(66, 1, activation="relu2", bias=1),
+    "gated_70x24": make_call(70, 24, bias=1, residual=1, activation="silu_gated"),
     "extend_136x64_silu": make_call(136, 64, "float16", activation="silu", bias=1, residual=1),
 }
 
@@ -64,79 +66,80 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 
 
 def build(call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
-    symbols = Symbols()
-    o, k = (int(d) for d in call.args[1].shape)
+    symbols, k = Symbols(), int(call.args[1].shape[1])
     specs = dict(zip(linear_call.operand_names(call), (*call.args, call.result), strict=True))
-    with function(f"gemm_{o}x{k}") as done:
+    with function(f"gemm_{call.args[1].shape[0]}x{k}") as done:
         buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
-        _Gemm(call, target, buffers, symbols.dim(call.args[0].shape[0]), config).emit()
+        weight = Floats(target, buffers["weight"], k, padded=False)
+        emit(call, target, buffers, weight, k, symbols.dim(call.args[0].shape[0]), config)
     return done()
 
 
-class _Gemm:
-    def __init__(self, call: KernelCall, target: GpuTarget, buffers: dict[str, Expr], n: Expr, config: dict[str, Any]) -> None:
-        self.call, self.target, self.buffers, self.n = call, target, buffers, n
-        self.o, self.k = (int(d) for d in call.args[1].shape)
-        self.rows, self.columns, self.square = config["tile"]
-        self.threads = self.rows * self.columns // self.square**2
+def emit(
+    call: KernelCall, target: GpuTarget, buffers: dict[str, Expr], weight: Operand, k: int, n: Expr, config: dict[str, Any]
+) -> None:
+    """The kernel for weights that ``weight`` reads; ``buffers`` has x and what :func:`.linear_call.finish` wants."""
+    rows, columns, square = config["tile"]
+    threads, down_count = rows * columns // square**2, rows // square
+    gated, results = linear_call.activation(call)[1], int(call.result.shape[1])
+    wide = columns // (1 + gated)
+    x = Floats(target, buffers["x"], k, padded=k % K_STEP != 0)
+    with launch(-(-results // wide), threads, ceildiv(n, rows)) as (thread, column_block, row_block):
+        x_tile, w_tile = shared(K_STEP * (rows + PAD)), shared(K_STEP * (columns + PAD))
+        first_row, first_result = bind(row_block * rows), bind(column_block * wide)
+        down, across = bind(tirx.floormod(thread, down_count)), bind(tirx.floordiv(thread, down_count))
+        sums = registers(square * square, start=0.0)
 
-    def emit(self) -> None:
-        down_count, square = self.rows // self.square, self.square
-        with launch(-(-self.o // self.columns), self.threads, ceildiv(self.n, self.rows)) as (thread, column_block, row_block):
-            x_tile, w_tile = shared(K_STEP * (self.rows + PAD)), shared(K_STEP * (self.columns + PAD))
-            first_row, first_output = bind(row_block * self.rows), bind(column_block * self.columns)
-            down, across = bind(tirx.floormod(thread, down_count)), bind(tirx.floordiv(thread, down_count))
-            sums = registers(square * square, start=0.0)
-            with T.serial(0, -(-self.k // K_STEP)) as step:
-                start = bind(i64(step) * K_STEP)
-                self._fetch(x_tile, "x", self.rows, first_row, self.n, thread, start)
-                self._fetch(w_tile, "weight", self.columns, first_output, i64(self.o), thread, start)
-                sync()
-                with T.serial(0, K_STEP) as kk:
-                    xs = self._slice(x_tile, kk * (self.rows + PAD) + down * square)
-                    ws = self._slice(w_tile, kk * (self.columns + PAD) + across * square)
-                    for i, x in enumerate(xs):
-                        for j, w in enumerate(ws):
-                            store(sums, sums[i * square + j] + x * w, i * square + j)
-                sync()
-            lanes = common_lanes(self.target, [s.dtype for s in (*self.call.args[2:], self.call.result)], square, self.o)
-            for i in range(square):
-                row = bind(first_row + i64(down) * square + i)
-                for j in range(0, square, lanes):
-                    output = bind(first_output + i64(across) * square + j)
+        def row(line: Expr) -> Expr:
+            return bind(tirx.min(first_row + line, n - 1))
 
-                    def finish(row: Expr = row, output: Expr = output, at: int = i * square + j) -> None:
-                        totals = [sums[at + lane] for lane in range(lanes)]
-                        linear_call.finish(self.call, self.buffers, totals, row, output)
+        def output(line: Expr) -> Expr:
+            return weight_line(line, square, first_result, results, gated)
 
-                    when(tirx.all(row < self.n, output < self.o), finish)
+        with T.serial(0, -(-k // K_STEP)) as step:
+            start = bind(i64(step) * K_STEP)
+            for operand, tile, lines, place in ((x, x_tile, rows, row), (weight, w_tile, columns, output)):
+                _fetch(operand, tile, lines, place, thread, threads, start)
+            sync()
+            with T.serial(0, K_STEP) as kk:
+                xs = _slice(target, x_tile, kk * (rows + PAD) + down * square, square)
+                ws = _slice(target, w_tile, kk * (columns + PAD) + across * square, square)
+                for i, a in enumerate(xs):
+                    for j, b in enumerate(ws):
+                        store(sums, sums[i * square + j] + a * b, i * square + j)
+            sync()
+        own = square // (1 + gated)
+        lanes = linear_call.result_lanes(call, target, own)
+        for i in range(square):
+            at = bind(first_row + i64(down) * square + i)
+            for j in range(0, own, lanes):
+                result = bind(first_result + i64(across) * own + j)
 
-    def _slice(self, tile: Expr, at: Expr) -> list[Expr]:
-        lanes = min(self.square, 4, self.target.max_lanes)
-        return [bind(v) for i in range(0, self.square, lanes) for v in load(tile, at + i, lanes=lanes)]
+                def finish(at: Expr = at, result: Expr = result, place: int = i * square + j) -> None:
+                    totals = [sums[place + lane] for lane in range(lanes)]
+                    factors = [sums[place + own + lane] for lane in range(lanes)] if gated else []
+                    linear_call.finish(call, buffers, totals, at, result, factors)
 
-    def _fetch(self, tile: Expr, name: str, lines: int, first: Expr, count: Expr, thread: Expr, start: Expr) -> None:
-        """``lines`` rows of ``K_STEP`` columns of an operand, transposed into the tile; zero beyond the edges."""
-        source = self.buffers[name]
-        lanes = common_lanes(self.target, [str(source.ty.dtype)], self.k, K_STEP)
-        per_line = K_STEP // lanes
-        pieces = lines * per_line
-        for step in range(-(-pieces // self.threads)):
-            item = bind(thread + step * self.threads)
-            line, at = bind(tirx.floordiv(item, per_line)), bind(tirx.floormod(item, per_line) * lanes)
+                when(tirx.all(at < n, result < results), finish)
 
-            def fetch(line: Expr = line, at: Expr = at) -> None:
-                row, column = bind(first + i64(line)), bind(start + i64(at))
-                inside = tirx.all(row < count, column < self.k)
-                # Loads stay in range where nothing is used: TVM may load ahead of a test.
-                values = load(source, tirx.min(row, count - 1), tirx.min(column, self.k - lanes), lanes=lanes)
-                for i, value in enumerate(values):
-                    store(tile, tirx.Select(inside, value, f32(0.0)), (at + i) * (lines + PAD) + line)
 
-            if (step + 1) * self.threads <= pieces:
-                fetch()
-            else:
-                when(item < pieces, fetch)
+def _slice(target: GpuTarget, tile: Expr, at: Expr, square: int) -> list[Expr]:
+    lanes = min(square, 4, target.max_lanes)
+    return [bind(v) for i in range(0, square, lanes) for v in load(tile, at + i, lanes=lanes)]
+
+
+def _fetch(
+    operand: Operand, tile: Expr, lines: int, place: Callable[[Expr], Expr], thread: Expr, threads: int, start: Expr
+) -> None:
+    """``lines`` lines of ``K_STEP`` columns of an operand, transposed into the tile."""
+    in_line = K_STEP // CHUNK
+
+    def fetch(item: Expr, _: int) -> None:
+        line, at = bind(tirx.floordiv(item, in_line)), bind(tirx.floormod(item, in_line) * CHUNK)
+        for i, value in enumerate(operand.values(place(line), bind(start + at))):
+            store(tile, value, (at + i) * (lines + PAD) + line)
+
+    each(thread, threads, lines * in_line, fetch)
 
 
 reference, roofline = linear_call.reference, linear_call.roofline

@@ -42,6 +42,7 @@ SHAPES: dict[str, KernelCall] = {
     "even_64x256": make_call(64, 256, "bfloat16", phase="decode"),
     "odd_19x57": make_call(19, 57, "float16", phase="decode", bias=1, residual=1, activation="silu"),
     "wide_9x1608_mixed": make_call(9, 1608, "float32", "bfloat16", phase="decode", activation="gelu"),
+    "gated_38x64": make_call(38, 64, "bfloat16", phase="decode", bias=1, activation="silu_gated"),
     "one": make_call(1, 3, phase="decode"),
     "narrow_40x20": make_call(40, 20, "float16", "float16", phase="decode", out="float32", bias=1, activation="gelu_tanh"),
 }
@@ -64,23 +65,24 @@ def build(call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
     lanes = common_lanes(target, [s.dtype for s in call.args[:2]], k)
     pieces, group = k // lanes, group_size(k // lanes, target)
     threads = max(group, min(config["block"], target.max_threads))
-    outputs = threads // group
+    outputs, sides, results = threads // group, 1 + linear_call.activation(call)[1], int(call.result.shape[1])
     with function(f"gemv_{o}x{k}") as done:
         buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
         n = symbols.dim(call.args[0].shape[0])
-        with launch(-(-o // outputs), threads, ceildiv(n, config["rows"])) as (thread, block, row_block):
+        with launch(-(-results // outputs), threads, ceildiv(n, config["rows"])) as (thread, block, row_block):
             team, lane = Team(target, thread, threads, group), bind(i64(tirx.floormod(thread, group)))
             output = bind(block * outputs + i64(tirx.floordiv(thread, group)))
             # A group without an output, and rows that do not exist, work on the last one: all threads take part in the sums.
-            line = bind(tirx.min(output, o - 1))
+            lines = [bind(tirx.min(output, results - 1) + side * results) for side in range(sides)]
             rows = [bind(tirx.min(row_block * config["rows"] + r, n - 1)) for r in range(config["rows"])]
-            sums = registers(len(rows), start=0.0)
+            sums = registers(len(rows) * sides, start=0.0)
 
             def piece(index: Expr) -> None:
-                weights = [bind(w) for w in load(buffers["weight"], line, index * lanes, lanes=lanes)]
+                weights = [[bind(w) for w in load(buffers["weight"], line, index * lanes, lanes=lanes)] for line in lines]
                 for r, row in enumerate(rows):
-                    for w, x in zip(weights, load(buffers["x"], row, index * lanes, lanes=lanes), strict=True):
-                        store(sums, sums[r] + w * x, r)
+                    for e, x in enumerate(load(buffers["x"], row, index * lanes, lanes=lanes)):
+                        for side in range(sides):
+                            store(sums, sums[r * sides + side] + weights[side][e] * x, r * sides + side)
 
             whole, unroll = pieces // group, config["unroll"]
             if whole // unroll:
@@ -93,12 +95,12 @@ def build(call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
                 last = bind(lane + whole * group)
                 when(last < pieces, lambda: piece(last))
             for r, row in enumerate(rows):
-                total = team.sum(sums[r], group)
+                totals = [team.sum(sums[r * sides + side], group) for side in range(sides)]
 
-                def finish(row: Expr = row, total: Expr = total) -> None:
-                    linear_call.finish(call, buffers, [total], row, output)
+                def finish(row: Expr = row, totals: list[Expr] = totals) -> None:
+                    linear_call.finish(call, buffers, totals[:1], row, output, totals[1:])
 
-                when(tirx.all(lane.equal(0), output < o, row_block * len(rows) + r < n), finish)
+                when(tirx.all(lane.equal(0), output < results, row_block * len(rows) + r < n), finish)
     return done()
 
 

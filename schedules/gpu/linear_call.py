@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from llmc.schedules.gpu.emit import WIDTH, bind, load, storable, store_all
+from llmc.dialect.linear import GATED, is_gated
+from llmc.schedules.gpu.emit import WIDTH, bind, common_lanes, load, storable, store_all
 from llmc.schedules.gpu.math import ACTIVATIONS, activate
 from llmc.schedules.protocol import KernelCall, TensorSpec
-from llmc.targets.base import Target
+from llmc.targets.base import GpuTarget, Target
 
 Expr = Any
 OP = "llmc.linear"
@@ -20,20 +21,27 @@ def make_call(
     o: int, k: int, dtype: str = "float32", weight: str = "", phase: str = "extend", out: str = "", **attrs: Any
 ) -> KernelCall:
     """A call for ``SHAPES``: x [n, k], weight [o, k], and bias and residual where the attributes ask for them."""
-    args = [TensorSpec(("n", k), dtype), TensorSpec((o, k), weight or dtype)]
-    if attrs.get("bias"):
-        args.append(TensorSpec((o,), weight or dtype))
-    if attrs.get("residual"):
-        args.append(TensorSpec(("n", o), dtype))
     full = {"activation": "none", "bias": 0, "residual": 0, **attrs}
-    return KernelCall(OP, tuple(args), TensorSpec(("n", o), out or dtype), tuple(sorted(full.items())), phase)
+    count = o // 2 if is_gated(full["activation"]) else o
+    args = [TensorSpec(("n", k), dtype), TensorSpec((o, k), weight or dtype)]
+    if full["bias"]:
+        args.append(TensorSpec((o,), weight or dtype))
+    if full["residual"]:
+        args.append(TensorSpec(("n", count), dtype))
+    return KernelCall(OP, tuple(args), TensorSpec(("n", count), out or dtype), tuple(sorted(full.items())), phase)
 
 
 def takes(call: KernelCall, target: Target) -> bool:
     """Whether a call is one that the portable kernels compute at all."""
-    if call.op != OP or not storable(call, target) or call.attr("activation") not in ACTIVATIONS:
+    if call.op != OP or not storable(call, target) or activation(call)[0] not in ACTIVATIONS:
         return False
     return len(call.args[0].shape) == 2 and all(isinstance(d, int) for d in call.args[1].shape)
+
+
+def activation(call: KernelCall) -> tuple[str, bool]:
+    """The function that is applied, and whether it is applied to a gate."""
+    name = str(call.attr("activation"))
+    return name.removesuffix(GATED), is_gated(name)
 
 
 def operand_names(call: KernelCall) -> list[str]:
@@ -42,16 +50,31 @@ def operand_names(call: KernelCall) -> list[str]:
     return ["x", "weight", *optional, "out"]
 
 
-def finish(call: KernelCall, buffers: dict[str, Expr], totals: Sequence[Expr], row: Expr, output: Expr) -> None:
-    """Bias, activation and residual of neighbouring results, and their store; ``output`` is a multiple of their number."""
-    lanes = len(totals)
-    values = list(totals)
-    if call.attr("bias"):
-        values = [v + b for v, b in zip(values, load(buffers["bias"], output, lanes=lanes), strict=True)]
-    values = [activate(call.attr("activation"), bind(v)) for v in values]
+def finish(
+    call: KernelCall, buffers: dict[str, Expr], totals: Sequence[Expr], row: Expr, output: Expr, factors: Sequence[Expr] = ()
+) -> None:
+    """Bias, activation, a gate's factors and residual of neighbouring results, and their store; ``output`` is a multiple of their
+    number."""
+    lanes, results = len(totals), int(call.result.shape[1])
+
+    def biased(values: Sequence[Expr], first: Expr) -> list[Expr]:
+        if not call.attr("bias"):
+            return list(values)
+        return [v + b for v, b in zip(values, load(buffers["bias"], first, lanes=lanes), strict=True)]
+
+    values = [activate(activation(call)[0], bind(v)) for v in biased(totals, output)]
+    if factors:
+        values = [v * f for v, f in zip(values, biased(factors, output + results), strict=True)]
     if call.attr("residual"):
         values = [v + r for v, r in zip(values, load(buffers["residual"], row, output, lanes=lanes), strict=True)]
     store_all(buffers["out"], values, row, output)
+
+
+def result_lanes(call: KernelCall, target: GpuTarget, most: int) -> int:
+    """How many neighbouring results :func:`finish` may be given: whole vectors of bias, residual and result. Bias and residual are
+    the last operands of a call."""
+    read = call.args[len(call.args) - int(call.attr("bias")) - int(call.attr("residual")) :]
+    return common_lanes(target, [s.dtype for s in (*read, call.result)], most, int(call.result.shape[1]))
 
 
 def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from llmc.schedules.cuda import quantized_gemm as gemm
-from llmc.schedules.cuda.quantized_call import make
+from llmc.schedules.gpu.quantized_call import make
 from llmc.targets import cuda
 from tests.kernels.harness import error
+from tests.kernels.quantized_cases import operands
 from tests.kernels_cuda.emulated import TOLERANCE, call
-from tests.kernels_cuda.quantized_cases import operands
 
 TARGET = cuda.parse("cuda:sm_90a")
 SMALL = [name for name, case in gemm.SHAPES.items() if case.attr("o") <= 256]

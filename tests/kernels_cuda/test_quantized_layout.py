@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from llmc.passes.quantize.scheme import scheme
-from llmc.schedules.cuda import layout_mma
+from llmc.schedules.gpu import layout_mma
 from llmc.targets import cpu, cuda
-from tests.kernels_cuda.quantized_cases import random_quantized
+from tests.kernels.quantized_cases import random_quantized
 
 SCHEMES = (
     "int4_g128", "int4", "int4z_g64", "int4p_g256", "int4_row", "int4p_row", "int8", "int8p", "q4_1", "q5_1", "q8_0", "fp8_e4m3",

@@ -6,11 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from llmc.schedules.gpu import append, attend_decode, attend_extend, moe, rope_append
+from llmc.passes.quantize.scheme import scheme
+from llmc.schedules.gpu import append, attend_decode, attend_extend, layout_mma, moe, rope_append
 from llmc.schedules.protocol import KernelCall
 from tests.kernels.harness import DTYPES, error, page_error, paged_arrays, random_arrays
+from tests.kernels.quantized_cases import as_dtype, random_quantized
+from tests.kernels.quantized_cases import operands as quantized_operands
 
 PAGES = 6
+TAKEN = 5
+"""Rows of an embedding."""
+
 SLOTS = {append.NAME: 2, rope_append.NAME: 3}
 """Families that write pages -> the operand that says where to."""
 
@@ -21,6 +27,10 @@ def operands(family: Any, call: KernelCall, n: int, seed: int = 3) -> tuple[list
         return paged_arrays(call, [131, 1, 40], [1, 1, 1], seed)
     if family is attend_extend:  # a chunk behind a prefix, a fresh prompt, a sequence without rows and a single row
         return paged_arrays(call, [140, 5, 8, 9], [20, 5, 0, 1], seed)
+    if call.op == "llmc.quantized_linear":
+        return quantized_operands(call, n, seed), {"n": n}
+    if call.op == "llmc.quantized_take":
+        return _take_operands(call, seed), {"n": TAKEN}
     symbols, rng = {"n": n, "num_pages": PAGES}, np.random.default_rng(seed)
     arrays = random_arrays(call, symbols, seed)
     if family.NAME in SLOTS:
@@ -31,6 +41,13 @@ def operands(family: Any, call: KernelCall, n: int, seed: int = 3) -> tuple[list
         experts = call.args[3].shape[0]
         arrays[1] = np.stack([rng.permutation(experts)[: call.attr("top_k")] for _ in range(n)]).astype(np.int32)
     return arrays, symbols
+
+
+def _take_operands(call: KernelCall, seed: int) -> list[np.ndarray]:
+    how, o, k = scheme(call.attr("scheme")), call.attr("o"), call.attr("k")
+    parts = layout_mma.pack(random_quantized(how, o, k, np.random.default_rng(seed)))
+    packed = [as_dtype(parts[name], spec.dtype) for name, spec in layout_mma.parts(how, o, k).items()]
+    return [np.array([o - 1, 0, 3, o - 1, 8], np.int32), *packed]
 
 
 def result_buffer(call: KernelCall, symbols: dict[str, int]) -> np.ndarray:

@@ -59,6 +59,10 @@ def main() -> None:
     for family in FAMILIES:
         cells = []
         for spec in COLUMNS.values():
+            takes = all(family.matches(call, targets.parse(spec)) for call in family.SHAPES.values())
+            if not takes:
+                cells.append("no matrix instruction")
+                continue
             worst = {True: 0.0, False: 0.0}
             for label, call in family.SHAPES.items():
                 if label not in LARGE:

@@ -8,7 +8,21 @@ import numpy as np
 import pytest
 
 from llmc import targets
-from llmc.schedules.gpu import FAMILIES, append, attend_decode, attend_extend, gemm, gemv, rope_append, topk
+from llmc.schedules.gpu import (
+    FAMILIES,
+    append,
+    attend_decode,
+    attend_extend,
+    gemm,
+    gemm_matrix,
+    gemv,
+    quantized_gemm,
+    quantized_gemm_matrix,
+    quantized_gemv,
+    quantized_take,
+    rope_append,
+    topk,
+)
 from llmc.schedules.gpu.norm import layer_norm, rms_norm
 from tests.kernels.harness import error, paged_arrays, random_arrays
 from tests.kernels_cuda.emulated import TOLERANCE
@@ -21,7 +35,7 @@ TARGETS = ("rocm:gfx942", "rocm:gfx1100", "metal:apple7", "opencl:generic", "cud
 
 CODE_TARGETS = ("rocm:gfx942", "opencl:generic")
 
-LARGE = {"square_4096", "heads_32x8_128", "hidden_4096"}
+LARGE = {"square_4096", "heads_32x8_128", "hidden_4096", "square_4096_int4_g128", "embedding_128256x4096_int4_g128"}
 """Shapes for benchmarks: the emulator would take minutes."""
 
 
@@ -30,13 +44,34 @@ def cases(*families: Any) -> Any:
     return pytest.mark.parametrize(("family", "label"), chosen, ids=[f"{f.NAME}-{label}" for f, label in chosen])
 
 
+PRODUCTS = (gemm_matrix, quantized_gemm_matrix, quantized_gemv, quantized_gemm, quantized_take)
+"""Families that are slow to emulate: in the default run each shape meets one target, in turn, so that all of them are met."""
+
+INSTRUCTIONS = ("cuda:sm_80", "rocm:gfx942", "rocm:gfx1100", "rocm:gfx1201", "metal:apple7")
+"""One target for each matrix instruction."""
+
+
+def pairs(*, every: bool) -> Any:
+    """(family, label, target) of :data:`PRODUCTS`: for every target that takes a shape, or for one."""
+    chosen: list[tuple[Any, str, str]] = []
+    for family in PRODUCTS:
+        order = INSTRUCTIONS if "matrix" in family.NAME else TARGETS
+        labels = [label for label in family.SHAPES if label not in LARGE]
+        for i, label in enumerate(labels):
+            chosen += [(family, label, spec) for spec in (order if every else order[i % len(order) :][:1])]
+    return pytest.mark.parametrize(
+        ("family", "label", "spec"), chosen, ids=[f"{f.NAME}-{label}-{spec}" for f, label, spec in chosen]
+    )
+
+
 on_every_gpu = pytest.mark.parametrize("spec", TARGETS)
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f.NAME)
 def test_a_family_takes_its_own_shapes_on_every_gpu_and_says_why(family: Any) -> None:
     for call in family.SHAPES.values():
-        assert all(family.matches(call, targets.parse(spec)) for spec in TARGETS)
+        gpus = INSTRUCTIONS if "matrix" in family.NAME else TARGETS
+        assert all(family.matches(call, targets.parse(spec)) for spec in gpus)
         assert family.matches(call, targets.parse("cpu:x86-64-v3")) is None
         moved, flops = family.roofline(call, n=3, b=3, m=2, num_pages=4, context=5)
         assert moved > 0 and flops >= 0
@@ -44,7 +79,7 @@ def test_a_family_takes_its_own_shapes_on_every_gpu_and_says_why(family: Any) ->
 
 def kernel_cases() -> list[tuple[Any, str, str]]:
     """Everything with every kind of limits; pages of codes with the two that differ most."""
-    everything = [(f, label) for f in FAMILIES if f is not topk for label in f.SHAPES if label not in LARGE]
+    everything = [(f, label) for f in FAMILIES if f is not topk and f not in PRODUCTS for label in f.SHAPES if label not in LARGE]
     return [
         (f, label, spec)
         for spec in TARGETS
@@ -55,8 +90,24 @@ def kernel_cases() -> list[tuple[Any, str, str]]:
 
 @pytest.mark.parametrize(("family", "label", "spec"), kernel_cases(), ids=lambda v: getattr(v, "NAME", v))
 def test_kernel(family: Any, label: str, spec: str) -> None:
+    check(family, label, spec)
+
+
+@pairs(every=False)
+def test_product(family: Any, label: str, spec: str) -> None:
+    check(family, label, spec)
+
+
+@pytest.mark.slow
+@pairs(every=True)
+def test_product_on_every_gpu(family: Any, label: str, spec: str) -> None:
+    check(family, label, spec)
+
+
+def check(family: Any, label: str, spec: str) -> None:
+    """Compare a kernel of default configuration with its reference."""
     call, target = family.SHAPES[label], targets.parse(spec)
-    arrays, symbols = operands(family, call, 70 if family is gemm else 7)
+    arrays, symbols = operands(family, call, 70 if call.phase == "extend" and "gemm" in family.NAME else 7)
     config = {axis: values[0] for axis, values in family.space(call, target).items()}
     after = run(family.build(call, target, config), target, *arguments(family, call, arrays, symbols))
     for dtype, found in errors(family, call, arrays, after).items():

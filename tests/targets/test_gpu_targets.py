@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 
@@ -68,7 +69,7 @@ def test_a_model_as_amd_code_objects(arch: str, tiny_model_dir: Callable[..., Pa
     (code,) = code_object.find(compiled(tiny_model_dir("mixtral"), tmp_path / "artifact", target.name))
     found = code_object.parse(code)
     assert found.arch == arch and found.target.endswith(arch)
-    assert {"attend_decode", "attend_extend", "gemm", "gemv", "moe", "rms_norm", "rope_append", "topk"} <= {
+    assert {"attend_decode", "attend_extend", "gemm_matrix", "gemv", "moe", "rms_norm", "rope_append", "topk"} <= {
         re.sub(r"_\d.*", "", kernel.name) for kernel in found.kernels
     }
     for kernel in found.kernels:
@@ -88,7 +89,7 @@ def test_every_portable_kernel_is_legal_amd_assembly_without_scratch(arch: str, 
     target = targets.parse(f"rocm:{arch}")
     functions = {}
     for family in FAMILIES:
-        for label, call in family.SHAPES.items():
+        for label, call in _buildable(family, target):
             name = f"{family.NAME}_{label}".replace(".", "_")
             config = {axis: values[0] for axis, values in family.space(call, target).items()}
             functions[name] = family.build(call, target, config).with_attr("global_symbol", name)
@@ -113,7 +114,7 @@ def test_a_model_as_metal_source_in_a_macos_library(family: str, tiny_model_dir:
 
 
 @pytest.mark.parametrize("kernels", FAMILIES, ids=lambda f: f.NAME)
-def test_every_portable_kernel_is_legal_metal(kernels: object) -> None:
+def test_every_portable_kernel_is_legal_metal(kernels: Any) -> None:
     target = targets.parse("metal:apple7")
     assert isinstance(target, GpuTarget)
     source = device_source(kernels, target)
@@ -123,12 +124,18 @@ def test_every_portable_kernel_is_legal_metal(kernels: object) -> None:
     assert memory and max(memory.values()) <= target.shared_memory
 
 
-def device_source(family: object, target: GpuTarget) -> str:
+def _buildable(family: Any, target: GpuTarget) -> list[tuple[str, Any]]:
+    """The shapes of a family that the target has kernels for; of products by matrix instructions, which are long, two."""
+    taken = [(label, call) for label, call in family.SHAPES.items() if family.matches(call, target) is not None]
+    return taken[-2:] if "matrix" in family.NAME else taken
+
+
+def device_source(family: Any, target: GpuTarget) -> str:
     """The device code of all of a family's shapes."""
     functions = {}
-    for label, call in family.SHAPES.items():  # type: ignore[attr-defined]
-        config = {axis: values[0] for axis, values in family.space(call, target).items()}  # type: ignore[attr-defined]
-        functions[label] = family.build(call, target, config).with_attr("global_symbol", f"k_{label}")  # type: ignore[attr-defined]
+    for label, call in _buildable(family, target):
+        config = {axis: values[0] for axis, values in family.space(call, target).items()}
+        functions[label] = family.build(call, target, config).with_attr("global_symbol", f"k_{label}")
     tvm_target = targets.module_for(target).tvm_target(target)
     with tvm_target:
         module = tvm.tirx.build(tvm.IRModule(functions), target=tvm_target, pipeline="s_tir")

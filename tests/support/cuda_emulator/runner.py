@@ -27,6 +27,7 @@ import tvm_ffi
 from tvm import tirx
 from tvm.tirx.build import codegen_build, split_host_device_mods
 from tvm.tirx.compilation_pipeline import get_tir_pipeline
+from tvm_ffi.structural import structural_map
 
 from llmc.targets import cuda, gpu
 from llmc.targets.base import GpuTarget, Target
@@ -34,6 +35,7 @@ from tests.support.cuda_emulator.dlpack import DeviceArray, TensorMap
 from tests.support.cuda_emulator.instructions import body
 
 HERE = Path(__file__).parent
+HEADERS = ("emulator.h", "instructions.h", "matrix.h")
 GRID = ("blockIdx.x", "blockIdx.y", "blockIdx.z")
 CLUSTER = ("clusterCtaIdx.x", "clusterCtaIdx.y", "clusterCtaIdx.z")
 BLOCK = ("threadIdx.x", "threadIdx.y", "threadIdx.z")
@@ -51,6 +53,12 @@ _WIDTH = {
     "signed": 1,
     "int64_t": 8,
 }
+for _name in ("make_filled_simdgroup_matrix", "simdgroup_load", "simdgroup_store", "simdgroup_multiply_accumulate"):
+    # Metal's instructions are functions of the emulator; its types are arrays of their elements.
+    tirx.op.register_intrin_lowering(
+        f"tirx.{_name}", target="cuda", f=lambda op, name=_name: tirx.call_extern("int32", f"emu_{name}", *op.args), level=20
+    )
+
 _PROLOGUE_END = "#define ushort unsigned short\n#endif"
 _HELPER = re.compile(r"(__forceinline__ __device__ [\w ]+? )(tvm_builtin_\w+|ptx_\w+)\(([^)]*)\) \{\n(.*?)\n\}", re.S)
 _KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) |__cluster_dims__\([^)]*\) )*(\w+)\(([^)]*)\)')
@@ -104,7 +112,7 @@ def _split(functions: Mapping[str, Any], target: Target) -> tuple[tvm.IRModule, 
     tvm_target = _as_cuda(target)
     lower, finish_host, finish_device = get_tir_pipeline(cuda.PIPELINE)
     with tvm_target:
-        module = lower(tirx.transform.BindTarget(tvm_target)(tvm.IRModule(dict(functions))))
+        module = lower(tirx.transform.BindTarget(tvm_target)(tvm.IRModule({name: _by_address(f) for name, f in functions.items()})))
         host, devices = split_host_device_mods(module)
         sources = []
         for device_target, device in devices.items():
@@ -121,9 +129,32 @@ def _check_shared_memory(text: str, target: GpuTarget) -> None:
     """Raise RuntimeError for a kernel whose arrays in shared memory are more than the target allows a thread block."""
     for kernel in text.split("__global__")[1:]:
         arrays = re.findall(r"__shared__ (?:(?:__align__|alignas)\(\d+\) )?(\w+) \w+\[(\d+)\];", kernel)
-        used = sum(_WIDTH[kind] * int(count) for kind, count in arrays)
-        if used > target.shared_memory:
-            raise RuntimeError(f"a kernel has {used} bytes of shared memory, {target.name} allows {target.shared_memory}")
+        used = sum(_bytes(kind) * int(count) for kind, count in arrays)
+        if used > target.shared_arrays:
+            raise RuntimeError(f"a kernel has {used} bytes of shared memory, {target.name} allows {target.shared_arrays}")
+
+
+def _bytes(kind: str) -> int:
+    """Of a scalar type of CUDA, or of a vector of up to four of it (``"int4"``)."""
+    return _WIDTH[kind] if kind in _WIDTH else _WIDTH[kind[:-1]] * int(kind[-1])
+
+
+def _by_address(function: Any) -> Any:
+    """Functions of vectors (matrix instructions: ``acc[at:] = f(a[i:], b[j:], acc[at:])``) as functions of their addresses, since
+    TVM's CUDA code would call them for each element."""
+
+    def address(buffer: Any, indices: Any) -> Any:
+        return tirx.address_of(buffer[tuple(i.base if isinstance(i, tirx.Ramp) else i for i in indices)])
+
+    def spell_out(store: Any) -> Any:
+        call = store.value
+        if not isinstance(call, tvm.ir.Call) or call.op.name != "tirx.call_pure_extern" or call.ty.dtype.lanes == 1:
+            return store
+        operands = [address(load.source, load.indices) for load in call.args[1:3]]
+        result = address(store.buffer, store.indices)
+        return tirx.Evaluate(tirx.call_extern("int32", call.args[0].value, result, *operands))
+
+    return function.with_body(structural_map(function.body, [(tirx.BufferStore, spell_out)], order="post"))
 
 
 def _generate(device: tvm.IRModule, target: tvm.target.Target) -> str:
@@ -221,7 +252,7 @@ def _compile(text: str, warp: int = 32) -> tuple[ctypes.CDLL, dict[str, list[str
         )
     program = (
         f"#define EMU_WARP {warp}\n"
-        + '#include "emulator.h"\n#include "instructions.h"\n'
+        + "".join(f'#include "{header}"\n' for header in HEADERS)
         + code
         + "\n"
         + "\n".join(entries)
@@ -229,7 +260,7 @@ def _compile(text: str, warp: int = 32) -> tuple[ctypes.CDLL, dict[str, list[str
     )
     folder = Path(tempfile.gettempdir()) / "llmc-cuda-emulator"
     folder.mkdir(exist_ok=True)
-    headers = b"".join((HERE / h).read_bytes() for h in ("emulator.h", "instructions.h"))
+    headers = b"".join((HERE / h).read_bytes() for h in HEADERS)
     library = folder / (hashlib.sha256(program.encode() + headers).hexdigest()[:24] + ".so")
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as work:

@@ -1,4 +1,4 @@
-"""``llmc.quantized_take`` on a GPU: rows of a quantized embedding, from the matrix that the output layer multiplies.
+"""``llmc.quantized_take`` on any GPU: rows of a quantized embedding, from the matrix that the output layer multiplies.
 
 A thread for eight columns of a row. The values are those of :meth:`QuantizedTensor.dequantize`, rounded once to the result's dtype.
 """
@@ -11,16 +11,16 @@ import numpy as np
 from tvm import tirx
 
 from llmc.passes.quantize.scheme import scheme
-from llmc.schedules.cuda import layout_mma
-from llmc.schedules.cuda.emit import STORAGE, Symbols, arguments, bind, ceildiv, flat, function, i64, store_all, vector_lanes, when
-from llmc.schedules.cuda.layout_mma import UNIT
-from llmc.schedules.cuda.quantized_call import BYTES
-from llmc.schedules.cuda.quantized_units import Units
+from llmc.schedules.gpu import layout_mma
+from llmc.schedules.gpu.emit import STORAGE, Symbols, arguments, bind, ceildiv, common_lanes, flat, function, i64, store_all, when
+from llmc.schedules.gpu.layout_mma import UNIT
+from llmc.schedules.gpu.quantized_call import BYTES
+from llmc.schedules.gpu.quantized_units import Units
 from llmc.schedules.protocol import KernelCall, TensorSpec
-from llmc.targets.base import Target
+from llmc.targets.base import GpuTarget, Target
 
 Expr = Any
-NAME = "cuda.quantized_take"
+NAME = "gpu.quantized_take"
 OP = "llmc.quantized_take"
 
 
@@ -44,7 +44,12 @@ SHAPES: dict[str, KernelCall] = {
 
 
 def matches(call: KernelCall, target: Target) -> str | None:
-    if call.op != OP or target.kind != "cuda" or call.attr("layout") != layout_mma.NAME or call.result.dtype not in STORAGE:
+    if (
+        call.op != OP
+        or not isinstance(target, GpuTarget)
+        or call.attr("layout") != layout_mma.NAME
+        or call.result.dtype not in STORAGE
+    ):
         return None
     return f"{call.attr('scheme')} rows, {UNIT} columns a thread"
 
@@ -53,12 +58,12 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     return {}
 
 
-def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
+def build(call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
     how, symbols = scheme(call.attr("scheme")), Symbols()
     o, k = int(call.attr("o")), int(call.attr("k"))
     names = list(layout_mma.parts(how, o, k))
     specs = dict(zip(["ids", *names, "out"], (*call.args, call.result), strict=True))
-    lanes = min(UNIT, vector_lanes(call.result.dtype, k))
+    lanes = common_lanes(target, [call.result.dtype], UNIT, k)
     with function(f"quantized_take_{how.name}_{o}x{k}") as done:
         buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
         n, count = symbols.dim(call.args[0].shape[0]), ceildiv(k, UNIT)
@@ -77,7 +82,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 else:
                     keep()
 
-        flat(n * count, one)
+        flat(target, n * count, one)
     return done()
 
 

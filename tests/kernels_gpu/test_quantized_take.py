@@ -1,4 +1,4 @@
-"""``schedules/cuda/quantized_simple.py`` and ``quantized_take.py`` on the CUDA emulator."""
+"""``schedules/gpu/quantized_take.py`` on the emulator: every value is the dequantized one, rounded once."""
 
 from __future__ import annotations
 
@@ -6,24 +6,14 @@ import numpy as np
 import pytest
 
 from llmc.passes.quantize.scheme import scheme
-from llmc.schedules.cuda import layout_mma, quantized_simple, quantized_take
+from llmc.schedules.gpu import layout_mma, quantized_take
 from llmc.targets import cuda
-from tests.kernels.harness import DTYPES, error
-from tests.kernels_cuda.emulated import TOLERANCE, call
-from tests.kernels_cuda.quantized_cases import as_dtype, operands, random_quantized
+from tests.kernels.harness import DTYPES
+from tests.kernels.quantized_cases import as_dtype, random_quantized
+from tests.kernels_cuda.emulated import call
 
 TARGET = cuda.parse("cuda:sm_80")
-SIMPLE = [name for name, case in quantized_simple.SHAPES.items() if case.attr("o") < 1000]
 TAKE = [name for name, case in quantized_take.SHAPES.items() if case.attr("o") < 1000]
-
-
-@pytest.mark.parametrize(("name", "n"), [(name, (1, 6, 5, 2, 67, 9, 130, 33)[i % 8]) for i, name in enumerate(SIMPLE)])
-def test_simple_linear(name: str, n: int) -> None:
-    case = quantized_simple.SHAPES[name]
-    assert quantized_simple.matches(case, TARGET)
-    arrays = operands(case, n, seed=n)
-    result = call(quantized_simple, case, TARGET, arrays, {"n": n})
-    assert error(result, quantized_simple.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
 
 
 @pytest.mark.parametrize("name", TAKE)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from llmc.passes.quantize.scheme import QuantizedTensor, Scheme, stored
-from llmc.schedules.cuda import layout_mma
-from llmc.schedules.cuda.quantized_call import how, part_names, specs
+from llmc.schedules.gpu import layout_mma
+from llmc.schedules.gpu.quantized_call import how, part_names, specs
 from llmc.schedules.protocol import KernelCall
 from tests.kernels.harness import DTYPES
 

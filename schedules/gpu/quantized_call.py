@@ -1,4 +1,4 @@
-"""What every CUDA family of ``llmc.quantized_linear`` shares: a call's operands by name, its reference, its roofline."""
+"""What every family of ``llmc.quantized_linear`` shares: a call's operands by name, its reference, its roofline."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ import numpy as np
 from llmc.dialect.linear import is_gated
 from llmc.dialect.linear import reference as linear_reference
 from llmc.passes.quantize.scheme import Scheme, scheme
-from llmc.schedules.cuda import layout_mma
+from llmc.schedules.gpu import layout_mma, linear_call
+from llmc.schedules.gpu.emit import STORAGE
+from llmc.schedules.gpu.math import ACTIVATIONS
 from llmc.schedules.protocol import KernelCall, TensorSpec
+from llmc.targets.base import GpuTarget
 
 OP = "llmc.quantized_linear"
 BYTES = {"int32": 4, "uint8": 1, "float32": 4, "float16": 2, "bfloat16": 2}
@@ -50,14 +53,22 @@ def specs(call: KernelCall) -> dict[str, TensorSpec]:
 
 
 def is_ours(call: KernelCall, target: Any) -> bool:
-    """Whether this is a linear over a matrix in the layout ``cuda.mma`` on an NVIDIA GPU, with float activations."""
+    """Whether this is a linear over a matrix in the layout ``gpu.mma`` on a GPU, with float activations."""
     return (
         call.op == OP
-        and target.kind == "cuda"
+        and isinstance(target, GpuTarget)
         and call.attr("layout") == layout_mma.NAME
         and call.attr("activations", "compute") == "compute"
         and len(call.args[0].shape) == 2
     )
+
+
+def takes(call: KernelCall, target: Any) -> bool:
+    """Whether it is one that the portable kernels compute: activations, bias and results in dtypes that they load."""
+    if not is_ours(call, target) or linear_call.activation(call)[0] not in ACTIVATIONS:
+        return False
+    parts = part_names(call)
+    return all(s.dtype in STORAGE for name, s in specs(call).items() if name not in parts)
 
 
 def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:

@@ -1,4 +1,6 @@
-"""How quantized matrices lie in memory for NVIDIA GPUs: tiles of 16 rows in the order of the tensor cores' A fragments.
+"""How quantized matrices lie in memory for GPUs: tiles of 16 rows in the order of the A fragments of NVIDIA's tensor cores.
+
+Other GPUs take the same bytes, eight columns of a row at a time, so that the variants of an artifact share them.
 
 A warp multiplies 16 rows by m16n8k16 (PTX ISA): lane 4 g + t (g < 8, t < 4) holds columns of rows g and g + 8. Sixteen bytes of
 one lane, one load, are a whole *chunk* of columns, 64 codes of 4 bits or 32 of 8, and the 32 lanes' bytes are consecutive.
@@ -27,8 +29,9 @@ import numpy as np
 
 from llmc.passes.quantize.scheme import QuantizedTensor, Scheme
 from llmc.schedules.protocol import TensorSpec
+from llmc.targets.base import GpuTarget
 
-NAME = "cuda.mma"
+NAME = "gpu.mma"
 ACTIVATIONS: tuple[str, ...] = ()
 ROWS = 16
 BLOCK = 128
@@ -89,8 +92,8 @@ def geometry(scheme: Scheme, o: int, k: int) -> Tiles:
 
 
 def takes(scheme: Scheme, o: int, k: int, target: Any) -> str | None:
-    if target.kind != "cuda":
-        return f"{NAME} is a layout for NVIDIA GPUs, not for {target.name}"
+    if not isinstance(target, GpuTarget):
+        return f"{NAME} is a layout for GPUs, not for {target.name}"
     if scheme.bits not in FORMATS.get(scheme.kind, ()) or scheme.super_group:
         return f"{NAME} stores integers of 2 to 8 bits and fp8 e4m3 with one level of scales, not {scheme.name}"
     if scheme.group and scheme.group not in (32, 64) and scheme.group % BLOCK:

@@ -22,7 +22,7 @@ SHAPES: dict[str, KernelCall] = {
     "square_4096_int4_g128": make(4096, 4096, "int4_g128", phase="extend"),
     "extend_72x40_fp8": make(72, 40, "fp8_e4m3", phase="extend"),
     "extend_130x100_q8_0_f16": make(130, 100, "q8_0", "float16", "extend", bias=1, residual=1, activation="gelu_tanh"),
-    "extend_37x65_q4_1": make(37, 65, "q4_1", phase="extend", out="float32"),
+    "extend_37x65_q4_1": make(37, 65, "q4_1", phase="extend"),
     "gated_72x160_int4": make(72, 160, "int4_g64", phase="extend", activation="silu_gated", bias=1),
 }
 

@@ -12,7 +12,8 @@ class Target:
     """A machine to compile for.
 
     ``name`` is canonical and reproduces the target when parsed again (``"cpu:znver5"``); ``kind`` is cpu, cuda, rocm or metal.
-    ``features`` are what the code will use and the loader must find on the machine (/proc/cpuinfo spelling for x86).
+    ``features`` are what the code will use and the loader must find on the machine (/proc/cpuinfo spelling for x86); of a
+    CUDA target, what its code holds besides (``"ptx"``).
     ``vector_bits`` is the SIMD width; ``vector_registers`` how many; ``threads`` a default for planning, not a limit.
     """
 

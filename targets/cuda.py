@@ -4,7 +4,7 @@
 spec           machine
 ============== ============================================================================================
 ``cuda``       the first GPU of this machine, asked from the driver; the name becomes ``cuda:sm_90a``
-``cuda:sm_80`` that architecture, and later GPUs of the same major version
+``cuda:sm_80`` that architecture, and later GPUs of the same major version; where nvcc is installed, newer ones too, from PTX
 ``cuda:sm_90a`` the ``a`` allows Hopper's own instructions (wgmma, TMA) and ties the code to compute capability 9.0
 ============== ============================================================================================
 """
@@ -24,8 +24,8 @@ from tvm import relax, s_tir, tirx  # noqa: F401  (s_tir registers its pipeline)
 from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
 
 from llmc.errors import UsageError
-from llmc.runtime.device import cuda_devices
-from llmc.targets import dependent_launch
+from llmc.runtime.device import PTX, cuda_devices
+from llmc.targets import cuda_tools, dependent_launch
 from llmc.targets.base import GpuTarget, Target
 from llmc.targets.gpu import compute_dtype, layouts, schedule
 from llmc.targets.limits import MMA
@@ -63,7 +63,7 @@ def parse(spec: str) -> GpuTarget:
         kind=KIND,
         triple=f"{machine}-linux-gnu",
         mcpu=arch,
-        features=(),
+        features=(PTX,) if cuda_tools.writes_ptx(arch) else (),
         vector_bits=128,
         vector_registers=255,
         shared_memory=SHARED_MEMORY[arch],
@@ -82,8 +82,6 @@ def _local(spec: str) -> str:
 
 
 def check_tools(target: Target) -> None:
-    from llmc.targets import cuda_tools
-
     linker(target)
     cuda_tools.compiler()
 
@@ -111,8 +109,6 @@ def families(target: Target) -> Sequence[Any]:
 
 def build(module: tvm.IRModule, target: Target) -> Any:
     """The executable, its device code made by nvcc or NVRTC. Needs no GPU. Raises MissingExtraError without either or cudart."""
-    from llmc.targets import cuda_tools
-
     cuda_tools.prepare()
     with tvm_target(target) as tvm_t:
         return relax.build(module, tvm_t, relax_pipeline=None, tir_pipeline=PIPELINE)

@@ -54,9 +54,14 @@ def find_nvcc() -> Path | None:
     return next((path for path in candidates if path.is_file()), None)
 
 
+def writes_ptx(arch: str) -> bool:
+    """Whether code for an architecture comes with PTX, which newer GPUs' drivers translate: by nvcc, for what all of them have."""
+    return arch[-1].isdigit() and find_nvcc() is not None
+
+
 def compiler() -> Callable[[str, str], bytes]:
-    """What turns CUDA source into machine code for an architecture (``"sm_90a"``), a fatbin or a cubin, and nothing else: no PTX,
-    no source. It raises InternalError if it refuses the source.
+    """What turns CUDA source into machine code for an architecture (``"sm_90a"``), a fatbin or a cubin: no source, and PTX only
+    where :func:`writes_ptx` says so. It raises InternalError if it refuses the source.
 
     nvcc where there is one, else NVRTC. Raises MissingExtraError naming what to install if there is neither.
     """
@@ -71,10 +76,11 @@ def compiler() -> Callable[[str, str], bytes]:
 
 def _run_nvcc(nvcc: Path, source: str, arch: str) -> bytes:
     number = arch.removeprefix("sm_")
+    kinds = f"[sm_{number},compute_{number}]" if writes_ptx(arch) else f"sm_{number}"
     with tempfile.TemporaryDirectory(prefix="llmc-nvcc-") as folder:
         code, binary = Path(folder) / "kernels.cu", Path(folder) / "kernels.fatbin"
         code.write_text(source, encoding="utf-8")
-        command = [str(nvcc), "--fatbin", *NVCC_FLAGS, "-gencode", f"arch=compute_{number},code=sm_{number}"]
+        command = [str(nvcc), "--fatbin", *NVCC_FLAGS, "-gencode", f"arch=compute_{number},code={kinds}"]
         done = subprocess.run([*command, "-o", str(binary), str(code)], capture_output=True, text=True, check=False)
         if done.returncode:
             raise InternalError(f"nvcc refuses the kernels generated for {arch}: {(done.stderr or done.stdout).strip()[-1500:]}")

@@ -15,6 +15,7 @@ from llmc import manifest
 from llmc.errors import ArtifactError
 from llmc.manifest import Manifest, Variant
 from llmc.runtime.device import (
+    PTX,
     AmdDevice,
     CudaDevice,
     MetalDevice,
@@ -22,6 +23,7 @@ from llmc.runtime.device import (
     cuda_devices,
     metal_devices,
     opencl_devices,
+    runs_from_ptx,
     runs_on,
 )
 from llmc.runtime.host import Host, host
@@ -124,7 +126,7 @@ def _gpu_refusal(variant: Variant, gpus: Sequence[Any]) -> str | None:
         return f"{variant.target} {_NO_GPU[variant.kind]}"
     gpu = gpus[0]  # models run on the first one
     fits = {
-        "cuda": lambda: runs_on(variant.mcpu, gpu.capability),
+        "cuda": lambda: _cuda_code(variant, gpu) is not None,
         "rocm": lambda: variant.mcpu == gpu.arch,
         "metal": lambda: variant.mcpu <= gpu.arch,  # a family has all that those before it have
         "opencl": lambda: True,
@@ -134,14 +136,28 @@ def _gpu_refusal(variant: Variant, gpus: Sequence[Any]) -> str | None:
     return f"{variant.target} is machine code for {variant.mcpu}, and this machine's {gpu.name} is {gpu.arch}"
 
 
-def score(variant: Variant, gpus: Sequence[Any] = ()) -> tuple[int, str, int]:
+def _cuda_code(variant: Variant, gpu: CudaDevice) -> str | None:
+    """What of a CUDA variant the GPU would run: ``"machine code"``, ``"PTX"``, or nothing."""
+    if runs_on(variant.mcpu, gpu.capability):
+        return "machine code"
+    return "PTX" if PTX in variant.features and runs_from_ptx(variant.mcpu, gpu.capability) else None
+
+
+def score(variant: Variant, gpus: Sequence[Any] = ()) -> tuple[float, str, int]:
     """How well a variant that runs here suits the machine, the more the better: a GPU by its own code before one by OpenCL, before
-    the processor, before OpenCL on the processor; then the newer GPU architecture; then more features of the processor."""
+    the processor, before OpenCL on the processor; then machine code before PTX; then the newer GPU architecture; then more
+    features of the processor."""
     if variant.kind == "cpu":
         return 1, "", len(variant.features)
     if variant.kind == "opencl":
         return 2 if any(gpu.kind == "opencl" and gpu.gpu for gpu in gpus) else 0, "", 0
-    return 3, variant.mcpu, 0
+    return 3 - _translated(variant, gpus) / 2, variant.mcpu, 0
+
+
+def _translated(variant: Variant, gpus: Sequence[Any]) -> bool:
+    """Whether a variant that runs here would run from PTX."""
+    mine = [gpu for gpu in gpus if gpu.kind == variant.kind]
+    return variant.kind == "cuda" and bool(mine) and _cuda_code(variant, mine[0]) == "PTX"
 
 
 def choose_variant(m: Manifest, where: Path, machine: Host, gpus: Sequence[Gpu] = ()) -> tuple[Variant, str]:
@@ -160,6 +176,8 @@ def choose_variant(m: Manifest, where: Path, machine: Host, gpus: Sequence[Gpu] 
     best, *others = usable
     device = next((gpu.name for gpu in gpus if gpu.kind == best.kind), machine.cpu_name)
     rest = [f"rather than {v.target}, which would run too" for v in others] + [str(r) for r in reasons.values() if r is not None]
+    if _translated(best, gpus):
+        rest.insert(0, f"from PTX, which the driver translates for {device}")
     return best, "; ".join([f"{best.target} suits {device} best" if rest else f"{best.target} is the only variant", *rest])
 
 

@@ -75,6 +75,16 @@ def runs_on(arch: str, capability: tuple[int, int]) -> bool:
     return capability[0] == major and capability[1] >= minor
 
 
+PTX = "ptx"
+"""The feature of a CUDA variant that holds PTX besides machine code."""
+
+
+def runs_from_ptx(arch: str, capability: tuple[int, int]) -> bool:
+    """Whether a GPU's driver can translate PTX for ``arch``: the same compute capability and newer ones; with an ``a`` never."""
+    number = arch.removeprefix("sm_")
+    return number.isdigit() and capability >= (int(number[:-1]), int(number[-1]))
+
+
 @dataclass(frozen=True)
 class AmdDevice:
     """A GPU: its place among those of the machine, and its architecture (``"gfx942"``)."""

@@ -107,6 +107,28 @@ def test_machine_code_runs_on_its_own_major_version(arch: str, capability: tuple
             choose_variant(m, Path("a"), ZEN, [gpu(*capability)])
 
 
+@pytest.mark.parametrize(
+    ("arch", "capability", "runs"),
+    [
+        ("sm_80", (12, 0), True),
+        ("sm_80", (9, 0), True),
+        ("sm_90", (8, 9), False),
+        ("sm_90a", (10, 0), False),
+        ("sm_89", (8, 6), False),
+    ],
+)
+def test_newer_gpus_run_from_ptx_where_there_is_some(arch: str, capability: tuple[int, int], runs: bool) -> None:
+    v = replace(variant(arch, CUDA.triple, kind="cuda"), features=["ptx"])
+    assert (refusal(v, ZEN, [gpu(*capability)]) is None) == runs
+    own = variant(f"sm_{capability[0]}{capability[1]}", CUDA.triple, kind="cuda")
+    m = replace(manifest(5, 8, Limits(1, 1, 1)), variants=[v])
+    if runs:
+        best, why = choose_variant(m, Path("a"), ZEN, [gpu(*capability)])
+        assert best is v and "from PTX, which the driver translates for NVIDIA Test" in why
+        best, why = choose_variant(replace(m, variants=[v, own]), Path("a"), ZEN, [gpu(*capability)])
+        assert best is own and "PTX" not in why
+
+
 def test_a_gpu_is_preferred_to_the_processor() -> None:
     m = replace(manifest(5, 8, Limits(1, 1, 1)), variants=[V4, CUDA, variant("sm_90a", CUDA.triple, kind="cuda")])
     assert choose_variant(m, Path("a"), ZEN, [gpu(9, 0)])[0].mcpu == "sm_90a"

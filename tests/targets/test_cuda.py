@@ -79,6 +79,18 @@ def test_source_that_the_compiler_refuses_is_a_defect_of_ours() -> None:
         cuda_tools.compiler()("__global__ void f() { nonsense; }", "sm_80")
 
 
+def test_ptx_comes_with_code_that_newer_gpus_may_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    nvcc = cuda_tools.find_nvcc()
+    if nvcc is None:
+        assert targets.parse("cuda:sm_80").features == ()
+        return
+    assert targets.parse("cuda:sm_80").features == ("ptx",) and targets.parse("cuda:sm_90a").features == ()
+    kernel = 'extern "C" __global__ void k(float* x) { x[threadIdx.x] += 1.0f; }'
+    monkeypatch.setattr(cuda_tools, "NVCC_FLAGS", (*cuda_tools.NVCC_FLAGS, "--no-compress"))
+    assert b".target sm_80" in cuda_tools._run_nvcc(nvcc, kernel, "sm_80")
+    assert b".target sm_" not in cuda_tools._run_nvcc(nvcc, kernel, "sm_90a")
+
+
 def test_a_model_compiled_without_a_gpu(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     out = tmp_path / "artifact"
     report = compile_model(str(tiny_model_dir("llama")), out=out, target="cuda:sm_90a", dtype="bfloat16", context=64)

@@ -38,6 +38,10 @@ How each is checked without it:
   kernel's assembly.
 - **metal**: every portable kernel's shader source passes clang's C++ front end with Metal's address spaces and types declared;
   casts between address spaces are refused, threadgroup memory is within limits. A whole model's library is a Mach-O for arm64.
+- **Matrix instructions** (MFMA, WMMA, simdgroup matrices): the emulator has each with its published layout, and LLVM's assembler or
+  clang accepts what is generated.
+- **On an H200**, with the limits of gfx1100, apple8 and OpenCL and `mma` for matrix products, a whole model has the logits of
+  float32 torch (benchmarks/portable.md). Waves of 64 cannot run there.
 - **opencl**: float32 and bfloat16 kernels run through a real OpenCL driver on the CPU (`pytest -m peer tests/kernels_gpu`).
 
 Largest error of any shape, in units of the result's largest value, for float32 / 16-bit results:

@@ -49,8 +49,12 @@ PAD_BYTES = 16
 STRIP = 32
 """Columns of the sums that a warp puts into shared memory at once."""
 
+REGISTERS = 0.4
+"""The share of a thread's registers for sums and operands; addresses and the next operands under way take as many."""
+
 TILES = (
-    (128, 128, 64, 64), (128, 128, 64, 32), (64, 128, 32, 64), (64, 64, 32, 32), (32, 64, 16, 32), (32, 64, 32, 16),
+    (128, 128, 64, 64), (128, 128, 64, 32), (64, 128, 32, 64), (64, 128, 32, 32), (64, 64, 32, 32), (32, 64, 16, 32),
+    (32, 64, 32, 16),
 )  # fmt: skip
 """Rows and columns of a thread block, and of one of its warps."""
 
@@ -112,15 +116,18 @@ def _fits(call: KernelCall, target: GpuTarget, tile: Sequence[int]) -> bool:
     how = target.matrix
     if how is None:
         return False
-    m, n, _ = how.shape
+    m, n, k = how.shape
     warps = rows // warp_rows * (columns // warp_columns)
     sums = warp_rows * warp_columns // target.warp_size
     held = how.held_as(call.args[0].dtype)
     size = 4 if held == WORD else WIDTH[held]
+    element = 2 if held == WORD else size
+    parts = ((warp_rows // m, m * k), (warp_columns // n, n * k))
+    operands = sum(count * max(how.width, elements // target.warp_size) for count, elements in parts)
     used = 2 * (rows + columns) * _pitch(held) * size + warps * m * _strip_pitch(warp_columns) * 4
     return (
         warps * target.warp_size <= target.max_threads
-        and sums <= target.vector_registers // 3
+        and sums + operands * element // 4 <= REGISTERS * target.vector_registers
         and used <= target.shared_arrays
         and warp_rows % m == 0
         and warp_columns % (2 * n) == 0

@@ -53,7 +53,7 @@ REGISTERS = 0.4
 """The share of a thread's registers for sums and operands; addresses and the next operands under way take as many."""
 
 TILES = (
-    (128, 128, 64, 64), (128, 128, 64, 32), (64, 128, 32, 64), (64, 128, 32, 32), (64, 64, 32, 32), (32, 64, 16, 32),
+    (128, 128, 64, 64), (64, 128, 32, 32), (128, 128, 64, 32), (64, 128, 32, 64), (64, 64, 32, 32), (32, 64, 16, 32),
     (32, 64, 32, 16),
 )  # fmt: skip
 """Rows and columns of a thread block, and of one of its warps."""

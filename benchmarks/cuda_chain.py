@@ -70,8 +70,8 @@ def build(folder: Path, only: list[str]) -> None:
 
     import tvm
 
-    from llmc.schedules.cuda import decode_attention, linear_call, quantized_call
-    from llmc.schedules.gpu import norm, rope_append
+    from llmc.schedules.cuda import decode_attention, linear_call
+    from llmc.schedules.gpu import norm, quantized_call, rope_append
     from llmc.targets import cuda, cuda_tools
     from llmc.targets.link import linker
 

@@ -1,4 +1,4 @@
-"""``schedules/cuda/layout_mma.py``: packing is undone exactly, and puts a code where the kernels look for it."""
+"""``schedules/gpu/layout_mma.py``: packing is undone exactly, and puts a code where the kernels look for it."""
 
 from __future__ import annotations
 
@@ -46,4 +46,4 @@ def test_what_it_does_not_take() -> None:
     target = cuda.parse("cuda:sm_90a")
     assert "groups of 16" in str(layout_mma.takes(scheme("int8_g16"), 16, 64, target))
     assert "q6_k" in str(layout_mma.takes(scheme("q6_k"), 16, 256, target))
-    assert "NVIDIA" in str(layout_mma.takes(scheme("int8"), 16, 64, cpu.parse("cpu:x86-64-v3")))
+    assert "a layout for GPUs" in str(layout_mma.takes(scheme("int8"), 16, 64, cpu.parse("cpu:x86-64-v3")))

@@ -83,13 +83,13 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 
     ``warps`` of a block, more for codes, of which each has half as many bytes on their way; ``least``: chunks of 16 positions that
     are worth a block; ``min_blocks`` per multiprocessor limits registers (0: the compiler's choice); ``many``: pairs of a sequence
-    and a KV head from which a warp takes a pair; from a half, and from a quarter of that on two and four warps do;
+    and a KV head from which a warp takes a pair; from a half, and from a quarter of that on two and four warps do (0: never);
     ``dependent_launch``: start early.
     """
     warps = [16, 8, 4] if "kv_scheme" in dict(call.attrs) else [8, 4, 2]
     return {
         "split": [8, 4, 2, 1], "fill": [132, 264, 396], "warps": warps, "least": [4, 8, 16], "min_blocks": [0, 2, 3],
-        "many": [1024, 512, 2048], "dependent_launch": [True, False],
+        "many": [1024, 512, 2048, 0], "dependent_launch": [True, False],
     }  # fmt: skip
 
 
@@ -415,9 +415,10 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         T.cuda.cluster_sync()
 
     few = hopper.finish(attend, f"decode_attention_{hq}x{hk}x{d}", () if has_sinks else ("sinks",), dependent_launch)
-    if not decode_ring.takes(call):
+    many = int(config["many"])
+    if not many or not decode_ring.takes(call):
         return few
-    batch, many = few.params[2].ty.shape[0], int(config["many"])
+    batch = few.params[2].ty.shape[0]
     kernels = [few, *(decode_ring.kernel(call, parts, dependent_launch) for parts in (4, 2, 1))]
     return host_choice(kernels, [batch * hk < many // 4, batch * hk < many // 2, batch * hk < many])
 

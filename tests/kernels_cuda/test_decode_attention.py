@@ -21,7 +21,7 @@ def test_reference(name: str) -> None:
     case = decode_attention.SHAPES[name]
     assert decode_attention.matches(case, TARGET)
     arrays, symbols = paged_arrays(case, [211, 1, 48], [1, 1, 1], seed=5)
-    result = call(decode_attention, case, TARGET, arrays, symbols, {"split": 2, "warps": 4, "least": 2})
+    result = call(decode_attention, case, TARGET, arrays, symbols, {"split": 2, "warps": 4, "least": 2, "many": 0})
     assert error(result, decode_attention.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
 
 
@@ -38,11 +38,11 @@ def test_reference(name: str) -> None:
 def test_configurations(config: dict[str, int]) -> None:
     case = decode_attention.SHAPES["group_3_64"]
     arrays, symbols = paged_arrays(case, [515, 17], [1, 1], seed=6)
-    result = call(decode_attention, case, TARGET, arrays, symbols, config | {"dependent_launch": False})
+    result = call(decode_attention, case, TARGET, arrays, symbols, config | {"dependent_launch": False, "many": 0})
     assert error(result, decode_attention.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
 
 
-@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("name", [name for name in SMALL if decode_ring.takes(decode_attention.SHAPES[name])])
 def test_many_sequences(name: str, parts: int) -> None:
     """``decode_ring``: pages of more than 32 chunks, of less than one, and a block that is not full."""
@@ -73,7 +73,7 @@ def test_rows_do_not_depend_on_their_neighbours() -> None:
     """As long as the batch is small enough for clusters of the same size."""
     case = decode_attention.SHAPES["group_16_96_window"]
     arrays, symbols = paged_arrays(case, [70, 90, 20], [1, 1, 1], seed=7)
-    config = {"split": 2, "warps": 2, "least": 1}
+    config = {"split": 2, "warps": 2, "least": 1, "many": 0}
     many = call(decode_attention, case, TARGET, arrays, symbols, config)
     alone = [arrays[0][1:2], arrays[1], arrays[2][1:2], arrays[3][1:2], np.array([0, 1], np.int32)]
     one = call(decode_attention, case, TARGET, alone, symbols | {"b": 1, "n": 1, "b+1": 2}, config)

@@ -27,6 +27,10 @@ from tests.support.metal import check
 SPECS = [f"{kind}:{arch}" for kind, table in (("rocm", ROCM), ("metal", METAL), ("opencl", OPENCL)) for arch in table]
 
 
+amd = pytest.mark.parametrize("arch", [a if a in ("gfx942", "gfx1100") else pytest.param(a, marks=pytest.mark.slow) for a in ROCM])
+"""AMD architectures: one of each size of waves in the default run."""
+
+
 @pytest.mark.parametrize("spec", SPECS)
 def test_specs(spec: str) -> None:
     target = targets.parse(spec)
@@ -62,7 +66,7 @@ def compiled(model: Path, out: Path, spec: str) -> bytes:
     return (out / variant.library).read_bytes()
 
 
-@pytest.mark.parametrize("arch", ROCM)
+@amd
 def test_a_model_as_amd_code_objects(arch: str, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     target = targets.parse(f"rocm:{arch}")
     assert isinstance(target, GpuTarget)
@@ -83,7 +87,7 @@ def test_what_is_no_code_object_is_refused() -> None:
         code_object.parse(Path(sys.executable).read_bytes())
 
 
-@pytest.mark.parametrize("arch", ROCM)
+@amd
 def test_every_portable_kernel_is_legal_amd_assembly_without_scratch(arch: str, tmp_path: Path) -> None:
     """Clang's assembler for the architecture reads what the code generator wrote: each instruction exists there."""
     target = targets.parse(f"rocm:{arch}")
@@ -105,7 +109,7 @@ def test_every_portable_kernel_is_legal_amd_assembly_without_scratch(arch: str, 
     subprocess.run([*command, str(assembly), "-o", str(tmp_path / "kernels.o")], check=True)
 
 
-@pytest.mark.parametrize("family", METAL)
+@pytest.mark.parametrize("family", [f if f == "apple7" else pytest.param(f, marks=pytest.mark.slow) for f in METAL])
 def test_a_model_as_metal_source_in_a_macos_library(family: str, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     library = compiled(tiny_model_dir("mixtral"), tmp_path / "artifact", f"metal:{family}")
     assert library[:8] == b"\xcf\xfa\xed\xfe\x0c\x00\x00\x01"  # 64-bit Mach-O for arm64

@@ -166,7 +166,7 @@ def test_artifact_for_another_architecture(llmc: Llmc, tiny_artifact: Path, tmp_
     info = manifest.read(folder)
     arm = dataclasses.replace(info.variants[0], target="cpu:aarch64+neon", triple="aarch64-linux-gnu", features=["asimd"])
     save(folder, info, variants=[arm])
-    check(llmc("run", folder, "hi"), 5, "cpu:aarch64+neon", "x86_64", "llmc compile")
+    check(llmc("run", folder, "hi"), 5, "cpu:aarch64+neon", "x86_64", "llmc add")
 
 
 def test_artifact_for_a_better_processor(llmc: Llmc, tiny_artifact: Path, tmp_path: Path) -> None:
@@ -174,7 +174,7 @@ def test_artifact_for_a_better_processor(llmc: Llmc, tiny_artifact: Path, tmp_pa
     info = manifest.read(folder)
     better = dataclasses.replace(info.variants[0], features=[*info.variants[0].features, "avx4096"])
     save(folder, info, variants=[better])
-    check(llmc("run", folder, "hi"), 5, "avx4096", "llmc compile")
+    check(llmc("run", folder, "hi"), 5, "avx4096", "llmc add")
 
 
 @pytest.mark.parametrize(("change", "words"), [({"llmc": "99.0.0"}, "99.0.0"), ({"tvm": "0.99.0"}, "0.99.0")], ids=["llmc", "tvm"])

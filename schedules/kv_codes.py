@@ -48,9 +48,9 @@ def decode(codes: Expr, scheme: KvScheme, lanes: int) -> Expr:
     """Codes of 8 bits, in uint8, as float32."""
     wide = bind(tirx.Cast(vector("uint32", lanes), codes))
     if scheme.kind == "int":
-        sign = words(0x80, lanes)
-        signed = tirx.reinterpret(vector("int32", lanes), (wide ^ sign) - sign)
-        return tirx.Cast(vector("float32", lanes), signed)
+        # Signed arithmetic: TVM tells LLVM that unsigned subtractions do not wrap.
+        sign = tirx.const(0x80, "int32") if lanes == 1 else tirx.Broadcast(tirx.const(0x80, "int32"), lanes)
+        return tirx.Cast(vector("float32", lanes), (tirx.reinterpret(vector("int32", lanes), wide) ^ sign) - sign)
     floats = vector("float32", lanes)
     magnitude = bind(wide & words(0x7F, lanes))
     # Exponent and mantissa moved to their places, the exponent's bias corrected. Subnormal numbers are multiples of 2^-9;

@@ -22,8 +22,8 @@ from llmc.targets.base import Target
 NAME = "cuda.moe_hopper"
 OP = "llmc.moe"
 SHAPES: dict[str, KernelCall] = {
-    "mixtral_4096x14336": portable._call(4096, 14336, 8, 2),
-    "qwen3_2048x768": portable._call(2048, 768, 128, 8),
+    "experts_8_4096x14336": portable._call(4096, 14336, 8, 2),
+    "experts_128_2048x768": portable._call(2048, 768, 128, 8),
     "small_136x72": portable._call(136, 72, 5, 2),
     "plain_64x200_f16": portable._call(64, 200, 3, 1, "float16", gated=0, activation="relu2"),
     "all_72x64_gelu": portable._call(72, 64, 4, 4, activation="gelu_tanh"),

@@ -6,6 +6,7 @@ One class for each form of :class:`~llmc.targets.base.MatrixInstruction`, with o
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 from tvm import tirx
@@ -18,7 +19,7 @@ from llmc.targets.base import GpuTarget, MatrixInstruction
 Expr = Any
 
 
-class Fragments:
+class Fragments(ABC):
     """What the forms share. Offsets into shared memory are in elements of its arrays."""
 
     def __init__(self, how: MatrixInstruction, dtype: str, warp: int, lane: Expr, down: int, across: int) -> None:
@@ -27,13 +28,13 @@ class Fragments:
         self.sums = self.m * self.n // warp
         """A lane's share of a result."""
 
+    @abstractmethod
     def multiply(self, x: Expr, x_at: Expr, w: Expr, w_at: Expr, pitch: int) -> None:
         """Add the products of the warp's lines of two tiles, k columns of them, from ``x_at`` and ``w_at`` on."""
-        raise NotImplementedError
 
+    @abstractmethod
     def spill(self, i: int, j: int, out: Expr, at: Expr, pitch: int) -> None:
         """The sums of result (i, j) to the float32 array ``out``, m lines of n."""
-        raise NotImplementedError
 
 
 class LaneFragments(Fragments):

@@ -125,7 +125,11 @@ class SimdgroupFragments(Fragments):
         T.evaluate(metal.simdgroup_store(self.acc.data, i * self.across + j, tirx.address_of(out[at]), pitch))
 
 
-_FORMS = {"lanes": LaneFragments, "ptx": PtxFragments, "simdgroup": SimdgroupFragments}
+_FORMS: dict[str, type[LaneFragments | PtxFragments | SimdgroupFragments]] = {
+    "lanes": LaneFragments,
+    "ptx": PtxFragments,
+    "simdgroup": SimdgroupFragments,
+}
 
 
 def fragments(target: GpuTarget, dtype: str, lane: Expr, down: int, across: int) -> Fragments:

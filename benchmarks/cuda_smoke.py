@@ -165,26 +165,49 @@ def _random(tag: str, scheme: str, vector: bool) -> bytes:
 
 
 class TorchDecoder:
-    """The same model in torch, in float32 on the GPU, from the weights of the artifact."""
+    """The same model in torch on the GPU, from the weights of the artifact: as a rule in float32, as the reference; in a 16-bit
+    ``dtype`` it shows what rounding costs. Norms are float32 either way. Quantized matrices need the compiler's packages."""
 
-    def __init__(self, folder: Path, manifest: Any, config: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, manifest: Any, config: dict[str, Any], dtype: str = "float32") -> None:
         import torch
 
         from llmc.runtime.weights import map_weights
 
-        self.torch, self.config = torch, config
+        self.torch, self.config, self.dtype = torch, config, getattr(torch, dtype)
         names = manifest.variants[0].weights
+        stored = dict(zip(names, map_weights(folder, manifest.tensors, names), strict=True))
         self.weights: dict[str, Any] = {}
-        for name, (array, dtype) in zip(names, map_weights(folder, manifest.tensors, names), strict=True):
-            values = torch.from_numpy(array.view(np.int16) if dtype == "bfloat16" else array)
-            self.weights[name] = (values.view(torch.bfloat16) if dtype == "bfloat16" else values).cuda().float()
+        for name, (array, kind) in stored.items():
+            matrix, _, part = name.rpartition(".")
+            if f"{matrix}.codes" not in stored:
+                values = torch.from_numpy(array.view(np.int16) if kind == "bfloat16" else array)
+                self.weights[name] = (values.view(torch.bfloat16) if kind == "bfloat16" else values).cuda().to(self.dtype)
+            elif part == "codes":
+                parts = {n.rpartition(".")[2]: a for n, a in stored.items() if n.rpartition(".")[0] == matrix}
+                values = torch.from_numpy(self._dequantized(matrix, parts, manifest.tensors[name].scheme))
+                self.weights[matrix] = values.cuda().to(self.dtype)
+
+    def _dequantized(self, name: str, parts: dict[str, tuple[np.ndarray, str]], scheme_name: str) -> np.ndarray:
+        import ml_dtypes
+
+        from llmc.passes.quantize.scheme import scheme
+        from llmc.schedules.gpu import layout_mma
+
+        c = self.config
+        h, i, d = c["hidden_size"], c["intermediate_size"], c["head_dim"]
+        q, kv = c["num_attention_heads"] * d, c["num_key_value_heads"] * d
+        shapes = {"q_proj": (q + 2 * kv, h), "o_proj": (h, q), "gate_proj": (2 * i, h), "down_proj": (h, i)}
+        o, k = next((s for word, s in shapes.items() if word in name), (c["vocab_size"], h))
+        arrays = {n: a.view(ml_dtypes.bfloat16) if kind == "bfloat16" else a for n, (a, kind) in parts.items()}
+        return layout_mma.unpack(arrays, scheme(scheme_name), o, k).dequantize()
 
     def _weight(self, *words: str) -> Any:
         (name,) = [n for n in self.weights if all(word in n for word in words)]
         return self.weights[name]
 
     def _norm(self, x: Any, weight: Any) -> Any:
-        return x * self.torch.rsqrt((x * x).mean(-1, keepdim=True) + EPS) * weight
+        wide = x.float()
+        return (wide * self.torch.rsqrt((wide * wide).mean(-1, keepdim=True) + EPS)).to(self.dtype) * weight
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """float32 [len(ids), vocab]."""
@@ -194,7 +217,7 @@ class TorchDecoder:
         embed = self._weight("embed_tokens")
         x = embed[torch.tensor(ids, device="cuda")]
         angle = torch.arange(n, device="cuda")[:, None] * THETA ** (-torch.arange(0, d, 2, device="cuda").double() / d)[None]
-        cos, sin = (torch.cat([t, t], -1).float()[:, None] for t in (angle.cos(), angle.sin()))
+        cos, sin = (torch.cat([t, t], -1).to(self.dtype)[:, None] for t in (angle.cos(), angle.sin()))
 
         def turn(t: Any) -> Any:
             return t * cos + torch.cat([-t[..., d // 2 :], t[..., : d // 2]], -1) * sin

@@ -8,6 +8,17 @@ from pathlib import Path
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--gpu", action="store_true", help="run kernels on this machine's GPU, not on the emulator")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--gpu"):
+        from tests.support import cuda_emulator
+
+        cuda_emulator.on_gpu = True
+
+
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``tiny_model_dir("llama")``: a random-weight model folder of that type, made once a session. Changes make another one."""

@@ -1,0 +1,29 @@
+"""Runs CUDA kernels on this machine's GPU: what the emulator's tests become under ``pytest --gpu``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import tvm
+
+from llmc.targets import cuda
+from llmc.targets.base import Target
+
+
+def run(function: Any, target: Target, *arrays: np.ndarray) -> list[np.ndarray]:
+    """Build PrimFunc ``function`` as a compile does, call it on copies of ``arrays``, and return all of them after it.
+
+    A target of another kind than CUDA skips the test: the emulator lends it limits that this GPU does not have.
+    """
+    if target.kind != cuda.KIND:
+        pytest.skip(f"{target.name} is no target of this GPU")
+    module = cuda.build_kernels(tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")}), target)
+    device = tvm.cuda(0)
+    tensors = [tvm.runtime.empty(a.shape, str(a.dtype), device) for a in arrays]
+    for tensor, array in zip(tensors, arrays, strict=True):
+        tensor.copyfrom(np.ascontiguousarray(array))
+    module["kernel"](*tensors)
+    device.sync()
+    return [tensor.numpy() for tensor in tensors]

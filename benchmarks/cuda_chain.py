@@ -3,7 +3,8 @@
     python benchmarks/cuda_chain.py build DIR [--only 8b-bf16,...]    with llmc and nvcc, no GPU: kernels.so and cases.json
     python benchmarks/cuda_chain.py run DIR                           on an sm_90a GPU with torch and the TVM runtime
 
-A layer is norm, qkv, rope and append, attention, o, norm, gate and up, down. ``run`` puts :data:`LAYERS` of them, each with weights
+A layer is norm, qkv, rope and append, attention, o, norm, gate and up, down; with the norms inside the linears behind them, six
+kernels. ``run`` puts :data:`LAYERS` of them, each with weights
 of its own, into a CUDA graph for every set of linear kernels in :data:`SETS`, compares the result with that of the first set, and
 prints the microseconds of a layer, next to those of moving its weights at the copy bandwidth of the same run.
 """
@@ -50,13 +51,29 @@ class Model:
 MODELS = {"8b": Model(4096, 14336, 32, 8, 128), "1b": Model(2048, 8192, 32, 8, 64)}
 
 
-DENSE: dict[str, list[str]] = {"gemv": ["gemv"], "ring": ["ring_gemv", "gemv"]}
-QUANTIZED: dict[str, list[str]] = {"gemv": ["quantized_gemv"]}
-SETS: dict[str, dict[str, list[str]]] = {
+@dataclass(frozen=True)
+class Linears:
+    """``families``: the first that takes a linear builds it; ``norm``: whether qkv, gate and up take their norm themselves."""
+
+    families: tuple[str, ...]
+    norm: bool = False
+
+
+DENSE = {
+    "gemv": Linears(("gemv",)),
+    "gemv, norm inside": Linears(("gemv",), True),
+    "ring": Linears(("ring_gemv", "gemv")),
+    "ring, norm inside": Linears(("ring_gemv", "gemv"), True),
+}
+QUANTIZED = {"gemv": Linears(("quantized_gemv",)), "gemv, norm inside": Linears(("quantized_gemv",), True)}
+SETS: dict[str, dict[str, Linears]] = {
     "8b-bf16": DENSE, "1b-bf16": DENSE, "8b-int8": QUANTIZED, "8b-fp8_e4m3": QUANTIZED, "8b-int4_g128": QUANTIZED,
     "1b-int4_g128": QUANTIZED,
 }  # fmt: skip
-"""Model and weights -> label -> the families that its linears may be from, of which the first that takes a call builds it."""
+"""Model and weights -> label -> kernels of the linears."""
+
+NORMED = ("qkv", "gate_up")
+"""Linears behind a norm."""
 
 ROWS = (1, 8)
 
@@ -71,6 +88,7 @@ def build(folder: Path, only: list[str]) -> None:
     import tvm
 
     from llmc.schedules.cuda import decode_attention, linear_call
+    from llmc.schedules.cuda.input_norm import normed
     from llmc.schedules.gpu import norm, quantized_call, rope_append
     from llmc.targets import cuda, cuda_tools
     from llmc.targets.link import linker
@@ -79,15 +97,16 @@ def build(folder: Path, only: list[str]) -> None:
     functions: dict[str, Any] = {}
     cases: dict[str, dict[str, Any]] = {}
 
-    built: dict[tuple[str, Any], str] = {}
+    built: dict[tuple[str, Any, bool], str] = {}
 
-    def add(family: Any, call: Any) -> str:
+    def add(family: Any, call: Any, norm: bool = False) -> str:
         """The name of the kernel in the default configuration."""
-        if (family.NAME, call) not in built:
+        key = family.NAME, call, norm
+        if key not in built:
             config = {axis: values[0] for axis, values in family.space(call, target).items()}
-            name = built[family.NAME, call] = f"kernel_{len(functions)}"
-            functions[name] = family.build(call, target, config).with_attr("global_symbol", name)
-        return built[family.NAME, call]
+            name = built[key] = f"kernel_{len(functions)}"
+            functions[name] = family.build(normed(call) if norm else call, target, config).with_attr("global_symbol", name)
+        return built[key]
 
     for subject, sets in SETS.items():
         if only and subject not in only:
@@ -109,10 +128,14 @@ def build(folder: Path, only: list[str]) -> None:
             "rope_append": add(rope_append, rope_append._call(model.heads, model.kv_heads, model.d, page_size=PAGE)),
             "attend": add(decode_attention, decode_attention._call(model.heads, model.kv_heads, model.d, page_size=PAGE)),
         }
-        for label, names in sets.items():
-            families = [importlib.import_module(f"llmc.schedules.cuda.{name}") for name in names]
-            linears = {role: add(next(f for f in families if f.matches(call, target)), call) for role, call in calls.items()}
-            cases[subject]["sets"][label] = small | linears
+        for label, how in sets.items():
+            families = [importlib.import_module(f"llmc.schedules.cuda.{name}") for name in how.families]
+            linears = {
+                role: add(next(f for f in families if f.matches(call, target)), call, how.norm and role in NORMED)
+                for role, call in calls.items()
+            }
+            others = {role: name for role, name in small.items() if not (how.norm and role == "norm")}
+            cases[subject]["sets"][label] = others | linears
     cuda_tools.prepare()
     with cuda.tvm_target(target) as tvm_target:
         module = tvm.compile(tvm.IRModule(functions), target=tvm_target, tir_pipeline=cuda.PIPELINE)
@@ -175,15 +198,16 @@ class Layers:
         v = self.v
         for i, own in enumerate(self.views):
             x = v["x"] if i == 0 else v["z"]
+            first, second = ((v["normed"],),) * 2 if "norm" in kernels else ((x, v["gain"]), (v["y"], v["gain"]))
             calls = [
-                ("norm", (x, v["gain"], v["normed"])), ("qkv", (v["normed"], *own["qkv"], v["qkv"])),
+                ("norm", (x, v["gain"], v["normed"])), ("qkv", (*first, *own["qkv"], v["qkv"])),
                 ("rope_append", (v["qkv"], v["cos"], v["sin"], v["slots"], own["pages"], v["q"])),
                 ("attend", (v["q"], own["pages"], v["table"], v["lens"], v["starts"], v["heads"])),
                 ("o", (v["flat"], *own["o"], x, v["y"])), ("norm", (v["y"], v["gain"], v["normed"])),
-                ("gate_up", (v["normed"], *own["gate_up"], v["inner"])), ("down", (v["inner"], *own["down"], v["y"], v["z"])),
+                ("gate_up", (*second, *own["gate_up"], v["inner"])), ("down", (v["inner"], *own["down"], v["y"], v["z"])),
             ]  # fmt: skip
             for name, arguments in calls:
-                if not only or name == only:
+                if name in kernels and (not only or name == only):
                     kernels[name](*arguments)
 
 

@@ -59,6 +59,12 @@ def _quantized_linear(s: Shapes, a: dict[str, Any]) -> str:
     )
 
 
+def _norm_linear(s: Shapes, a: dict[str, Any]) -> str:
+    layer = _quantized_linear if "scheme" in a else _linear
+    wrong = _expect((len(s) > 3 and same_shape(s[1], s[0][-1:]), "operand 1 is not a vector over the columns of x"))
+    return wrong or layer([s[0], *s[2:]], a)
+
+
 def _quantized_take(s: Shapes, a: dict[str, Any]) -> str:
     return _expect((len(s) > 2 and len(s[0]) == 1, f"ids of rank {len(s[0])} and {len(s) - 2} parts"))
 
@@ -166,6 +172,7 @@ def _topk(s: Shapes, a: dict[str, Any]) -> str:
 CHECKS: dict[str, Check] = {
     "llmc.linear": _linear,
     "llmc.quantized_linear": _quantized_linear,
+    "llmc.norm_linear": _norm_linear,
     "llmc.quantized_take": _quantized_take,
     "llmc.rms_norm": _norm(2),
     "llmc.layer_norm": _norm(3),

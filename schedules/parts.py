@@ -26,9 +26,15 @@ def has_parts(family: Any) -> bool:
     return hasattr(family, "parts")
 
 
-def measured_call(family: Any, call: KernelCall) -> KernelCall:
-    """The call that records of ``call`` are kept under: one for both phases if the family has parts."""
-    return replace(call, phase="decode") if has_parts(family) else call
+def kept_under(family: Any, call: KernelCall) -> tuple[Any, KernelCall]:
+    """The family and the call that records of ``call`` are kept under.
+
+    ``measured_as(call)`` if the family has that function, because its configurations are another family's; and one call for both
+    phases if the family has parts.
+    """
+    if hasattr(family, "measured_as"):
+        family, call = family.measured_as(call)
+    return family, (replace(call, phase="decode") if has_parts(family) else call)
 
 
 def spaces(family: Any, call: KernelCall, target: Any) -> list[Space]:

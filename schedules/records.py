@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import OutputError
-from llmc.schedules.parts import Space, has_parts, measured_call, spaces
+from llmc.schedules.parts import Space, has_parts, kept_under, spaces
 from llmc.schedules.protocol import KernelCall, TensorSpec
 
 SHIPPED = Path(__file__).parent / "records"
@@ -253,10 +253,10 @@ class Records:
         Of a family with parts, each part has its own; ``origin`` is ``"record"`` if all that were found are of this very call, and
         what no record speaks of keeps its default.
         """
+        family, call = kept_under(family, call)
         known = self.of_family(family, machine_class(target))
         if not known:
             return None
-        call = measured_call(family, call)
         found = {tuple(space): self._best(known, call, target, space) for space in spaces(family, call, target)}
         tuned = {axes: t for axes, t in found.items() if t is not None}
         if not tuned:

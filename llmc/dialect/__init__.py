@@ -4,7 +4,7 @@ Importing this package registers every op. Each module holds one op or a pair th
 rule and its NumPy reference. The IR is persisted as JSON (``tvm.ir.save_json``): TVMScript text does not round-trip Python ops.
 """
 
-from llmc.dialect import attention, linear, moe, norm, paged, quantized, quantized_moe, rope, rope_append, topk
+from llmc.dialect import attention, linear, moe, norm, norm_linear, paged, quantized, quantized_moe, rope, rope_append, topk
 from llmc.dialect.core import attrs_of, call, is_call
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "linear",
     "moe",
     "norm",
+    "norm_linear",
     "paged",
     "quantized",
     "quantized_moe",

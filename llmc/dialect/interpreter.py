@@ -24,6 +24,7 @@ from llmc.dialect.linear import ACTIVATIONS
 from llmc.dialect.linear import reference as linear_reference
 from llmc.dialect.moe import reference as moe_reference
 from llmc.dialect.norm import layer_norm_reference, rms_norm_reference
+from llmc.dialect.norm_linear import linear_op as norm_linear_op
 from llmc.dialect.paged import append_reference, attend_reference
 from llmc.dialect.rope import reference as rope_reference
 from llmc.dialect.rope_append import reference as rope_append_reference
@@ -204,6 +205,12 @@ def _linear(x: Any, weight: Any, *rest: Any, bias: int, residual: int, activatio
     return linear_reference(x, weight, b, extra.pop(0) if residual else None, activation=activation)
 
 
+def _norm_linear(x: Any, gamma: Any, *rest: Any, eps: float, offset: float, **attrs: Any) -> np.ndarray:
+    normal = rms_norm_reference(x, gamma, eps=eps, offset=offset)
+    found: np.ndarray = OPS[norm_linear_op(attrs)](normal, *rest, **attrs)
+    return found
+
+
 def _attention(*args: Any, layer: int, sinks: int, **attrs: Any) -> np.ndarray:
     return attention_reference(*args, **attrs)
 
@@ -217,7 +224,7 @@ def _moe(*args: Any, top_k: int, bias: int, **attrs: Any) -> np.ndarray:
 
 
 OPS["llmc.linear"], OPS["llmc.attention"], OPS["llmc.attend"], OPS["llmc.moe"] = _linear, _attention, _attend, _moe
-OPS["llmc.append"], OPS["llmc.topk"] = append_reference, topk_reference
+OPS["llmc.append"], OPS["llmc.topk"], OPS["llmc.norm_linear"] = append_reference, topk_reference, _norm_linear
 
 
 _ARITHMETIC: list[tuple[Any, Callable[[int, int], int]]] = [

@@ -11,7 +11,7 @@ from typing import Any
 from llmc import targets
 from llmc.errors import UsageError
 from llmc.manifest import KernelChoice
-from llmc.schedules.parts import has_parts, measured_call
+from llmc.schedules.parts import has_parts, kept_under
 from llmc.schedules.protocol import KernelCall
 from llmc.schedules.records import call_from_json
 from llmc.targets.base import Target
@@ -82,10 +82,11 @@ def tasks_of(choices: Sequence[KernelChoice], target: Target, pattern: str = "*"
         if not any(fnmatch.fnmatch(name, pattern) for name in (choice.kernel, choice.family)):
             continue
         call = call_from_json(choice.call)
-        key = choice.family, measured_call(families[choice.family], call)
+        family, measured = kept_under(families[choice.family], call)
+        key = family.NAME, measured
         at = counts.setdefault(key, [0, 0])
         at[0 if choice.function == "decode" else 1] += choice.count
-        names[key] = choice.kernel if call.phase in choice.kernel or key[1] != call else f"{choice.kernel} {call.phase}"
+        names[key] = choice.kernel if call.phase in choice.kernel or measured != call else f"{choice.kernel} {call.phase}"
     found = []
     for (name, call), (per_token, per_prefill) in counts.items():
         if prod(map(len, families[name].space(call, target).values())) > 1:
@@ -101,7 +102,7 @@ def tasks_of(choices: Sequence[KernelChoice], target: Target, pattern: str = "*"
 
 def make(family: Any, call: KernelCall, target: Target, per_token: int = 1, per_prefill: int = 0, label: str = "") -> list[Task]:
     """The tasks of a call: one with the sizes of :func:`llmc.tune.inputs.sizes`, or one for each part of the family."""
-    name, call = label or f"{family.NAME}_{call.args[1].shape}", measured_call(family, call)
+    name, (family, call) = label or f"{family.NAME}_{call.args[1].shape}", kept_under(family, call)
     if not has_parts(family):
         return [Task(family, call, target, per_token, per_prefill, tuple(inputs.sizes(call, target.kind)), name)]
     found = []

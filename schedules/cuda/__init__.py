@@ -10,6 +10,7 @@ from llmc.schedules.cuda import (
     gemv,
     linear_hopper,
     moe_hopper,
+    norm_linear,
     prefill_attention,
     quantized_gemv,
     quantized_hopper,
@@ -18,7 +19,7 @@ from llmc.schedules.cuda import (
 )
 
 FAMILIES = (
-    linear_hopper, gemv, quantized_hopper, quantized_gemv, decode_attention, prefill_attention, moe_hopper, *gpu.FAMILIES,
-    sample_stats, sample, advance,
+    linear_hopper, gemv, quantized_hopper, quantized_gemv, norm_linear, decode_attention, prefill_attention, moe_hopper,
+    *gpu.FAMILIES, sample_stats, sample, advance,
 )  # fmt: skip
 """In order of preference; the first that matches takes a call."""

@@ -21,6 +21,7 @@ from tvm.script import tirx as T
 
 from llmc.schedules.cuda import gemv_finish, hopper, linear_call
 from llmc.schedules.cuda.emit import WIDTH
+from llmc.schedules.cuda.input_norm import InputNorm, plain
 from llmc.schedules.cuda.math import ACTIVATIONS
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
@@ -112,6 +113,8 @@ def _first(value: int, values: list[int]) -> list[int]:
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
+    """Also of a call with a norm before it, whose linear is one of the family's (:mod:`.input_norm`)."""
+    whole, call = call, plain(call)
     o, k = (int(d) for d in call.args[1].shape)
     specs = dict(zip(linear_call.operand_names(call), (*call.args, call.result), strict=True))
     dtype, out_dtype = specs["x"].dtype, specs["out"].dtype
@@ -128,12 +131,16 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     whole_k, whole_o = k % step == 0, results % outputs == 0
     mma_type = hopper.PTX_TYPE[dtype]
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
-    end = gemv_finish.Finish(call, results, tiles, column_tiles, sources=warps, threads=threads, paired=gated)
+    norm = InputNorm(whole, tiles, column_tiles)
+    end = gemv_finish.Finish(call, results, tiles, column_tiles, norm, sources=warps, threads=threads, paired=gated)
 
     @T.prim_func
-    def gemv(x_ptr: T.handle, weight_ptr: T.handle, bias_ptr: T.handle, residual_ptr: T.handle, out_ptr: T.handle) -> None:
+    def gemv(
+        x_ptr: T.handle, gamma_ptr: T.handle, weight_ptr: T.handle, bias_ptr: T.handle, residual_ptr: T.handle, out_ptr: T.handle
+    ) -> None:  # fmt: skip
         n = T.int64()
         x = T.match_buffer(x_ptr, (n, k), dtype, align=16)
+        gamma = T.match_buffer(gamma_ptr, (k,), dtype, align=16)
         weight = T.match_buffer(weight_ptr, (o, k), dtype, align=16)
         bias = T.match_buffer(bias_ptr, (o,), bias_dtype, align=4)
         residual = T.match_buffer(residual_ptr, (n, results), residual_dtype, align=4)
@@ -143,10 +150,11 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             T.attr({"tirx.launch_bounds_min_blocks_per_sm": blocks})
         column_block, output_block = T.cta_id([T.cast((n + columns - 1) // columns, "int32"), -(-results // outputs)])
         thread = T.thread_id([threads])
-        partial = T.alloc_buffer((warps, tiles, column_tiles, 32, 4), "float32", scope="shared", align=16)
-        acc = T.alloc_local((tiles * column_tiles * 4,), "float32")
+        partial = T.alloc_buffer((warps, tiles + norm.slots, column_tiles, 32, 4), "float32", scope="shared", align=16)
+        acc = T.alloc_local(((tiles + norm.slots) * column_tiles * 4,), "float32")
         w_regs = T.alloc_local((depth * tiles * 8,), "uint32")
         x_regs = T.alloc_local((depth * column_tiles * 4,), "uint32")
+        gamma_regs = T.alloc_local((depth * 4,), "uint32")
         bias_regs = T.alloc_local((end.sided,), end.register(bias_dtype))
         residual_regs = T.alloc_local((end.items,), end.register(residual_dtype))
         warp: T.int32 = thread // 32
@@ -185,6 +193,11 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     )  # fmt: skip
 
         @T.inline
+        def load_gamma(u, start) -> None:
+            column = T.meta_var(start + u * CHUNK + member * LANE_K)
+            norm.fetch(gamma_regs, u * 4, gamma, column if whole_k else T.min(column, k - LANE_K))
+
+        @T.inline
         def multiply(u, r) -> None:
             for half in T.unroll(2):
                 for c in T.unroll(column_tiles):
@@ -198,7 +211,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
         if dependent_launch:
             T.ptx.griddepcontrol.launch_dependents()
-        for i in T.unroll(tiles * column_tiles * 4):
+        for i in T.unroll((tiles + norm.slots) * column_tiles * 4):
             acc[i] = T.float32(0)
         for i in T.unroll(depth * column_tiles * 4):
             x_regs[i] = T.uint32(0)
@@ -206,6 +219,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             for u in T.unroll(depth):
                 for r in T.unroll(tiles):
                     load_weight(u, r, at)
+            for u in T.unroll(depth):
+                load_gamma(u, at)
         end.fetch_bias(bias_regs, bias, thread, first)
         if dependent_launch:
             T.ptx.griddepcontrol.wait()
@@ -216,11 +231,13 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         while at < k:
             following: T.int32 = at + warps * step
             for u in T.unroll(depth):
+                norm.apply(acc, x_regs, gamma_regs, u, 4, 0, 4)
                 for r in T.unroll(tiles):
                     multiply(u, r)
                 if following < k:
                     for r in T.unroll(tiles):
                         load_weight(u, r, following)
+                    load_gamma(u, following)
                     load_x(u, following)
             at = following
 
@@ -228,8 +245,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         T.cuda.cta_sync()
         end.finish(partial, 0, thread, first, first_row, rows, bias_regs, bias_regs, residual_regs, out)
 
-    unused = [name for name in ("bias", "residual") if name not in specs]
-    return hopper.finish(gemv, f"gemv_{o}x{k}", unused, dependent_launch)
+    unused = [name for name in ("bias", "residual") if name not in specs] + ["gamma"] * (not norm.here)
+    return hopper.finish(gemv, f"{'norm_' * norm.here}gemv_{o}x{k}", unused, dependent_launch)
 
 
 reference, roofline = linear_call.reference, linear_call.roofline

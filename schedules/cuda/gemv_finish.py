@@ -11,6 +11,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from llmc.schedules.cuda import linear_call
+from llmc.schedules.cuda.input_norm import InputNorm
 from llmc.schedules.cuda.math import activate
 from llmc.schedules.protocol import KernelCall
 
@@ -23,8 +24,8 @@ class Finish:
 
     ``results``: of a row. ``sources``: accumulators over parts of k that are added up for a tile, in order. A gated linear has two
     sides, gate and factor: two tiles next to each other, or, ``paired``, the upper and the lower 8 rows of one. ``scale_dtype``:
-    where sums are multiplied by a scale for each row of the weight, how it is stored. A result is
-    act(sum · scale + bias) (· factor) + residual.
+    where sums are multiplied by a scale for each row of the weight, how it is stored. ``norm``: with its slot behind the others,
+    sums are scaled by the inverse of the row's root mean square. A result is act(sum · scale + bias) (· factor) + residual.
 
     The methods are for device code. ``thread``: of those that finish; ``first``: the first result of the first tile; ``first_row``
     and ``rows``: rows of x from which on and how many. Partial sums: shared float32 [.., slots, column_tiles, 32, 4], where a slot
@@ -32,14 +33,15 @@ class Finish:
     """
 
     def __init__(
-        self, call: KernelCall, results: int, tiles: int, column_tiles: int, *, sources: int, threads: int, paired: bool = False,
-        scale_dtype: str = "",
+        self, call: KernelCall, results: int, tiles: int, column_tiles: int, norm: InputNorm, *, sources: int, threads: int,
+        paired: bool = False, scale_dtype: str = "",
     ) -> None:  # fmt: skip
         activation, gated = linear_call.activation(call)
         sides, height, columns = 1 + gated, 8 if paired else 16, 8 * column_tiles
         slots = tiles if paired else tiles * sides
         outputs = height * tiles
         count = outputs * columns
+        k = int(call.args[0].shape[1])
         has_bias, has_residual, has_scale = bool(call.attr("bias")), bool(call.attr("residual")), bool(scale_dtype)
         named = [name for name in ("bias", "residual") if call.attr(name)]
         dtypes = {name: spec.dtype for name, spec in zip(reversed(named), reversed(call.args), strict=False)}
@@ -84,8 +86,8 @@ class Finish:
 
         @T.inline
         def store(partial: Expr, source: Expr, acc: Expr, lane: Expr) -> None:
-            """A warp's accumulators [slots · column_tiles · 4] to ``partial[source]``."""
-            for r in T.unroll(slots):
+            """A warp's accumulators [(slots + norm.slots) · column_tiles · 4] to ``partial[source]``."""
+            for r in T.unroll(slots + norm.slots):
                 for c in T.unroll(column_tiles):
                     for i in T.unroll(4):
                         partial[source, r, c, lane, i] = acc[(r * column_tiles + c) * 4 + i]
@@ -116,6 +118,15 @@ class Finish:
                             total = total + partial[source + s, tile, row // 8, owner, slot]
                             if paired:
                                 factor = factor + partial[source + s, tile, row // 8, owner, slot + 2]
+                    if norm.here:
+                        squares: T.float32 = T.float32(0)
+                        for s in T.unroll(sources):
+                            # The diagonal: row r of the rows' products is with the lanes 4 r .. 4 r + 3, a pair of columns each.
+                            squares = squares + partial[source + s, slots, row // 8, row % 8 * 4 + row % 8 // 2, row % 2]
+                        T.ptx["rsqrt.approx.ftz.f32"](squares, squares * T.float32(1.0 / k) + T.float32(norm.eps))
+                        total = total * squares
+                        if gated:
+                            factor = factor * squares
                     if has_scale:
                         total = total * value(scales, i * sides, scale_dtype)
                         if gated:

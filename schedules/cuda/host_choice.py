@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
 
@@ -24,6 +24,24 @@ def host_choice(functions: Sequence[Any], conditions: Sequence[Expr]) -> Any:
     choices = zip(reversed(bodies[:-1]), reversed(conditions), strict=True)
     body = reduce(lambda rest, choice: tirx.IfThenElse(choice[1], choice[0], rest), choices, bodies[-1])
     return tirx.PrimFunc(first.params, body, first.ret_type, first.attrs)
+
+
+def for_rows(
+    name: str, buckets: Mapping[str, int | None], config: Mapping[str, Any], kernel: Callable[[dict[str, Any]], Any]
+) -> Any:
+    """The function that picks a kernel by its first operand's number of rows: ``kernel(config[axis])`` for up to ``buckets[axis]``.
+
+    Each configuration also gets ``dependent_launch`` of ``config``. Neighbouring ranges with one configuration share a kernel.
+    """
+    chosen: list[tuple[dict[str, Any], int | None]] = []
+    for axis, most in buckets.items():
+        value = {**config[axis], "dependent_launch": config["dependent_launch"]}
+        if chosen and chosen[-1][0] == value:
+            chosen.pop()
+        chosen.append((value, most))
+    functions = [kernel(value) for value, _ in chosen]
+    n = functions[0].params[0].ty.shape[0]
+    return host_choice(functions, [n <= most for _, most in chosen[:-1]]).with_attr("global_symbol", name)
 
 
 Tensor = tuple[tuple[Expr, ...], str]

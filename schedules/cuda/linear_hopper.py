@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmc.schedules.cuda import gemm_hopper, gemm_split, gemv, linear_call, ring_gemv
-from llmc.schedules.cuda.host_choice import host_choice
+from llmc.schedules.cuda.host_choice import for_rows
 from llmc.schedules.parts import by_rows
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
@@ -98,16 +98,7 @@ def build_part(call: KernelCall, target: Target, axis: str, value: dict[str, Any
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     o, k = (int(d) for d in call.args[1].shape)
-    kernels: list[tuple[dict[str, Any], int | None]] = []
-    for rows, most in BUCKETS.items():
-        chosen = {**config[rows], "dependent_launch": config["dependent_launch"]}
-        if kernels and kernels[-1][0] == chosen:
-            kernels.pop()  # the same for more rows
-        kernels.append((chosen, most))
-    functions = [KERNELS[chosen["kernel"]].build(call, target, chosen) for chosen, _ in kernels]
-    limits = [most for _, most in kernels]
-    n = functions[0].params[0].ty.shape[0]
-    return host_choice(functions, [n <= most for most in limits[:-1]]).with_attr("global_symbol", f"linear_{o}x{k}")
+    return for_rows(f"linear_{o}x{k}", BUCKETS, config, lambda chosen: KERNELS[chosen["kernel"]].build(call, target, chosen))
 
 
 reference, roofline = linear_call.reference, linear_call.roofline

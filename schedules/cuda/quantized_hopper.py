@@ -16,7 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmc.schedules.cuda import linear_call, quantized_gemm, quantized_gemv
-from llmc.schedules.cuda.host_choice import host_choice
+from llmc.schedules.cuda.host_choice import for_rows
 from llmc.schedules.gpu import quantized_call
 from llmc.schedules.gpu.quantized_call import make
 from llmc.schedules.parts import by_rows
@@ -78,17 +78,8 @@ def build_part(call: KernelCall, target: Target, axis: str, value: dict[str, Any
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
-    kernels: list[tuple[dict[str, Any], int | None]] = []
-    for rows, most in BUCKETS.items():
-        chosen = {**config[rows], "dependent_launch": config["dependent_launch"]}
-        if kernels and kernels[-1][0] == chosen:
-            kernels.pop()  # the same for more rows
-        kernels.append((chosen, most))
-    functions = [KERNELS[chosen["kernel"]].build(call, target, chosen) for chosen, _ in kernels]
-    n = functions[0].params[0].ty.shape[0]
-    limits = [most for _, most in kernels]
     name = f"quantized_linear_{call.attr('scheme')}_{call.attr('o')}x{call.attr('k')}"
-    return host_choice(functions, [n <= most for most in limits[:-1]]).with_attr("global_symbol", name)
+    return for_rows(name, BUCKETS, config, lambda chosen: KERNELS[chosen["kernel"]].build(call, target, chosen))
 
 
 reference, roofline = quantized_call.reference, quantized_call.roofline

@@ -26,6 +26,7 @@ from tvm.script import tirx as T
 
 from llmc.schedules.cuda import gemv, gemv_finish, hopper, linear_call
 from llmc.schedules.cuda.emit import WIDTH
+from llmc.schedules.cuda.input_norm import InputNorm, plain
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 
@@ -107,6 +108,8 @@ def _share(lines: int, warps: int, wide: int) -> int:
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
+    """Also of a call with a norm before it, whose linear is one of the family's (:mod:`.input_norm`)."""
+    whole, call = call, plain(call)
     o, k = (int(d) for d in call.args[1].shape)
     specs = dict(zip(linear_call.operand_names(call), (*call.args, call.result), strict=True))
     dtype, out_dtype = specs["x"].dtype, specs["out"].dtype
@@ -128,16 +131,20 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     stages = max(2, int(config["ring"]) // (warps * box_bytes))
     mma_type = hopper.PTX_TYPE[dtype]
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
-    end = gemv_finish.Finish(call, results, 1, column_tiles, sources=warps, threads=32)
+    norm = InputNorm(whole, sides, column_tiles)
+    end = gemv_finish.Finish(call, results, 1, column_tiles, norm, sources=warps, threads=32)
 
     def unit_of(member: Any, half: Any) -> Any:
         """Which 16 bytes of a line lane t takes in a half: the 8 lanes that a shared load serves at once hit all banks."""
         return member % wide + member // wide * (2 * wide) + half * wide
 
     @T.prim_func
-    def gemv(x_ptr: T.handle, weight_ptr: T.handle, bias_ptr: T.handle, residual_ptr: T.handle, out_ptr: T.handle) -> None:
+    def gemv(
+        x_ptr: T.handle, gamma_ptr: T.handle, weight_ptr: T.handle, bias_ptr: T.handle, residual_ptr: T.handle, out_ptr: T.handle
+    ) -> None:  # fmt: skip
         n = T.int64()
         x = T.match_buffer(x_ptr, (n, k), dtype, align=16)
+        gamma = T.match_buffer(gamma_ptr, (k,), dtype, align=16)
         weight = T.match_buffer(weight_ptr, (o, k), dtype, align=16)
         bias = T.match_buffer(bias_ptr, (o,), bias_dtype, align=4)
         residual = T.match_buffer(residual_ptr, (n, results), residual_dtype, align=4)
@@ -150,14 +157,15 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         thread = T.thread_id([threads])
         pool = T.SMEMPool()
         ring = pool.alloc((warps * stages, ROWS * wide, LINE), dtype, align=1024)
-        partial = pool.alloc((2 * warps, sides, column_tiles, 32, 4), "float32", align=16)
+        partial = pool.alloc((2 * warps, sides + norm.slots, column_tiles, 32, 4), "float32", align=16)
         full = pool.alloc((warps * stages,), "uint64", align=8)
         ready = pool.alloc((2,), "uint64", align=8)
         free = pool.alloc((2,), "uint64", align=8)
         pool.commit()
-        acc = T.alloc_local((sides * column_tiles * 4,), "float32")
+        acc = T.alloc_local(((sides + norm.slots) * column_tiles * 4,), "float32")
         w_regs = T.alloc_local((16,), "uint32")
         x_regs = T.alloc_local((pieces * wide * column_tiles * 8,), "uint32")
+        gamma_regs = T.alloc_local((pieces * wide * 8,), "uint32")
         bias_regs = T.alloc_local((end.sided,), end.register(bias_dtype))
         residual_regs = T.alloc_local((end.items,), end.register(residual_dtype))
         # The same in all lanes of a warp, and the compiler has to know it.
@@ -192,6 +200,13 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                                 x_regs[base], x_regs[base + 1], x_regs[base + 2], x_regs[base + 3],
                                 x.ptr_to([T.cast(first_row + group + c * 8, "int64"), column]),
                             )  # fmt: skip
+
+        @T.inline
+        def load_gamma(piece) -> None:
+            for line in T.unroll(wide):
+                for h in T.unroll(2):
+                    column = T.meta_var(((piece * warps + warp) * wide + line) * LINE + unit_of(member, h) * 8)
+                    norm.fetch(gamma_regs, (piece * wide + line) * 8 + h * 4, gamma, T.min(column, k - 8))
 
         @T.inline
         def multiply(slot, piece, line, side) -> None:
@@ -231,10 +246,14 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 for i in T.unroll(stages):
                     if i // units < count:
                         fill(i, i // units, i % units)
+            for p in T.unroll(pieces):
+                load_gamma(p)
             if dependent_launch:
                 T.ptx.griddepcontrol.wait()
             for p in T.unroll(pieces):
                 load_x(p)
+            for i in T.unroll(norm.slots * column_tiles * 4):
+                acc[sides * column_tiles * 4 + i] = T.float32(0)
             slot: T.int32 = 0
             phase: T.int32 = 0
             tile: T.int32 = 0
@@ -242,6 +261,10 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 for i in T.unroll(sides * column_tiles * 4):
                     acc[i] = T.float32(0)
                 for u in T.unroll(units):
+                    if norm.here and u % sides == 0:  # noqa: SIM102  (the first when the kernel is built, the other when it runs)
+                        if tile == 0:
+                            for line in T.unroll(wide):
+                                norm.apply(acc, x_regs, gamma_regs, u // sides * wide + line, 8, 0, 8)
                     T.cuda.mbarrier_wait(full.ptr_to([warp * stages + slot]), phase)
                     for line in T.unroll(wide):
                         multiply(slot, u // sides, line, u % sides)
@@ -275,8 +298,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     T.ptx.mbarrier.arrive.shared.b64(free.ptr_to([done % 2]), T.uint32(1))
                 done = done + 1
 
-    unused = [name for name in ("bias", "residual") if name not in specs]
-    return hopper.finish(gemv, f"ring_gemv_{o}x{k}", unused, dependent_launch)
+    unused = [name for name in ("bias", "residual") if name not in specs] + ["gamma"] * (not norm.here)
+    return hopper.finish(gemv, f"{'norm_' * norm.here}ring_gemv_{o}x{k}", unused, dependent_launch)
 
 
 reference, roofline = linear_call.reference, linear_call.roofline

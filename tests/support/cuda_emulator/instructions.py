@@ -123,6 +123,7 @@ TABLE: list[tuple[str, Body]] = [
     (r"ptx_cvt_f16x2_f32", _half_pair),
     (r"ptx_ex2", lambda m, a: f"{a[0]}=exp2f({a[1]});"),
     (r"ptx_rcp", lambda m, a: f"{a[0]}=1.0f/{a[1]};"),
+    (r"ptx_rsqrt", lambda m, a: f"{a[0]}=1.0f/sqrtf({a[1]});"),
     (r"ptx_tanh", lambda m, a: f"{a[0]}=tanhf({a[1]});"),
     (r"cluster_ctaid", lambda m, a: "return RK;"),
     (r"cuda_cluster_sync", lambda m, a: "emu_cluster_sync();"),

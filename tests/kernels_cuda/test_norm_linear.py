@@ -1,0 +1,86 @@
+"""``schedules/cuda/norm_linear.py`` and ``row_norm.py`` on the CUDA emulator."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from llmc.dialect.norm import rms_norm_reference
+from llmc.schedules import parts
+from llmc.schedules import records as R
+from llmc.schedules.cuda import linear_call, linear_hopper, quantized_hopper, row_norm
+from llmc.schedules.cuda import norm_linear as family
+from llmc.schedules.cuda.input_norm import normed
+from llmc.schedules.gpu.quantized_call import make
+from llmc.schedules.protocol import KernelCall
+from llmc.targets import cuda
+from tests.kernels.harness import error, random_arrays
+from tests.kernels.quantized_cases import operands
+from tests.kernels_cuda.emulated import TOLERANCE, call
+from tests.support.cuda_emulator import run
+
+TARGET = cuda.parse("cuda:sm_90a")
+
+
+def arrays_of(case: KernelCall, n: int) -> list[np.ndarray]:
+    _, linear = family.linear_of(case)
+    x, *others = operands(linear, n, seed=n) if case.attr("scheme") else random_arrays(linear, {"n": n}, seed=n)
+    gamma = (0.5 + np.random.default_rng(n).standard_normal(x.shape[1])).astype(x.dtype)
+    return [x, gamma, *others]
+
+
+@pytest.mark.parametrize(
+    ("name", "n"),
+    [("edges_136x328", 16), ("edges_136x328", 17), ("gated_144x264", 3), ("small_64x136_int4", 5), ("small_64x136_int4", 70)],
+)
+def test_every_number_of_rows(name: str, n: int) -> None:
+    case = family.SHAPES[name]
+    assert family.matches(case, TARGET)
+    arrays = arrays_of(case, n)
+    result = call(family, case, TARGET, arrays, {"n": n})
+    assert error(result, family.reference(case, *arrays)) < TOLERANCE["bfloat16"]
+
+
+@pytest.mark.parametrize(("k", "dtype", "offset"), [(72, "float16", 1.0), (4104, "bfloat16", 0.0), (8, "bfloat16", 1.0)])
+def test_rows(k: int, dtype: str, offset: float) -> None:
+    x, gamma = random_arrays(linear_call.sample(1, k, dtype), {"n": 3}, seed=k)
+    x = (x * np.array([[1e-3], [1], [30]])).astype(x.dtype)
+    found = run(row_norm.kernel(k, dtype, 1e-5, offset, True), TARGET, x, gamma[0], np.full_like(x, np.nan))[-1]
+    assert error(found, rms_norm_reference(x, gamma[0], eps=1e-5, offset=offset)) < TOLERANCE[dtype]
+
+
+def test_records_are_those_of_the_linear() -> None:
+    case = family.SHAPES["edges_136x328"]
+    linear = parts.kept_under(family, case)[1]
+    assert parts.kept_under(family, case) == parts.kept_under(linear_hopper, linear) == (linear_hopper, linear)
+    assert parts.kept_under(family, family.SHAPES["small_64x136_int4"])[0] is quantized_hopper
+    other = linear_hopper.candidates(linear, "9-16")[1]
+    known = R.Records()
+    known.add(
+        R.Record(
+            linear_hopper.NAME, linear, (("n", 16),), TARGET.name, R.machine_class(TARGET), "a GPU", R.config_text({"9-16": other}),
+            1e-6, 0.0, "", R.source_hash(linear_hopper), "llmc test",
+        )
+    )  # fmt: skip
+    found = known.lookup(family, case, TARGET)
+    assert found is not None and found.config["9-16"] == other
+    assert found.config.keys() == family.space(case, TARGET).keys()
+
+
+def test_what_it_does_not_take() -> None:
+    case = family.SHAPES["edges_136x328"]
+    assert family.matches(replace(case, op="llmc.linear"), TARGET) is None
+    assert family.matches(case, cuda.parse("cuda:sm_90")) is None
+    assert family.matches(normed(linear_call.sample(136, 328), offset=0.5), TARGET) is None
+    assert family.matches(normed(linear_call.sample(136, 328, "float16")), TARGET) is None
+    assert family.matches(normed(linear_call.sample(20, 64)), TARGET) is None, "the linear is none of the family's"
+    assert family.matches(normed(make(64, 20, "int4_g32")), TARGET) is None
+    x, gamma, *others = case.args
+    assert family.matches(replace(case, args=(x, replace(gamma, dtype="float32"), *others)), TARGET) is None
+
+
+def test_roofline() -> None:
+    case = family.SHAPES["gated_144x264"]
+    assert family.roofline(case, n=2) == (2 * (2 * 264 + 264 + 144 * 264 + 2 * 72), 2 * 2 * 264 * 144)

@@ -80,8 +80,10 @@ def _measure(subject: Subject, folder: Path, read_limit: float) -> list[dict[str
     """Every figure of one subject through the public API."""
     import llmc
     from llmc.bench import bytes_per_token
+    from llmc.runtime.footprint import footprint
 
     rows = []
+    free = _free_memory()
     model = llmc.load(folder, context=8320, kv_memory=24 << 30)
     vocab, rng = model.manifest.model.vocab_size, np.random.default_rng(0)
     for batch in subject.batches:
@@ -108,8 +110,22 @@ def _measure(subject: Subject, folder: Path, read_limit: float) -> list[dict[str
             {"bench": "prefill", "model": subject.model, "weights": subject.quant or "bf16", "tokens": tokens,
              "tok_s": tokens / statistics.median(times)}
         )  # fmt: skip
+    m, pages = model.manifest, model.executor.num_pages
+    planned = footprint(m, m.variants[0]).total + pages * m.kv.page_bytes
+    taken = free - _free_memory()
+    rows.append({"bench": "memory", "model": subject.model, "weights": subject.quant or "bf16", "planned": planned, "taken": taken})
     model.close()
     return rows
+
+
+def _free_memory() -> int:
+    """Bytes of the GPU that are free."""
+    from llmc.runtime.cudart import Cuda
+
+    cuda = Cuda(0)
+    free, _ = cuda.memory()
+    cuda.close()
+    return free
 
 
 def _decode(model: Any, prompts: list[list[int]]) -> float:
@@ -245,6 +261,16 @@ def to_markdown(
         peer = _peer_speed(row, theirs)
         cells = (f"{peer[0]:.0f} ({peer[1]})", f"{row['tok_s'] / peer[0]:.2f}") if peer else ("", "")
         lines.append(f"| {row['model']} | {row['weights']} | {row['tokens']} | {row['tok_s']:.0f} | {cells[0]} | {cells[1]} |")
+    lines += [
+        "",
+        "## Memory of the GPU: the plan that `llmc inspect` prints with 24 GiB of KV pages, and what was taken after all tests",
+        "",
+        "| model | weights | planned, GB | taken, GB | difference |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in (r for r in rows if r["bench"] == "memory"):
+        planned, taken = row["planned"] / 1e9, row["taken"] / 1e9
+        lines.append(f"| {row['model']} | {row['weights']} | {planned:.2f} | {taken:.2f} | {taken / planned - 1:+.1%} |")
     lines += ["", "## Process start to first token, weights in the page cache", "", "| artifact | seconds |", "|---|---:|"]
     lines += [f"| {name} | {seconds:.2f} |" for name, seconds in starts.items()]
     lines += [

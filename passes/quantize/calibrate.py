@@ -7,9 +7,10 @@ before::                                             after (AWQ, SmoothQuant)::
     y = llmc.linear(multiply(a, u), w)                   y = llmc.linear(multiply(a, u / t), Q(w · t))   # in u's rows
     z = llmc.linear(o, w)                                z = llmc.linear(multiply(o, 1 / r), Q(w · r))
 
-GPTQ changes no operator. Each layer there sees what the quantized layers before it leave, so that it can make up for them too; AWQ
-looks at the model as it was, as its authors do. AWQ's scales go into the norm or the linear layer before where nothing else reads
-its result; elsewhere the division is an operator of its own, if that gains enough.
+GPTQ changes no operator. The text runs twice at once there, through the quantized layers and through the exact ones, so that each
+layer can make up for what those before it got wrong (:mod:`.error_propagation`); AWQ looks at the model as it was, as its authors
+do. AWQ's scales go into the norm or the linear layer before where nothing else reads its result; elsewhere the division is an
+operator of its own, if that gains enough.
 
 SmoothQuant puts its scales where AWQ does, but never adds an operator. It is for 8 bits, where activations are rounded too; AWQ and
 GPTQ are for fewer. What one linear layer reads is quantized so; other matrices are rounded to nearest.
@@ -19,6 +20,7 @@ The codes go to files at once: memory is that of :mod:`.forward`, one matrix, an
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from llmc.dialect.core import attrs_of
 from llmc.importer.finite import check_finite
 from llmc.importer.params import Param, ParamTable
 from llmc.passes.quantize.awq import awq, search
+from llmc.passes.quantize.error_propagation import make_up
 from llmc.passes.quantize.fold_scales import Folds
 from llmc.passes.quantize.forward import Forward, Progress, linear, tensor
 from llmc.passes.quantize.gptq import gptq
@@ -78,7 +81,7 @@ def calibrate(graph: Graph, params: ParamTable, method: str, target: Target, cal
     if not layers:
         return
     work = METHODS[method](layers, params, calibration)
-    run = Forward(graph, params, calibration.windows)
+    run = Forward(graph, params, np.tile(calibration.windows, (work.RUNS, 1)))
     last = max(i for i, (_, value) in enumerate(graph.bindings) if work.concerns(value))
     run.visit(work.visit, lambda done, total, what: calibration.progress(done, total, f"{method} {what}"), last + 1)
     work.finish(graph)
@@ -107,13 +110,16 @@ def _is_worth_it(param: Param, method: str, target: Target) -> bool:
 
 
 class _Method(ABC):
-    """What methods share: the moments of a layer's inputs, kept while the next layers read the same x."""
+    """What methods share. ``RUNS``: how many times
+    the text goes through the graph side by side."""
+
+    RUNS = 1
 
     def __init__(self, layers: dict[relax.Var, _Layers], params: ParamTable, calibration: Calibration) -> None:
         self.layers = layers
         self.params = params
         self.calibration = calibration
-        self._latest: tuple[Any, np.ndarray] | None = None
+        self._latest: tuple[Any, tuple[np.ndarray, ...]] | None = None
 
     @abstractmethod
     def visit(self, run: Forward, var: relax.Var, value: Any) -> np.ndarray | None:
@@ -127,11 +133,10 @@ class _Method(ABC):
         group = self.layers.get(value.args[0]) if op_name(value) == "llmc.linear" else None
         return group is not None and any(call.same_as(value) for _, call in group.members)
 
-    def moments(self, run: Forward, x: relax.Var) -> np.ndarray:
-        """Σ x xᵀ over all tokens, float32 [k, k]."""
+    def of_inputs(self, x: relax.Var, products: Callable[[], tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+        """``products`` of the rows of ``x``, kept for the other layers that read it."""
         if self._latest is None or not self._latest[0].same_as(x):
-            rows = tensor(run.value(x))
-            self._latest = (x, (rows.T @ rows).numpy())
+            self._latest = (x, products())
         return self._latest[1]
 
     def weight(self, call: relax.Call) -> tuple[Param, Scheme, np.ndarray]:
@@ -142,14 +147,25 @@ class _Method(ABC):
 
 
 class _Gptq(_Method):
+    """The first half of all rows goes through the quantized layers, the second through the exact ones."""
+
+    RUNS = 2
+
     def visit(self, run: Forward, var: relax.Var, value: Any) -> np.ndarray | None:
         if not self.concerns(value):
             return None
         param, how, exact = self.weight(value)
-        rounded = gptq(exact, self.moments(run, value.args[0]), how)
+        x = value.args[0]
+        seen, meant = (tensor(half) for half in np.split(run.value(x), 2))
+
+        def products() -> tuple[np.ndarray, ...]:
+            return (seen.T @ seen).numpy(), ((meant - seen).T @ seen).numpy()
+
+        moments, change = self.of_inputs(x, products)
+        rounded = gptq(make_up(exact, moments, change), moments, how)
         self.calibration.keep(param, "gptq", exact, rounded)
         bias = run.value(value.args[2]) if attrs_of(value)["bias"] else None
-        return linear(run.value(value.args[0]), rounded.dequantize(), bias)
+        return np.concatenate([linear(seen.numpy(), rounded.dequantize(), bias), linear(meant.numpy(), exact, bias)])
 
     def finish(self, graph: Graph) -> None:
         """Nothing is left to do: the graph stays as it was."""
@@ -179,6 +195,15 @@ class _Scaling(_Method):
         self.calibration.keep(param, self.NAME, exact * group.scales, self.rounded(run, x, exact, group.scales, how))
         bias = run.value(value.args[2]) if attrs_of(value)["bias"] else None
         return linear(run.value(x), exact, bias)
+
+    def moments(self, run: Forward, x: relax.Var) -> np.ndarray:
+        """Σ x xᵀ over all tokens, float32 [k, k]."""
+
+        def products() -> tuple[np.ndarray, ...]:
+            rows = tensor(run.value(x))
+            return ((rows.T @ rows).numpy(),)
+
+        return self.of_inputs(x, products)[0]
 
     @abstractmethod
     def scales(self, run: Forward, x: relax.Var, weights: list[tuple[np.ndarray, Scheme]], costly: bool) -> np.ndarray:

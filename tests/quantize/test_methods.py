@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from llmc.passes.quantize.awq import awq, output_error, search
+from llmc.passes.quantize.error_propagation import make_up
 from llmc.passes.quantize.gptq import DAMPING, gptq
 from llmc.passes.quantize.round_to_nearest import quantize
 from llmc.passes.quantize.scheme import QuantizedTensor, floats, scheme
@@ -85,6 +86,26 @@ def test_gptq_takes_dead_and_equal_columns() -> None:
     assert np.isfinite(found).all()
     assert np.abs(found[:, 5] - weight[:, 5]).max() < 0.2
     assert np.isfinite(gptq(weight, np.zeros((32, 32), np.float32), scheme("int4_g32")).dequantize()).all()
+
+
+@pytest.mark.parametrize(("o", "k"), SIZES)
+def test_weights_make_up_for_changed_inputs(o: int, k: int) -> None:
+    """The whole step is the ridge regression of the meant results on the seen inputs, from its definition in float64."""
+    weight, meant = layer(o, k, seed=4)
+    seen = meant + 0.1 * np.random.default_rng(5).standard_normal(meant.shape).astype(np.float32) @ np.abs(np.diag(meant[0]))
+    moments, change = seen.T @ seen, (meant - seen).T @ seen
+    damping = np.sqrt(0.2 * np.diagonal(moments).mean())
+    rows = np.concatenate([seen, damping * np.eye(k)]).astype(np.float64)
+    wanted = np.concatenate([meant @ weight.T, damping * weight.T]).astype(np.float64)
+    expected = np.linalg.lstsq(rows, wanted, rcond=None)[0].T
+    found = make_up(weight, moments, change, share=1.0, ridge=0.2)
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    half = make_up(weight, moments, change, ridge=0.2)
+    np.testing.assert_allclose(half, (found + weight) / 2, atol=1e-6)
+    wrong = [np.linalg.norm(seen @ w.T - meant @ weight.T) for w in (weight, half, found)]
+    assert wrong[2] < wrong[1] < wrong[0]
+    unseen = np.zeros_like(moments)
+    np.testing.assert_array_equal(make_up(weight, unseen, unseen), weight)
 
 
 @pytest.mark.parametrize("name", ["int4_g32", "int4z_g64", "int3_g16"])

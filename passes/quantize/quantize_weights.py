@@ -24,7 +24,6 @@ from tvm.relax import TensorType
 
 from llmc.dialect.core import attrs_of
 from llmc.dialect.quantized import quantized_linear, quantized_take
-from llmc.dialect.quantized_moe import OP as QUANTIZED_MOE
 from llmc.dialect.quantized_moe import STACKS, quantized_moe
 from llmc.importer.params import Constant, Param, ParamTable
 from llmc.passes.quantize.packed import Matrix, Part
@@ -69,17 +68,12 @@ def quantize_weights(graph: Graph, params: ParamTable, plan: Plan, target: Targe
 
 def _refused_experts(graph: Graph, params: ParamTable, target: Target) -> dict[str, str]:
     """Stacks of experts with a scheme that must stay as they are, with the reason: both of a layer are quantized, or none."""
-    from llmc import targets
-
-    families = targets.module_for(target).families(target)
     refused: dict[str, str] = {}
     for _, value in graph.bindings:
         if op_name(value) != "llmc.moe":
             continue
         stacks = [params[v.name] for v in value.args[3:5] if v in graph.params]
         why = [_layout(p, target)[2] if p.scheme else f"the {p.name} of these experts stays as it is" for p in stacks]
-        if not any(family.OP == QUANTIZED_MOE for family in families):
-            why.append(f"{target.name} has no kernels for quantized experts")
         if found := "; ".join(filter(None, why)):
             refused |= dict.fromkeys((p.name for p in stacks), found)
     return refused

@@ -16,37 +16,25 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from llmc.dialect.quantized_moe import OP, STACKS, shape_of
-from llmc.passes.quantize.scheme import scheme
+from llmc.dialect.quantized_moe import OP, STACKS
+from llmc.schedules import quantized_experts
 from llmc.schedules.cpu import layout_panel, layout_plain, quantized_linear, quantized_linear_plain
 from llmc.schedules.cpu.emit import Simd, Symbols, arguments, bind, each_vector, f32, function, i64, local, read, shuffle, store
 from llmc.schedules.cpu.expert_groups import Groups, gated
 from llmc.schedules.cpu.math import ACTIVATIONS
-from llmc.schedules.layouts import stack_parts, unpack_stack
 from llmc.schedules.protocol import KernelCall, TensorSpec
+from llmc.schedules.quantized_experts import Of
 from llmc.targets.base import Target
 
 Expr = Any
 NAME = "cpu.quantized_moe"
-LAYOUTS = {module.NAME: module for module in (layout_panel, layout_plain)}
+LAYOUTS = (layout_panel, layout_plain)
 KERNELS: dict[str, Any] = {layout_panel.NAME: quantized_linear, layout_plain.NAME: quantized_linear_plain}
 
 
-def _call(h: int, i: int, experts: int, top_k: int, up: str, down: str, **attrs: Any) -> KernelCall:
-    full = {
-        "top_k": top_k, "activation": "silu", "gated": 1, "interleave": 0, "bias": 0, "alpha": 1.0, "limit": 0.0, "offset": 0.0,
-        "experts": experts, "hidden": h, "inner": i, "activations": "int8", "gate_up_scheme": up, "down_scheme": down, **attrs,
-    }  # fmt: skip
-    x = TensorSpec(("n", h), "float32")
-    args = [x, TensorSpec(("n", top_k), "int32"), TensorSpec(("n", top_k), "float32")]
-    for stack in STACKS:
-        how, (o, k) = scheme(full[f"{stack}_scheme"]), shape_of(full, stack)
-        layout = layout_panel if how.kind == "int" else layout_plain
-        full[f"{stack}_layout"] = layout.NAME
-        args += stack_parts(layout, how, experts, o, k).values()
-    if full["bias"]:
-        args += [TensorSpec((experts, shape_of(full, stack)[0]), "float32") for stack in STACKS]
-    return KernelCall(OP, tuple(args), x, tuple(sorted(full.items())))
+def _call(*sizes: Any, **attrs: Any) -> KernelCall:
+    layout_for: Any = lambda how: layout_panel if how.kind == "int" else layout_plain  # noqa: E731
+    return quantized_experts.sample(*sizes, layout_for, "float32", activations="int8", **attrs)
 
 
 SHAPES: dict[str, KernelCall] = {
@@ -62,7 +50,7 @@ def matches(call: KernelCall, target: Target) -> str | None:
     if call.op != OP or target.kind != "cpu" or call.attr("activation") not in ACTIVATIONS:
         return None
     layouts = [call.attr(f"{stack}_layout") for stack in STACKS]
-    if any(layout not in LAYOUTS for layout in layouts):
+    if any(quantized_experts.layout_of(call, stack, LAYOUTS) is None for stack in STACKS):
         return None
     if layout_panel.NAME in layouts and call.attr("activations") != "int8":
         return None
@@ -76,21 +64,6 @@ def matches(call: KernelCall, target: Target) -> str | None:
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """``rows``: rows of a register tile."""
     return {"rows": [12, 8] if Simd(target).registers >= 32 else [4, 2]}
-
-
-@dataclass(frozen=True)
-class _Of:
-    """A stack of tensors as one of them: the buffer with its first index given."""
-
-    buffer: Expr
-    first: Expr
-
-    @property
-    def ty(self) -> Any:
-        return self.buffer.ty
-
-    def __getitem__(self, index: Any) -> Expr:
-        return self.buffer[(self.first, *(index if isinstance(index, tuple) else (index,)))]
 
 
 @dataclass(frozen=True)
@@ -111,7 +84,7 @@ class _Sorted:
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
-    symbols, names = Symbols(), _names(call)
+    symbols, names = Symbols(), quantized_experts.operand_names(call, LAYOUTS)
     with function(f"quantized_moe_{call.attr('experts')}x{call.attr('hidden')}") as done:
         buffers = dict(zip(names, arguments(symbols, **dict(zip(names, (*call.args, call.result), strict=True))), strict=True))
         _Moe(call, target, buffers, symbols.dim(call.args[0].shape[0]), int(config["rows"])).emit()
@@ -131,7 +104,7 @@ class _Moe:
         self.place = T.alloc_buffer((self.pairs,), "int64")
 
     def emit(self) -> None:
-        wide, _ = shape_of(dict(self.call.attrs), "gate_up")
+        wide, _ = quantized_experts.shape(self.call, "gate_up")
         raw = T.alloc_buffer((self.pairs, wide), "float32")
         activated = T.alloc_buffer((self.pairs, self.inner), "float32")
         parts = T.alloc_buffer((self.pairs, self.hidden), "float32")
@@ -145,18 +118,18 @@ class _Moe:
 
     def _product(self, stack: str, x: Expr, out: Expr) -> None:
         """out[pair] = W[expert of the pair] · x[pair] + bias."""
-        o, k = shape_of(dict(self.call.attrs), stack)
         layout = self.call.attr(f"{stack}_layout")
         linear = _linear(self.call, stack)
         kernel = KERNELS[layout].rows_kernel(linear, self.target, x, out, self.pairs)
-        stacked = {name: self.buffers[f"{stack}.{name}"] for name in stack_parts(LAYOUTS[layout], _how(self.call, stack), 1, o, k)}
+        names = quantized_experts.part_names(self.call, stack, LAYOUTS)
+        stacked = {name: self.buffers[f"{stack}.{name}"] for name in names}
         if self.call.attr("bias"):
             stacked["bias"] = self.buffers[f"{stack}_bias"]
         with T.parallel(0, tirx.const(kernel.pieces, "int64")) as index:
             piece = bind(i64(index))
             with T.serial(0, self.experts) as e:
                 expert = bind(i64(e))
-                emit = kernel.of({name: _Of(buffer, expert) for name, buffer in stacked.items()})
+                emit = kernel.of({name: Of(buffer, expert) for name, buffer in stacked.items()})
                 self._tiles(expert, partial(emit, piece))
 
     def _tiles(self, expert: Expr, emit: Callable[[Expr, int], None]) -> None:
@@ -201,51 +174,23 @@ class _Moe:
             each_vector(self.hidden, self.simd.lanes, piece)
 
 
-def _how(call: KernelCall, stack: str) -> Any:
-    return scheme(call.attr(f"{stack}_scheme"))
-
-
 def _linear(call: KernelCall, stack: str) -> KernelCall:
     """The linear layer that one expert's matrix of ``stack`` is."""
-    o, k = shape_of(dict(call.attrs), stack)
-    layout = call.attr(f"{stack}_layout")
-    args = [TensorSpec(("n", k), "float32"), *LAYOUTS[layout].parts(_how(call, stack), o, k).values()]
+    o, k = quantized_experts.shape(call, stack)
+    layout = quantized_experts.layout_of(call, stack, LAYOUTS)
+    assert layout is not None
+    args = [TensorSpec(("n", k), "float32"), *layout.parts(quantized_experts.how(call, stack), o, k).values()]
     attrs = {
-        "activation": "none", "residual": 0, "bias": call.attr("bias"), "scheme": call.attr(f"{stack}_scheme"), "layout": layout,
-        "o": o, "k": k,
+        "activation": "none", "residual": 0, "bias": call.attr("bias"), "scheme": call.attr(f"{stack}_scheme"),
+        "layout": layout.NAME, "o": o, "k": k,
     }  # fmt: skip
     if call.attr("bias"):
         args.append(TensorSpec((o,), "float32"))
     return KernelCall("llmc.quantized_linear", tuple(args), TensorSpec(("n", o), "float32"), tuple(sorted(attrs.items())))
 
 
-def _names(call: KernelCall) -> list[str]:
-    names = ["x", "ids", "weights"]
-    for stack in STACKS:
-        layout = LAYOUTS[call.attr(f"{stack}_layout")]
-        names += [f"{stack}.{name}" for name in layout.parts(_how(call, stack), *shape_of(dict(call.attrs), stack))]
-    return [*names, *(f"{stack}_bias" for stack in STACKS if call.attr("bias")), "out"]
-
-
 def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
-    from llmc.dialect.moe import reference as moe_reference
-
-    named = dict(zip(_names(call), arrays, strict=False))
-    dense = []
-    for stack in STACKS:
-        o, k = shape_of(dict(call.attrs), stack)
-        layout = LAYOUTS[call.attr(f"{stack}_layout")]
-        parts = {name: named[f"{stack}.{name}"] for name in layout.parts(_how(call, stack), o, k)}
-        dense.append(unpack_stack(layout, parts, _how(call, stack), o, k).dequantize().reshape(call.attr("experts"), o, k))
-    attrs = {name: call.attr(name) for name in ("activation", "gated", "interleave", "alpha", "limit", "offset")}
-    biases = [named[f"{stack}_bias"] for stack in STACKS if call.attr("bias")]
-    return moe_reference(named["x"], named["ids"], named["weights"], *dense, *biases, **attrs)
+    return quantized_experts.reference(call, LAYOUTS, *arrays)
 
 
-def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
-    """Every expert that the step can route to is read once."""
-    n, top_k = call.args[1].bind(symbols)
-    sizes = [shape_of(dict(call.attrs), stack) for stack in STACKS]
-    bits = sum(o * k * _how(call, stack).bits_per_weight(k) for stack, (o, k) in zip(STACKS, sizes, strict=True))
-    weights = sum(o * k for o, k in sizes)
-    return int(min(call.attr("experts"), n * top_k) * bits / 8) + 8 * n * call.attr("hidden"), 2 * n * top_k * weights
+roofline = quantized_experts.roofline

@@ -12,6 +12,7 @@ from llmc.schedules.gpu import (
     quantized_gemm,
     quantized_gemm_matrix,
     quantized_gemv,
+    quantized_moe,
     quantized_take,
     rope,
     rope_append,
@@ -21,7 +22,7 @@ from llmc.schedules.gpu.norm import layer_norm, rms_norm
 
 FAMILIES = (
     gemv, gemm_matrix, gemm, quantized_gemv, quantized_gemm_matrix, quantized_gemm, quantized_take, attend_decode, attend_extend,
-    append, moe, rms_norm, layer_norm, rope, rope_append, topk,
+    append, moe, quantized_moe, rms_norm, layer_norm, rope, rope_append, topk,
 )  # fmt: skip
 """In order of preference; the first that matches takes a call."""
 

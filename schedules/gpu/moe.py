@@ -141,17 +141,8 @@ class _Moe:
         sums = [self._dot(team, b["x"], row, b["gate_up"], (expert, place), self.h) for place in places]
         if "gate_up_bias" in b:
             sums = [bind(s + load(b["gate_up_bias"], expert, place)[0]) for s, place in zip(sums, places, strict=True)]
-        value = self._gated(sums[0], sums[1] if self.gated else None)
+        value = gated(self.call, sums[0], sums[1] if self.gated else None)
         return lambda: store(self.hidden, value, pair, index)
-
-    def _gated(self, gate: Expr, up: Expr | None) -> Expr:
-        """act(alpha · gate) / alpha * (up + offset), clipped first if there is a limit."""
-        alpha, limit, offset = (float(self.call.attr(name)) for name in ("alpha", "limit", "offset"))
-        if limit > 0:
-            gate = bind(tirx.min(gate, f32(limit)))
-            up = None if up is None else bind(tirx.max(tirx.min(up, f32(limit)), f32(-limit)))
-        value = activate(self.call.attr("activation"), bind(gate * f32(alpha))) * f32(1 / alpha)
-        return bind(value if up is None else value * (up + f32(offset)))
 
     def _output_value(self, team: Team, row: Expr, index: Expr) -> Callable[[], None]:
         """out[row, index] = Σ_j weights[row, j] · (down[e_j, index] · hidden + bias)."""
@@ -164,6 +155,16 @@ class _Moe:
                 part = bind(part + load(b["down_bias"], expert, index)[0])
             store(total, total[0] + load(b["weights"], row, j)[0] * part, 0)
         return lambda: store_all(b["out"], [total[0]], row, index)
+
+
+def gated(call: KernelCall, gate: Expr, up: Expr | None) -> Expr:
+    """act(alpha · gate) / alpha * (up + offset), clipped first if there is a limit."""
+    alpha, limit, offset = (float(call.attr(name)) for name in ("alpha", "limit", "offset"))
+    if limit > 0:
+        gate = bind(tirx.min(gate, f32(limit)))
+        up = None if up is None else bind(tirx.max(tirx.min(up, f32(limit)), f32(-limit)))
+    value = activate(call.attr("activation"), bind(gate * f32(alpha))) * f32(1 / alpha)
+    return bind(value if up is None else value * (up + f32(offset)))
 
 
 def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:

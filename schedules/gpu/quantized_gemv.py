@@ -1,8 +1,6 @@
 """``llmc.quantized_linear`` in the decode phase on any GPU: each code is read once, in 16-byte loads, for a few rows.
 
-32 neighbouring threads read a chunk of a tile of 16 weight rows as the layout :mod:`.layout_mma` has it: thread 4 g + t gets
-columns of rows g and g + 8. It sums products of codes; scales, and what all codes of a group are off by, meet the sums of a unit of
-eight columns. The chunks of a tile are shared out to the block's groups of 32, whose sums meet in shared memory. The order of
+A block of threads computes the 16 results of a tile (:mod:`.quantized_tile`), or of two where a gate is applied. The order of
 additions depends on k alone, so a row has the same bits in every batch.
 """
 
@@ -11,29 +9,22 @@ from __future__ import annotations
 from typing import Any
 
 from tvm import tirx
-from tvm.tirx.script import builder as T
 
 from llmc.schedules.gpu import linear_call, quantized_call
 from llmc.schedules.gpu.emit import (
     Symbols,
-    Team,
     arguments,
     bind,
     ceildiv,
     each,
     function,
-    i64,
     launch,
-    read,
-    registers,
-    shared,
-    store,
-    sync,
     when,
 )
-from llmc.schedules.gpu.layout_mma import LANES, ROWS, UNIT
+from llmc.schedules.gpu.layout_mma import LANES, ROWS
 from llmc.schedules.gpu.operand import Floats
 from llmc.schedules.gpu.quantized_call import make
+from llmc.schedules.gpu.quantized_tile import TileProducts, groups_that_fit, padded
 from llmc.schedules.gpu.quantized_units import Units
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import GpuTarget, Target
@@ -41,8 +32,6 @@ from llmc.targets.base import GpuTarget, Target
 Expr = Any
 NAME = "gpu.quantized_gemv"
 OP = quantized_call.OP
-MEMBERS = 4
-"""Threads that share a row of a chunk."""
 
 SHAPES: dict[str, KernelCall] = {
     "square_4096_int4_g128": make(4096, 4096, "int4_g128"),
@@ -66,7 +55,7 @@ def matches(call: KernelCall, target: Target) -> str | None:
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """``rows`` of x for which codes are read once; ``groups`` of 32 threads that share a tile's columns."""
     assert isinstance(target, GpuTarget)
-    return {"rows": [4, 1, 2], "groups": [g for g in (4, 8, 2) if g * LANES <= target.max_threads]}
+    return {"rows": [4, 1, 2], "groups": groups_that_fit(target)}
 
 
 def build(call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
@@ -84,60 +73,20 @@ def _emit(
     call: KernelCall, target: GpuTarget, buffers: dict[str, Expr], units: Units, k: int, n: Expr, config: dict[str, Any]
 ) -> None:
     count, groups, results = int(config["rows"]), int(config["groups"]), int(call.result.shape[1])
-    sides = 1 + linear_call.activation(call)[1]
-    threads, chunks = groups * LANES, units.at.chunks
-    x = Floats(target, buffers["x"], k, padded=k % units.at.chunk != 0)
+    sides, threads = 1 + linear_call.activation(call)[1], groups * LANES
+    x = Floats(target, buffers["x"], k, padded=padded(units, k))
     with launch(-(-results // ROWS), threads, ceildiv(n, count)) as (thread, tile, row_block):
-        team = Team(target, thread, threads, MEMBERS)
-        group, lane = bind(tirx.floordiv(thread, LANES)), bind(tirx.floormod(thread, LANES))
+        products = TileProducts(target, thread, groups, count, sides)
         rows = [bind(tirx.min(row_block * count + r, n - 1)) for r in range(count)]
-        # Of each row of x and each side the sums of weight rows g and g + 8.
-        sums = registers(count * sides * 2, start=0.0)
-        tiles = [bind(tile + side * (results // ROWS)) for side in range(sides)]
-
-        def chunk(index: Expr) -> None:
-            for first_unit, words in units.lane_units(tiles, index, lane):
-                column = bind(first_unit * UNIT)
-                values = [[bind(v) for v in x.values(row, column)] for row in rows]
-                plain = [bind(sum(v[1:], v[0])) for v in values] if units.shifted else []
-                for side in range(sides):
-                    for half in range(2):
-                        codes, scale, shift = words[side][half]
-                        for r in range(count):
-                            dot = codes[0] * values[r][0]
-                            for code, value in zip(codes[1:], values[r][1:], strict=True):
-                                dot = bind(dot + code * value)
-                            at = (r * sides + side) * 2 + half
-                            scaled = dot if scale is None else dot * scale
-                            store(sums, sums[at] + (scaled if shift is None else scaled + plain[r] * shift), at)
-
-        with T.serial(0, -(-chunks // groups)) as step:
-            index = bind(i64(step) * groups + i64(group))
-            if chunks % groups:
-                when(index < chunks, lambda: chunk(index))
-            else:
-                chunk(index)
-        partial = shared(groups * ROWS * count * sides)
-        place = bind((group * ROWS + tirx.floordiv(lane, MEMBERS)) * (count * sides))
-        for i in range(count * sides):
-            for half in range(2):
-                total = team.sum(sums[2 * i + half], MEMBERS)
-                when(
-                    tirx.floormod(lane, MEMBERS).equal(0),
-                    lambda total=total, at=half * 8 * count * sides + i: store(partial, total, place + at),  # type: ignore[misc]
-                )
-        sync()
+        products.compute(units, [bind(tile + side * (results // ROWS)) for side in range(sides)], x, rows)
 
         def finish(item: Expr, _: int) -> None:
             inside, r = bind(tirx.floormod(item, ROWS)), bind(tirx.floordiv(item, ROWS))
             output, row = bind(tile * ROWS + inside), bind(row_block * count + r)
             totals = []
             for side in range(sides):
-                at = bind(inside * (count * sides) + r * sides + side)
-                total = read(partial, at)
-                for other in range(1, groups):
-                    total = total + read(partial, at + other * ROWS * count * sides)
-                totals.append(bind(total * units.row_scale(bind(tirx.min(output, results - 1) + side * results))))
+                scale = units.row_scale(bind(tirx.min(output, results - 1) + side * results))
+                totals.append(bind(products.total(inside, r, side) * scale))
             when(
                 tirx.all(output < results, row < n),
                 lambda: linear_call.finish(call, buffers, totals[:1], row, output, totals[1:]),

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import numpy as np
 
+from llmc.dialect.quantized_moe import STACKS
 from llmc.passes.quantize.scheme import QuantizedTensor, Scheme, stored
+from llmc.schedules import quantized_experts
 from llmc.schedules.gpu import layout_mma
 from llmc.schedules.gpu.quantized_call import how, part_names, specs
+from llmc.schedules.layouts import pack_stack
 from llmc.schedules.protocol import KernelCall
 from tests.kernels.harness import DTYPES
 
@@ -45,3 +51,27 @@ def operands(call: KernelCall, n: int, seed: int) -> list[np.ndarray]:
         else:
             arrays.append(rng.standard_normal(spec.bind({"n": n})).astype(DTYPES[spec.dtype]))
     return arrays
+
+
+def expert_operands(
+    call: KernelCall,
+    n: int,
+    seed: int,
+    layouts: Sequence[Any],
+    matrices: Callable[[Scheme, int, int, np.random.Generator], QuantizedTensor],
+) -> list[np.ndarray]:
+    """Operands of a ``llmc.quantized_moe`` for ``n`` rows, in order; ``matrices(scheme, o, k, rng)`` makes a stack of experts, one
+    below the other."""
+    rng = np.random.default_rng(seed)
+    experts, top_k = call.attr("experts"), call.attr("top_k")
+    ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(n)]).astype(np.int32)
+    x, weights = (DTYPES[call.args[i].dtype] for i in (0, 2))
+    arrays = [rng.standard_normal((n, call.attr("hidden"))).astype(x), ids, rng.uniform(0.1, 1, (n, top_k)).astype(weights)]
+    for stack in STACKS:
+        o, k = quantized_experts.shape(call, stack)
+        layout = quantized_experts.layout_of(call, stack, layouts)
+        assert layout is not None
+        packed = pack_stack(layout, matrices(quantized_experts.how(call, stack), experts * o, k, rng), experts)
+        arrays += [as_dtype(a, s.dtype) for a, s in zip(packed.values(), call.args[len(arrays) :], strict=False)]
+    biases = call.args[len(arrays) :]
+    return [*arrays, *(rng.standard_normal(b.shape).astype(DTYPES[b.dtype]) for b in biases)]

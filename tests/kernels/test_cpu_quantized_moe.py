@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 
 from llmc import targets
-from llmc.dialect.quantized_moe import STACKS, shape_of
-from llmc.passes.quantize.scheme import scheme
+from llmc.passes.quantize.scheme import QuantizedTensor, Scheme
 from llmc.schedules.cpu import quantized_moe
-from llmc.schedules.layouts import pack_stack
 from llmc.schedules.protocol import KernelCall
 from tests.kernels.harness import build, error, run
+from tests.kernels.quantized_cases import expert_operands
 from tests.kernels.test_cpu_quantized import quantized
 from tests.quantize.weights import random_matrix
 
@@ -28,17 +27,11 @@ def module() -> Any:
 
 
 def arrays_of(call: KernelCall, n: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(n)
-    experts, top_k, hidden = (call.attr(name) for name in ("experts", "top_k", "hidden"))
-    ids = np.stack([rng.permutation(experts)[:top_k] for _ in range(n)]).astype(np.int32)
-    arrays = [rng.standard_normal((n, hidden)).astype(np.float32), ids, rng.uniform(0.1, 1, (n, top_k)).astype(np.float32)]
-    for seed, stack in enumerate(STACKS):
-        o, k = shape_of(dict(call.attrs), stack)
-        name = call.attr(f"{stack}_scheme")
-        matrices = (quantized if scheme(name).super_group else random_matrix)(name, experts * o, k, seed)
-        arrays += pack_stack(quantized_moe.LAYOUTS[call.attr(f"{stack}_layout")], matrices, experts).values()
-    biases = call.args[len(arrays) :]
-    return [*arrays, *(rng.standard_normal(b.shape).astype(np.float32) for b in biases)]
+    return expert_operands(call, n, n, quantized_moe.LAYOUTS, matrices)
+
+
+def matrices(how: Scheme, o: int, k: int, rng: np.random.Generator) -> QuantizedTensor:
+    return (quantized if how.super_group else random_matrix)(how.name, o, k, int(rng.integers(1000)))
 
 
 @pytest.mark.parametrize("label", quantized_moe.SHAPES)

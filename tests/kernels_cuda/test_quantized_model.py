@@ -21,6 +21,8 @@ from tests.kernels_cuda import test_whole_model as whole
 from tests.support.stepper import Stepper
 
 SCHEME = "int4z_g32"
+ROUTER = "block_sparse_moe.gate."
+"""Part of the name of a matrix that picks experts, which stays as it is."""
 
 
 def dequantized(folder: Path, to: Path) -> Path:
@@ -28,28 +30,31 @@ def dequantized(folder: Path, to: Path) -> Path:
     shutil.copytree(folder, to)
     weights = load_file(to / "model.safetensors")
     for name, weight in weights.items():
-        if weight.ndim == 2:
+        if weight.ndim >= 2 and ROUTER not in name:
             outer = "embed_tokens" in name or "lm_head" in name
-            weights[name] = quantize(weight, scheme(OUTER_SCHEME if outer else SCHEME)).dequantize()
+            rows = weight.reshape(-1, weight.shape[-1])
+            weights[name] = quantize(rows, scheme(OUTER_SCHEME if outer else SCHEME)).dequantize().reshape(weight.shape)
     save_file(weights, to / "model.safetensors", {"format": "pt"})
     return to
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["cuda:sm_80", "cuda:sm_90a"])
+@pytest.mark.parametrize(("model_type", "target"), [("llama", "cuda:sm_80"), ("llama", "cuda:sm_90a"), ("mixtral", "rocm:gfx942")])
 def test_prefill_and_decode(
-    target: str, tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_type: str, target: str, tiny_model_dir: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows that the tensor core kernels take, a gate that is fused, and an embedding that is looked up in its packed form."""
     monkeypatch.setattr(whole, "TARGET", targets.parse(target))
     monkeypatch.setattr(whole, "OPTIONS", replace(whole.OPTIONS, quantization=QuantOptions(quant=SCHEME)))
     folder = tiny_model_dir(
-        "llama", hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16
+        model_type, hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16
     )
     machine, reference = whole.Machine(folder), reference_model(str(dequantized(folder, tmp_path / "dequantized")))
     names = {var.name_hint for var in machine.kernels}
     assert any("quantized_take" in n for n in names)
-    assert any(n.startswith("quantized_linear_int4z" if target.endswith("90a") else "quantized_gemv_int4z") for n in names), names
+    kernel = "quantized_linear_int4z" if target.endswith("90a") else "quantized_gemv_int4z"
+    for name in (kernel, *(["quantized_moe"] if model_type == "mixtral" else [])):
+        assert any(n.startswith(name) for n in names), names
     sequences = [np.random.default_rng(5).integers(0, 200, n) for n in (7, 4)]
     stepper = Stepper(machine, sequences, whole.OPTIONS.page_size, whole.PAGES)
     stepper.extend([(0, 5), (1, 3)])

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from llmc.passes.quantize.scheme import scheme
-from llmc.schedules.gpu import append, attend_decode, attend_extend, layout_mma, moe, rope_append
+from llmc.schedules.gpu import append, attend_decode, attend_extend, layout_mma, moe, quantized_moe, rope_append
 from llmc.schedules.protocol import KernelCall
 from tests.kernels.harness import DTYPES, error, page_error, paged_arrays, random_arrays
-from tests.kernels.quantized_cases import as_dtype, random_quantized
+from tests.kernels.quantized_cases import as_dtype, expert_operands, random_quantized
 from tests.kernels.quantized_cases import operands as quantized_operands
 
 PAGES = 6
@@ -29,6 +29,8 @@ def operands(family: Any, call: KernelCall, n: int, seed: int = 3) -> tuple[list
         return paged_arrays(call, [140, 5, 8, 9], [20, 5, 0, 1], seed)
     if call.op == "llmc.quantized_linear":
         return quantized_operands(call, n, seed), {"n": n}
+    if family is quantized_moe:
+        return expert_operands(call, n, seed, quantized_moe.LAYOUTS, random_quantized), {"n": n}
     if call.op == "llmc.quantized_take":
         return _take_operands(call, seed), {"n": TAKEN}
     symbols, rng = {"n": n, "num_pages": PAGES}, np.random.default_rng(seed)

@@ -153,12 +153,17 @@ def test_experts_are_quantized_together_or_not_at_all() -> None:
     assert found["layers.1.mlp.gate_up"].scheme == "int8"
 
 
-def test_experts_stay_where_a_target_has_no_kernels_for_quantized_ones() -> None:
-    built = graphs.build(graphs.CASES["experts"])
-    target = targets.parse("cuda:sm_80")
-    lowered = lower(built.module, built.table, target, replace(OPTIONS, quantization=options("int8")))
-    reason = by_name(lowered)["layers.0.mlp.gate_up"].reason
-    assert reason == "cuda:sm_80 has no kernels for quantized experts"
+def test_experts_on_gpus_are_quantized_where_their_layout_takes_the_scheme() -> None:
+    target = targets.parse("opencl:generic")
+    found = {}
+    for quant in ("int4", "mxfp4"):
+        built = graphs.build(graphs.CASES["experts"])
+        found[quant] = lower(built.module, built.table, target, replace(OPTIONS, quantization=options(quant)))
+    records = {quant: by_name(lowered)["layers.0.mlp.gate_up"] for quant, lowered in found.items()}
+    assert (records["int4"].scheme, records["int4"].reason) == ("int4_g32", "")
+    assert {k.family for k in found["int4"].kernels if "moe" in k.op} == {"gpu.quantized_moe"}
+    assert records["mxfp4"].scheme == "bfloat16" and "gpu.mma stores integers" in records["mxfp4"].reason
+    assert {k.family for k in found["mxfp4"].kernels if "moe" in k.op} == {"gpu.moe"}
 
 
 def test_errors_are_known_once_weights_are_read() -> None:

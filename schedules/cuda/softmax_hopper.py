@@ -15,7 +15,7 @@ from llmc.schedules.cuda.hopper import LOG2E, exchange
 
 Expr = Any
 MASKED = -1e30
-"""A score that no row keeps: finite, so that the difference of two masked scores is a number."""
+"""A score that no row keeps: finite, so that the difference of two masked maxima is a number."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,9 @@ def accumulate(s: Any, count: Any, rules: Any, largest: Any, shift: Any, decay: 
         shift[r] = T.max(shift[r], exchange(shift[r], 2))
         T.ptx["ex2.approx.ftz.f32"](decay[r], (largest[r] - shift[r]) * T.float32(rules.to_log2))
         largest[r] = shift[r]
-        shift[r] = shift[r] * T.float32(rules.to_log2)
+        # A row that sees nothing of its tiles so far gets no weights. Its score times the factor, less the rounded product, would
+        # not be zero in one fused operation but the rounding of 1e30: an infinite weight, or none, by the factor.
+        shift[r] = T.if_then_else(shift[r] > T.float32(MASKED), shift[r] * T.float32(rules.to_log2), T.float32(0))
         total[r] = total[r] * decay[r]
     for i in T.unroll(count):
         T.ptx["ex2.approx.ftz.f32"](s[i], s[i] * T.float32(rules.to_log2) - shift[i // 2 % 2])

@@ -23,7 +23,7 @@ def run(function: Any, target: Target, *arrays: np.ndarray) -> list[np.ndarray]:
     device = tvm.cuda(0)
     tensors = [tvm.runtime.empty(a.shape, str(a.dtype), device) for a in arrays]
     for tensor, array in zip(tensors, arrays, strict=True):
-        tensor.copyfrom(np.ascontiguousarray(array))
+        tensor.copyfrom(np.asarray(array, order="C"))
     module["kernel"](*tensors)
     device.sync()
     return [tensor.numpy() for tensor in tensors]

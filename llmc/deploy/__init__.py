@@ -15,7 +15,7 @@ from importlib import resources
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from llmc import manifest
+from llmc import manifest, targets
 from llmc.artifact import ArtifactWriter, explained, files_below, link_files, write_manifest
 from llmc.deploy.c_index import FILE_NAME as INDEX
 from llmc.deploy.c_index import c_index
@@ -95,8 +95,11 @@ def _bytes(folder: Path) -> int:
 
 
 def _variant(m: Manifest, folder: Path, target: str) -> Variant:
-    """The variant whose target is ``target``, or the only one of the kind that it names."""
+    """The variant whose target is ``target``, however it is spelled, or the only one of the kind that it names."""
     exact = [v for v in m.variants if v.target == target]
+    if not exact and ":" in target:
+        canonical = targets.parse(target).name
+        exact = [v for v in m.variants if v.target == canonical]
     found = exact or [v for v in m.variants if v.kind == target]
     if len(found) == 1:
         return found[0]

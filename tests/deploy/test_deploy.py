@@ -7,12 +7,13 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import llmc
-from llmc import add_variant, manifest
+from llmc import add_variant, deploy, manifest
 from llmc.artifact import hash_file
 from llmc.compiler import compile as compile_model
 from llmc.deploy import PackageReport, package
@@ -149,6 +150,17 @@ def test_a_package_has_the_weights_of_its_variant_alone(folder: Path, tmp_path: 
         stored_weights(folder, whole.tensors, names), stored_weights(report.out / "model", part.tensors, names), strict=True
     ):
         assert one.dtype == other.dtype and (one.array == other.array).all()
+
+
+def test_a_target_may_be_spelled_another_way(folder: Path) -> None:
+    whole = manifest.read(folder)
+    arm = replace(whole.variants[0], target="cpu:aarch64+dotprod+neon")
+    m = replace(whole, variants=[*whole.variants, arm])
+    assert deploy._variant(m, folder, "cpu:aarch64+dotprod") is arm
+    with pytest.raises(UsageError, match="has 2 variants for cpu: choose from"):
+        deploy._variant(m, folder, "cpu")
+    with pytest.raises(UsageError, match="unknown feature 'dotprd'"):
+        deploy._variant(m, folder, "cpu:aarch64+dotprd")
 
 
 def test_what_cannot_be_packaged(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ class Settings:
     context: int
     max_batch: int
     page_size: int
-    unfused: frozenset[str] = frozenset()
+    unfused: frozenset[str] = DEFAULT.unfused
     choices: str = "default"
     calibration: Calibration | None = None
 
@@ -134,7 +134,7 @@ def described(settings: Settings) -> dict[str, Any]:
     options = {"dtype": settings.storage_dtype, "kv_dtype": settings.kv_dtype, **settings.quantization.described()}
     if settings.choices != "default":
         options["choices"] = settings.choices
-    if settings.unfused:
+    if settings.unfused != DEFAULT.unfused:
         options["unfused"] = sorted(settings.unfused)
     return options
 
@@ -155,6 +155,6 @@ def settings_from(m: Manifest) -> Settings:
         m.model.context,
         m.limits.max_batch,
         m.kv.page_size,
-        frozenset(m.options.get("unfused", ())),
+        frozenset(m.options.get("unfused", DEFAULT.unfused)),
         m.options.get("choices", "default"),
     )

@@ -23,18 +23,20 @@ OP = "llmc.model"
 @dataclass(frozen=True)
 class Choices:
     """``page_size``: positions of a KV page. Fused into one kernel: ``gated``, both halves of a gated feed-forward layer with its
-    activation (:mod:`~llmc.passes.fuse_gated`); ``append``, rotation and append (:mod:`~llmc.passes.fuse_append`); ``step``, all
-    kernels of a step on a CPU (:mod:`~llmc.passes.one_region`)."""
+    activation (:mod:`~llmc.passes.fuse_gated`); ``append``, rotation and append (:mod:`~llmc.passes.fuse_append`); ``norm``, a
+    norm and the linear layers behind it (:mod:`~llmc.passes.fold_norm`); ``step``, all kernels of a step on a CPU
+    (:mod:`~llmc.passes.one_region`)."""
 
     page_size: int = 16
     gated: bool = True
     append: bool = True
+    norm: bool = False
     step: bool = True
 
     @property
     def unfused(self) -> frozenset[str]:
         """What stays in kernels of its own."""
-        return frozenset(axis for axis in ("gated", "append", "step") if not getattr(self, axis))
+        return frozenset(axis for axis in ("gated", "append", "norm", "step") if not getattr(self, axis))
 
 
 DEFAULT = Choices()
@@ -49,7 +51,8 @@ def model_call(hidden: int, vocab: int, layers: int, storage: str) -> KernelCall
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """The axes of :class:`Choices`, defaults first; those that mean nothing to the target have one value."""
     step = [True, False] if target.kind == "cpu" else [True]
-    return {"page_size": [16, 32, 64], "gated": [True, False], "append": [True, False], "step": step}
+    norm = [False, True] if target.kind == "cuda" else [False]
+    return {"page_size": [16, 32, 64], "gated": [True, False], "append": [True, False], "norm": norm, "step": step}
 
 
 def find(records: Records, call: KernelCall, target: Target) -> tuple[Choices, str]:

@@ -24,7 +24,9 @@ from llmc import targets
 from llmc.errors import InternalError, OutputError
 from llmc.importer.params import ParamTable
 from llmc.manifest import FunctionInfo, KernelChoice, KvLayer
+from llmc.passes.choices import DEFAULT
 from llmc.passes.fingerprint import graph_sha256
+from llmc.passes.fold_norm import fold_norm
 from llmc.passes.fuse_append import fuse_append
 from llmc.passes.fuse_epilogue import fuse_bias, fuse_epilogue
 from llmc.passes.fuse_gated import fuse_gated
@@ -79,7 +81,7 @@ class Options:
     quantization: QuantOptions = field(default_factory=QuantOptions)
     calibration: Calibration | None = None
     records: Records | None = None
-    unfused: frozenset[str] = frozenset()
+    unfused: frozenset[str] = DEFAULT.unfused
 
     def upper_bounds(self, phase: str) -> dict[str, int]:
         """The most that each symbolic dimension of ``phase`` can be."""
@@ -167,6 +169,14 @@ def _fuse_append(s: _State) -> None:
         fuse_append(graph)
 
 
+def _fold_norm(s: _State) -> None:
+    if "norm" in s.options.unfused:
+        return
+    families = targets.module_for(s.target).families(s.target)
+    decode = next(graph for graph in s.graphs if graph.name == "decode")
+    fold_norm(decode, lambda layer, y: takes(kernel_call(layer, y, "decode"), s.target, families))
+
+
 def _lower_kernels(s: _State) -> None:
     module = targets.module_for(s.target)
     s.tvm_target = module.tvm_target(s.target)
@@ -242,6 +252,7 @@ PASSES: list[tuple[str, Callable[[_State], None]]] = [
     ("paged_attention", _paged_attention),
     ("phases", _phases),
     ("fuse_append", _fuse_append),
+    ("fold_norm", _fold_norm),
     ("lower_kernels", _lower_kernels),
     ("sampling", _sampling),
     ("fuse_operators", _fuse_operators),

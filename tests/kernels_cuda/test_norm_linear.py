@@ -10,14 +10,13 @@ import pytest
 from llmc.dialect.norm import rms_norm_reference
 from llmc.schedules import parts
 from llmc.schedules import records as R
-from llmc.schedules.cuda import linear_call, linear_hopper, quantized_hopper, row_norm
+from llmc.schedules.cuda import linear_call, linear_hopper, row_norm
 from llmc.schedules.cuda import norm_linear as family
-from llmc.schedules.cuda.input_norm import normed
+from llmc.schedules.cuda.input_norm import normed, plain
 from llmc.schedules.gpu.quantized_call import make
 from llmc.schedules.protocol import KernelCall
 from llmc.targets import cuda
 from tests.kernels.harness import error, random_arrays
-from tests.kernels.quantized_cases import operands
 from tests.kernels_cuda.emulated import TOLERANCE, call
 from tests.support.cuda_emulator import run
 
@@ -25,15 +24,13 @@ TARGET = cuda.parse("cuda:sm_90a")
 
 
 def arrays_of(case: KernelCall, n: int) -> list[np.ndarray]:
-    _, linear = family.linear_of(case)
-    x, *others = operands(linear, n, seed=n) if case.attr("scheme") else random_arrays(linear, {"n": n}, seed=n)
+    x, *others = random_arrays(plain(case), {"n": n}, seed=n)
     gamma = (0.5 + np.random.default_rng(n).standard_normal(x.shape[1])).astype(x.dtype)
     return [x, gamma, *others]
 
 
 @pytest.mark.parametrize(
-    ("name", "n"),
-    [("edges_136x328", 16), ("edges_136x328", 17), ("gated_144x264", 3), ("small_64x136_int4", 5), ("small_64x136_int4", 70)],
+    ("name", "n"), [("edges_136x328", 4), ("edges_136x328", 5), ("edges_136x328", 17), ("gated_144x264", 3), ("gated_144x264", 8)]
 )
 def test_every_number_of_rows(name: str, n: int) -> None:
     case = family.SHAPES[name]
@@ -55,7 +52,6 @@ def test_records_are_those_of_the_linear() -> None:
     case = family.SHAPES["edges_136x328"]
     linear = parts.kept_under(family, case)[1]
     assert parts.kept_under(family, case) == parts.kept_under(linear_hopper, linear) == (linear_hopper, linear)
-    assert parts.kept_under(family, family.SHAPES["small_64x136_int4"])[0] is quantized_hopper
     other = linear_hopper.candidates(linear, "9-16")[1]
     known = R.Records()
     known.add(
@@ -76,7 +72,7 @@ def test_what_it_does_not_take() -> None:
     assert family.matches(normed(linear_call.sample(136, 328), offset=0.5), TARGET) is None
     assert family.matches(normed(linear_call.sample(136, 328, "float16")), TARGET) is None
     assert family.matches(normed(linear_call.sample(20, 64)), TARGET) is None, "the linear is none of the family's"
-    assert family.matches(normed(make(64, 20, "int4_g32")), TARGET) is None
+    assert family.matches(normed(make(64, 64, "int4_g32")), TARGET) is None
     x, gamma, *others = case.args
     assert family.matches(replace(case, args=(x, replace(gamma, dtype="float32"), *others)), TARGET) is None
 

@@ -58,22 +58,22 @@ def search(tmp_path: Path, machine: _Machine, known: R.Records) -> whole.Outcome
 
 def test_each_axis_is_tried_from_the_best_so_far_and_records_give_the_winner(tmp_path: Path) -> None:
     found = search(tmp_path, _Machine(), R.Records())
-    assert found.best == {"page_size": 32, "gated": False, "append": True, "step": True}
+    assert found.best == {"page_size": 32, "gated": False, "append": True, "norm": False, "step": True}
     assert len(found.times) == 1 + 2 + 1 + 1 + 1
     records = R.load([tmp_path])
     assert records.notes == []
     chosen, origin = family.find(records, CALL, HOST)
     assert chosen == family.Choices(page_size=32, gated=False)
     assert origin == "record: measured on a machine, 6 configurations tried"
-    assert chosen.unfused == {"gated"}
+    assert chosen.unfused == {"gated", "norm"}
     assert family.find(records, family.model_call(64, 256, 2, "int4_g32"), HOST)[0] == family.DEFAULT
     assert "<- best" in found.table()
 
 
 def test_a_choice_that_fails_is_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
-    broken = {"page_size": 32, "gated": True, "append": True, "step": True}
+    broken = {"page_size": 32, "gated": True, "append": True, "norm": False, "step": True}
     found = search(tmp_path, _Machine(broken), R.Records())
-    assert found.best == {"page_size": 16, "gated": False, "append": True, "step": True}
+    assert found.best == {"page_size": 16, "gated": False, "append": True, "norm": False, "step": True}
     assert found.failed == {R.config_text(broken): "it crashed"}
     failed = [r for r in R.load([tmp_path]).entries.values() if r.seconds is None]
     assert {r.error for r in failed} == {"it crashed"}
@@ -81,20 +81,23 @@ def test_a_choice_that_fails_is_recorded_and_the_search_goes_on(tmp_path: Path) 
 
 def test_a_model_that_does_not_run_at_all(tmp_path: Path) -> None:
     with pytest.raises(LlmcError, match="with llmc's defaults it does not run: it crashed"):
-        search(tmp_path, _Machine({"page_size": 16, "gated": True, "append": True, "step": True}), R.Records())
+        search(tmp_path, _Machine({"page_size": 16, "gated": True, "append": True, "norm": False, "step": True}), R.Records())
 
 
 def test_nothing_fused_computes_the_same_and_the_manifest_says_so(tmp_path: Path) -> None:
     folder, logits, kernels = tmp_path / "model", [], []
     build("llama", folder, dtype="float32")
-    for name, chosen in (("plain", family.Choices(page_size=32, gated=False, append=False, step=False)), ("fused", family.DEFAULT)):
+    for name, chosen in (
+        ("plain", family.Choices(page_size=32, gated=False, append=False, norm=False, step=False)),
+        ("fused", family.DEFAULT),
+    ):
         llmc.compile(str(folder), out=tmp_path / name, dtype="float32", choices=chosen, max_batch=2)
         with llmc.load(tmp_path / name) as model:
             found = model.generate([3, 1, 4, 1, 5], max_tokens=6, ignore_eos=True, logprobs=2)
             logits.append([t.logprob for t in found.logprobs])
         info = read(tmp_path / name)
         assert info.kv.page_size == chosen.page_size
-        assert info.options.get("unfused", []) == sorted(chosen.unfused)
+        assert info.options.get("unfused", sorted(family.DEFAULT.unfused)) == sorted(chosen.unfused)
         kernels.append(sum(k.count for k in info.variants[0].kernels if k.function == "decode"))
     np.testing.assert_allclose(logits[0], logits[1], atol=2e-5)
     assert kernels[0] > kernels[1]

@@ -1,0 +1,50 @@
+"""An RMS norm that only linear layers read becomes part of each of them.
+
+before::                                    after::
+
+    h = llmc.rms_norm(x, g)                     y = llmc.norm_linear(x, g, w)
+    y = llmc.linear(h, w)                       z = llmc.norm_linear(x, g, v, ...)
+    z = llmc.quantized_linear(h, v, ...)
+
+A launch less, where the layers' kernels read rows of x so few that normalising them again costs nothing: for the decode phase.
+Whatever else reads ``h`` (experts beside their router, a residual taken after the norm) wants it in memory, and then the layers
+may as well read it there. Only where the target has a kernel for every one of the layers.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from tvm import relax
+
+from llmc.dialect.norm import RMS_NORM
+from llmc.dialect.norm_linear import norm_linear
+from llmc.passes.fuse_gated import LAYERS, Takes
+from llmc.passes.rewrite import Binding, Graph, Rewriter, op_name, operands, rewrite
+
+
+def fold_norm(graph: Graph, takes: Takes) -> None:
+    """Merge norms into the layers behind them, where ``takes`` says that there are kernels."""
+    work = Rewriter(graph)
+    readers: dict[relax.Var, list[Binding]] = defaultdict(list)
+    for var, value in graph.bindings:
+        for v in operands(value):
+            readers[v].append((var, value))
+
+    def folds(norm: relax.Call, h: relax.Var, y: relax.Var, reader: relax.Expr) -> bool:
+        if op_name(reader) not in LAYERS or not reader.args[0].same_as(h) or operands(reader).count(h) != 1:
+            return False
+        return takes(work.normal(norm_linear(norm, reader)), y)
+
+    folded = {
+        h
+        for h, norm in graph.bindings
+        if op_name(norm) == RMS_NORM and not h.same_as(graph.output) and all(folds(norm, h, *reader) for reader in readers[h])
+    }
+
+    def rule(work: Rewriter, _: relax.Var, value: relax.Expr) -> relax.Expr | None:
+        if op_name(value) not in LAYERS or value.args[0] not in folded:
+            return None
+        return norm_linear(work.value(value.args[0]), value)
+
+    rewrite(graph, rule)

@@ -42,7 +42,7 @@ def build_step(chunks: Items[Chunk]) -> Step:
     A step in which no logits are wanted asks for those of its last row, since a module gives at least one row.
     """
     ids: list[int] = []
-    positions: list[int] = []
+    positions: list[np.ndarray] = []
     slots: list[int] = []
     indptr = [0]
     wanted: list[int] = []
@@ -52,15 +52,15 @@ def build_step(chunks: Items[Chunk]) -> Step:
         block = chunk.sequence.table
         run = range(block.length, block.length + chunk.rows)
         ids += chunk.sequence.tokens[run.start : run.stop]
-        positions += run
-        slots += [block.slot(p) for p in run]
+        positions.append(np.arange(run.start, run.stop, dtype=np.int32))
+        slots += block.slots(chunk.rows)
         indptr.append(indptr[-1] + chunk.rows)
         wanted += range(indptr[-1] - chunk.logits, indptr[-1])
         table[i, : len(block.pages)] = block.pages
     decode = all(c.rows == 1 and c.logits == 1 for c in chunks)
     return Step(
         input_ids=np.array(ids, np.int32),
-        positions=np.array(positions, np.int32),
+        positions=np.concatenate(positions),
         slot_mapping=np.array(slots, np.int32),
         q_indptr=np.array(indptr, np.int32),
         seq_lens=np.array([c.sequence.table.length + c.rows for c in chunks], np.int32),

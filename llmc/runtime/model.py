@@ -187,13 +187,19 @@ class Model:
 
     def _check_ids(self, ids: Any) -> list[int]:
         vocab = self.manifest.model.vocab_size
-        values = list(ids) if isinstance(ids, Sequence | np.ndarray) else []
-        if not values or not all(isinstance(v, int | np.integer) for v in values):
+        try:
+            values = np.array(ids if isinstance(ids, Sequence | np.ndarray) else [])
+        except ValueError:  # lists of several lengths
+            values = np.array([])
+        # Numbers beyond 64 bits come as objects.
+        whole = values.dtype.kind in "iu" or (values.dtype.kind == "O" and all(isinstance(v, int) for v in values.flat))
+        if values.ndim != 1 or not values.size or not whole:
             raise RequestError("token ids must be a list of whole numbers that is not empty")
-        wrong = next((v for v in values if not 0 <= v < vocab), None)
-        if wrong is not None:
-            raise RequestError(f"the token id {wrong} is not in the vocabulary: ids go from 0 to {vocab - 1}")
-        return [int(v) for v in values]
+        wrong = values[(values < 0) | (values >= vocab)]
+        if wrong.size:
+            raise RequestError(f"the token id {wrong[0]} is not in the vocabulary: ids go from 0 to {vocab - 1}")
+        found: list[int] = values.tolist()
+        return found
 
     def _check_length(self, count: int, what: str) -> None:
         if count > self.context:

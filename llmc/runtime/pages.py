@@ -96,10 +96,17 @@ class BlockTable:
         """Note that the next ``count`` positions were written."""
         self.length += count
 
-    def slot(self, position: int) -> int:
-        """The slot of a position in the page tensors: ``page * page_size + offset``."""
-        page, offset = divmod(position, self._allocator.page_size)
-        return self.pages[page] * self._allocator.page_size + offset
+    def slots(self, count: int) -> list[int]:
+        """The slots of the next ``count`` positions in the page tensors, which are reserved: ``page * page_size + offset``."""
+        size, found = self._allocator.page_size, []
+        position, end = self.length, self.length + count
+        while position < end:
+            page, offset = divmod(position, size)
+            run = min(size - offset, end - position)
+            first = self.pages[page] * size + offset
+            found += range(first, first + run)
+            position += run
+        return found
 
     def fork(self) -> BlockTable:
         """A table with the same contents, which shares every page."""

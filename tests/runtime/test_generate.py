@@ -149,6 +149,22 @@ def test_the_context_ends_generation() -> None:
     assert model.pages.used == 0
 
 
+@pytest.mark.parametrize(
+    "ids", [[], [1, 2.5], [1, "2"], [[1], [2, 3]], np.array([1.0]), np.array([[1]]), [1, None], [2**70, 0.5], 7]
+)
+def test_ids_that_are_no_whole_numbers(ids: Any) -> None:
+    with pytest.raises(RequestError, match="must be a list of whole numbers"):
+        toy_model().logits(ids)
+
+
+@pytest.mark.parametrize(
+    ("ids", "wrong"), [([1, -1], -1), ([0, 10**6, -2], 10**6), ([2**70], 2**70), (np.array([3, 2**40]), 2**40)]
+)
+def test_ids_outside_the_vocabulary(ids: Any, wrong: int) -> None:
+    with pytest.raises(RequestError, match=f"the token id {wrong} is not in the vocabulary"):
+        toy_model().logits(ids)
+
+
 def test_closing_a_stream_frees_its_pages() -> None:
     model = toy_model()
     executor = executor_of(model)

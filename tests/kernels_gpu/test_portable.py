@@ -27,7 +27,7 @@ from llmc.schedules.gpu.norm import layer_norm, rms_norm
 from tests.kernels.harness import error, paged_arrays, random_arrays
 from tests.kernels_cuda.emulated import TOLERANCE
 from tests.kernels_cuda.emulated import call as emulate
-from tests.kernels_gpu.cases import arguments, errors, operands
+from tests.kernels_gpu.cases import arguments, errors, operands, rows_of
 from tests.support.cuda_emulator import run, source
 
 TARGETS = ("rocm:gfx942", "rocm:gfx1100", "metal:apple7", "opencl:generic", "cuda:sm_80")
@@ -108,7 +108,7 @@ def test_product_on_every_gpu(family: Any, label: str, spec: str) -> None:
 def check(family: Any, label: str, spec: str) -> None:
     """Compare a kernel of default configuration with its reference."""
     call, target = family.SHAPES[label], targets.parse(spec)
-    arrays, symbols = operands(family, call, 70 if call.phase == "extend" and "gemm" in family.NAME else 7)
+    arrays, symbols = operands(family, call, rows_of(family, call))
     config = {axis: values[0] for axis, values in family.space(call, target).items()}
     after = run(family.build(call, target, config), target, *arguments(family, call, arrays, symbols))
     for dtype, found in errors(family, call, arrays, after).items():

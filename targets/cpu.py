@@ -38,7 +38,7 @@ X86, ARM = "x86_64-linux-gnu", "aarch64-linux-gnu"
 SYSTEMS = {
     "linux": (X86, ARM),
     "macos": ("x86_64-apple-macos13.0", "arm64-apple-macos13.0"),
-    "windows": ("x86_64-windows-gnu", "aarch64-windows-gnu"),
+    "windows": ("x86_64-pc-windows-gnu", "aarch64-pc-windows-gnu"),
     "android": ("x86_64-linux-android", "aarch64-linux-android"),
 }
 """The triples of x86-64 and 64-bit Arm by operating system."""

@@ -97,4 +97,5 @@ def _command(target: Target) -> list[str]:
     if system.endswith("android"):
         # zig has no C library of Android: the library is left to find it in the process. Pages of 16 KB work with 4 KB too.
         return [*zig, "ld.lld", "-shared", "-z", "max-page-size=16384"]
-    return [*zig, "cc", "-target", target.triple, "-shared"]
+    # zig's names of targets have no vendor.
+    return [*zig, "cc", "-target", target.triple.replace("-pc-", "-"), "-shared"]

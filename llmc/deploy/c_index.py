@@ -5,6 +5,7 @@
     library PATH                          of the module, relative to this file's folder, as all paths
     vocab V page P rows R context C       vocabulary; positions of a KV page; rows of one extend step; most positions
     stop COUNT ID...                      tokens that end a text
+    device KIND                           DLPack's number of the kind of device that runs the module
     kv LAYERS CODE BITS                   DLPack dtype of the KV pages
     HEADS WIDTH                           of each layer: the pages' shape is [pages, HEADS, WIDTH]
     weights COUNT
@@ -20,6 +21,8 @@ from llmc.runtime.tensors import dtype_code
 from llmc.runtime.weights import stored_weights
 
 FILE_NAME = "model.txt"
+DEVICES = {"cpu": 1, "cuda": 2, "metal": 8}
+"""Kinds of targets that TVM's published libraries run -> DLPack's numbers."""
 
 
 def c_index(m: Manifest, variant: Variant, folder: Path) -> str:
@@ -31,6 +34,7 @@ def c_index(m: Manifest, variant: Variant, folder: Path) -> str:
         f"library {base}/{variant.library}",
         f"vocab {m.model.vocab_size} page {m.kv.page_size} rows {m.limits.max_rows} context {m.model.context}",
         " ".join(map(str, ["stop", len(stops), *stops])),
+        f"device {DEVICES[variant.kind]}",
         f"kv {len(m.kv.layers)} {code} {bits}",
         *(f"{layer.heads} {m.kv.layout(layer).width}" for layer in m.kv.layers),
         f"weights {len(variant.weights)}",

@@ -184,7 +184,7 @@ def test_what_cannot_be_packaged(folder: Path, tmp_path: Path, monkeypatch: pyte
 
 
 def test_platforms_name_their_libraries() -> None:
-    names = {t: platform_of(t) for t in ("x86_64-linux-gnu", "arm64-apple-macos13.0", "x86_64-windows-gnu")}
+    names = {t: platform_of(t) for t in ("x86_64-linux-gnu", "arm64-apple-macos13.0", "x86_64-pc-windows-gnu")}
     assert [p.libraries("cuda")[1] for p in names.values() if p] == [
         "libtvm_runtime_cuda.so", "libtvm_runtime_cuda.dylib", "tvm_runtime_cuda.dll",
     ]  # fmt: skip
@@ -194,11 +194,11 @@ def test_platforms_name_their_libraries() -> None:
 
 # Slow: downloads 270 MB of wheels.
 @pytest.mark.slow
-@pytest.mark.parametrize("triple", ["aarch64-linux-gnu", "arm64-apple-macos13.0", "x86_64-windows-gnu"])
+@pytest.mark.parametrize("triple", ["aarch64-linux-gnu", "arm64-apple-macos13.0", "x86_64-pc-windows-gnu"])
 def test_libraries_of_other_platforms_come_out_of_wheels(triple: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMC_CACHE", str(tmp_path))
     kind = "metal" if "macos" in triple else "cpu"
     found = runtime_files(kind, triple, "0.27.0.post1")
-    heads = {"aarch64-linux-gnu": b"\x7fELF", "arm64-apple-macos13.0": b"\xcf\xfa\xed\xfe", "x86_64-windows-gnu": b"MZ"}
+    heads = {"aarch64-linux-gnu": b"\x7fELF", "arm64-apple-macos13.0": b"\xcf\xfa\xed\xfe", "x86_64-pc-windows-gnu": b"MZ"}
     assert len(found) >= 2 and all(p.read_bytes().startswith(heads[triple]) for p in found)
     shutil.rmtree(tmp_path)

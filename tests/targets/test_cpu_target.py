@@ -156,7 +156,7 @@ def test_a_library_for_windows_names_the_one_it_imports_from(tmp_path: Path) -> 
     code = (tmp_path / "lib.so").read_bytes()
     at = int.from_bytes(code[60:64], "little")
     assert code[:2] == b"MZ" and code[at : at + 6] == b"PE\x00\x00\x64\x86"  # for x86-64
-    assert b"tvm_ffi.dll\x00" in code and b"__tvm_ffi_kernel\x00" in code and b"__tvm_ffi__library_bin\x00" in code
+    assert b"tvm_ffi.dll\x00" in code and b"__tvm_ffi_linear_576x576\x00" in code and b"__tvm_ffi__library_bin\x00" in code
 
 
 def test_aarch64_kernels_use_fused_vector_arithmetic_and_the_stack() -> None:

@@ -3,7 +3,7 @@
  * The whole interface is tvm-ffi's C ABI (include/tvm/ffi/c_api.h): load the module, wrap memory as tensors, call functions. What to
  * wrap is in model.txt, beside this file. Build and run in this folder:
  *
- *   cc -O2 -Iinclude example.c -Lmodel/runtime -Wl,--no-as-needed -ltvm_runtime -ltvm_ffi -Wl,-rpath,'$ORIGIN/model/runtime' -o example
+ *   @BUILD@
  *   ./example 16 504 3575 282 4649 314
  */
 #include <stdarg.h>
@@ -93,15 +93,50 @@ static void forget(DLManagedTensor* tensor) {
   free(tensor);
 }
 
-/* A tensor over memory that stays the caller's. */
+/* Where the model runs, as DLPack numbers kinds of devices. */
+static int device = kDLCPU;
+
+#ifdef COPY_ALWAYS /* even where the device's memory is this program's: for tests */
+static int has_own_memory(void) { return 1; }
+#else
+static int has_own_memory(void) { return device != kDLCPU; }
+#endif
+
+/* Call TVM's function of that name, which moves a tensor's bytes: TVMTensorCopyFromBytes or TVMTensorCopyToBytes. */
+static void move(const char* name, TVMFFIAny on_device, void* data) {
+  const DLTensor* tensor = TVMFFITensorGetDLTensorPtr(on_device.v_obj);
+  int64_t bytes = tensor->dtype.bits / 8;
+  for (int i = 0; i < tensor->ndim; i++) bytes *= tensor->shape[i];
+  TVMFFIAny arguments[3] = {on_device, none(), integer(bytes)};
+  arguments[1].type_index = kTVMFFIOpaquePtr;
+  arguments[1].v_ptr = data;
+  if (bytes) call(global_function(name), arguments, 3, name);
+}
+
+/* A tensor in the device's memory with the bytes at `data`. */
+static TVMFFIAny device_tensor(void* data, DLDataType dtype, int ndim, const int64_t* shape) {
+  TVMFFIAny sizes[MAX_DIMS], arguments[4] = {none(), none(), none(), none()};
+  for (int i = 0; i < ndim; i++) sizes[i] = integer(shape[i]);
+  arguments[0] = call(global_function("ffi.Shape"), sizes, ndim, "a shape");
+  arguments[1].type_index = kTVMFFIDataType;
+  arguments[1].v_dtype = dtype;
+  arguments[2].type_index = kTVMFFIDevice;
+  arguments[2].v_device.device_type = (DLDeviceType)device;
+  TVMFFIAny value = call(global_function("runtime.TVMTensorAllocWithScope"), arguments, 4, "memory of the device");
+  if (arguments[0].type_index >= kTVMFFIStaticObjectBegin) TVMFFIObjectDecRef(arguments[0].v_obj);
+  move("runtime.TVMTensorCopyFromBytes", value, data);
+  return value;
+}
+
+/* A tensor over memory that stays the caller's; in the device's memory if that is another, with a copy of it. */
 static TVMFFIAny tensor(void* data, int code, int bits, int ndim, const int64_t* shape) {
+  DLDataType dtype = {(uint8_t)code, (uint8_t)bits, 1};
+  if (has_own_memory()) return device_tensor(data, dtype, ndim, shape);
   DLManagedTensor* header = calloc(1, sizeof(*header));
   header->dl_tensor.data = data;
   header->dl_tensor.device.device_type = kDLCPU;
   header->dl_tensor.ndim = ndim;
-  header->dl_tensor.dtype.code = (uint8_t)code;
-  header->dl_tensor.dtype.bits = (uint8_t)bits;
-  header->dl_tensor.dtype.lanes = 1;
+  header->dl_tensor.dtype = dtype;
   header->dl_tensor.shape = malloc(sizeof(int64_t) * (size_t)(ndim ? ndim : 1));
   memcpy(header->dl_tensor.shape, shape, sizeof(int64_t) * (size_t)ndim);
   header->deleter = forget;
@@ -120,6 +155,14 @@ static void* zeros(size_t bytes) {
   void* data = aligned_alloc(ALIGNMENT, rounded);
   if (data == NULL) fail("no memory for %zu bytes", bytes);
   return memset(data, 0, rounded);
+}
+
+static void release(void* data) {
+#ifdef _WIN32
+  _aligned_free(data);
+#else
+  free(data);
+#endif
 }
 
 /* A file's bytes, mapped where the system can. */
@@ -189,10 +232,13 @@ static void load(Model* model, int positions) {
   model->stops = calloc((size_t)model->stop_count + 1, sizeof(int));
   for (int i = 0; i < model->stop_count; i++) read_numbers(index, 1, &model->stops[i]);
 
-  TVMFFIAny file = string(library), devices[3] = {integer(kDLCPU), integer(0), integer(2 /* pooled memory */)};
+  read_numbers(index, 1, &device);
+  const TVMFFIAny pooled = integer(2);
+  TVMFFIAny file = string(library), host = integer(kDLCPU), first = integer(0);
+  TVMFFIAny devices[6] = {integer(device), first, pooled, host, first, pooled};
   TVMFFIAny module = call(global_function("ffi.ModuleLoadFromFile"), &file, 1, library);
   TVMFFIAny machine = call(method(module, "vm_load_executable"), NULL, 0, library);
-  call(method(machine, "vm_initialization"), devices, 3, library);
+  call(method(machine, "vm_initialization"), devices, device == kDLCPU ? 3 : 6, library);
   model->decode = method(machine, "decode");
   model->extend = method(machine, "extend");
 
@@ -205,7 +251,9 @@ static void load(Model* model, int positions) {
   for (int i = 0; i < model->layers; i++) {
     int64_t shape[3] = {pages, shapes[2 * i], shapes[2 * i + 1]};
     size_t bytes = (size_t)(shape[0] * shape[1] * shape[2]) * (size_t)bits / 8;
-    model->constant[i] = tensor(zeros(bytes), code, bits, 3, shape);
+    char* empty = zeros(bytes);
+    model->constant[i] = tensor(empty, code, bits, 3, shape);
+    if (has_own_memory()) release(empty);
   }
   for (int i = 0; i < model->weights; i++) model->constant[model->layers + i] = read_weight(index);
   fclose(index);
@@ -241,12 +289,11 @@ static int run(Model* model, const int* tokens, int start, int count, int decode
   for (int i = 0; i < model->layers + model->weights; i++) arguments[n++] = model->constant[i];
   TVMFFIAny result = call(decode ? model->decode : model->extend, arguments, n, decode ? "decode" : "extend");
   if (result.type_index >= kTVMFFIStaticObjectBegin) TVMFFIObjectDecRef(result.v_obj);
+  if (has_own_memory()) move("runtime.TVMTensorCopyToBytes", arguments[0], model->logits);
   for (int i = 0; i < own; i++) TVMFFIObjectDecRef(arguments[i].v_obj);
   free(arguments);
-#ifndef _WIN32
-  free(ids);
-  free(positions);
-#endif
+  release(ids);
+  release(positions);
   int best = 0;
   for (int i = 1; i < model->vocab; i++)
     if (model->logits[i] > model->logits[best]) best = i;

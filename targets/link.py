@@ -31,32 +31,34 @@ def linker(target: Target) -> Callable[..., None]:
         files = [objects] if isinstance(objects, str) else list(objects)
         with tempfile.TemporaryDirectory(prefix="llmc-link-") as folder:
             if "-windows-" in target.triple:
-                files.append(_import_library(Path(folder), target))
-            _run([*command, "-o", output, *files, *(options or []), *libraries], target)
+                files.append(import_library(Path(folder), target.triple))
+            _run([*command, "-o", output, *files, *(options or []), *libraries], target.triple)
 
     link.output_format = "so"  # type: ignore[attr-defined]
     link.get_target_triple = lambda: target.triple  # type: ignore[attr-defined]
     return link
 
 
-def _run(command: Sequence[str], target: Target) -> None:
+def _run(command: Sequence[str], triple: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise InternalError(f"linking for {target.name} failed ({' '.join(command[:3])}): {done.stderr.strip()[-800:]}")
+        raise InternalError(f"linking for {triple} failed ({' '.join(command[:3])}): {done.stderr.strip()[-800:]}")
 
 
-def _import_library(folder: Path, target: Target) -> str:
-    """An import library for ``tvm_ffi.dll``, made from the names that tvm-ffi's headers declare."""
+def import_library(folder: Path, triple: str) -> str:
+    """An import library for ``tvm_ffi.dll``, made from the names that tvm-ffi's headers declare: ``tvm_ffi.lib`` in ``folder``."""
     spec = importlib.util.find_spec("tvm_ffi")
     headers = [p for f in (spec.submodule_search_locations or []) for p in sorted(Path(f).rglob("*c_*api.h"))] if spec else []
     names = sorted({name for p in headers for name in re.findall(r"\b(TVMFFI\w+)\(", p.read_text(encoding="utf-8"))})
     if not names:
-        raise MissingExtraError(f"target {target.name} needs the headers of apache-tvm-ffi: run `pip install apache-tvm-ffi`")
-    definition, library = folder / "tvm_ffi.def", folder / "tvm_ffi.lib"
-    definition.write_text("LIBRARY tvm_ffi.dll\nEXPORTS\n" + "".join(f"  {name}\n" for name in names), encoding="ascii")
-    machine = "i386:x86-64" if target.triple.startswith("x86_64") else "arm64"
-    zig = [sys.executable, "-m", "ziglang"]
-    _run([*zig, "dlltool", "-m", machine, "-D", "tvm_ffi.dll", "-d", str(definition), "-l", str(library)], target)
+        raise MissingExtraError(f"linking for {triple} needs the headers of apache-tvm-ffi: run `pip install apache-tvm-ffi`")
+    library = folder / "tvm_ffi.lib"
+    with tempfile.TemporaryDirectory(prefix="llmc-link-") as scratch:
+        definition = Path(scratch) / "tvm_ffi.def"
+        definition.write_text("LIBRARY tvm_ffi.dll\nEXPORTS\n" + "".join(f"  {name}\n" for name in names), encoding="ascii")
+        machine = "i386:x86-64" if triple.startswith("x86_64") else "arm64"
+        zig = [sys.executable, "-m", "ziglang"]
+        _run([*zig, "dlltool", "-m", machine, "-D", "tvm_ffi.dll", "-d", str(definition), "-l", str(library)], triple)
     return str(library)
 
 

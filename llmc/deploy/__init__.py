@@ -3,8 +3,8 @@
 ::
 
     DIR/model/            the artifact with that variant alone, its weights, the tokenizer and the platform's native libraries
-    DIR/run.py, python/   text in, text out; the thin runtime's own sources; requirements.txt, Dockerfile
-    DIR/example.c         token ids in, token ids out, over tvm-ffi's C ABI (targets for CPUs); include/
+    DIR/run.py, python/   text in, text out; the thin runtime's own sources; requirements.txt, and a Dockerfile but for macOS
+    DIR/example.c         token ids in, token ids out, over tvm-ffi's C ABI (CPUs, CUDA and Metal); include/, model.txt
 """
 
 from __future__ import annotations
@@ -17,16 +17,19 @@ from pathlib import Path
 
 from llmc import manifest, targets
 from llmc.artifact import ArtifactWriter, explained, files_below, link_files, write_manifest
+from llmc.deploy.c_index import DEVICES, c_index
 from llmc.deploy.c_index import FILE_NAME as INDEX
-from llmc.deploy.c_index import c_index
+from llmc.deploy.programs import build_command, dockerfile
 from llmc.deploy.sources import thin_sources
 from llmc.errors import MissingExtraError, UsageError
 from llmc.extras import require
 from llmc.manifest import Manifest, Variant
 from llmc.progress import Clock, Progress, SilentProgress
 from llmc.runtime.artifact import check_sizes, check_versions
+from llmc.runtime.platforms import platform_of
 from llmc.runtime.weights import stored_weights
 from llmc.sbom import write_sbom
+from llmc.targets.link import import_library
 from llmc.wheels import runtime_files
 
 MODEL = "model"
@@ -130,18 +133,29 @@ def _with_weights(m: Manifest, variant: Variant, folder: Path, model: Path) -> M
 
 
 def _write_programs(m: Manifest, variant: Variant, root: Path) -> None:
-    """What runs the model: the Python loader, and the C example where the target is a CPU."""
+    """What runs the model: the Python loader, a container, and the C example where TVM's own libraries run the target."""
+    platform = platform_of(variant.triple)
+    assert platform is not None  # it has runtime libraries
     thin_sources(root / "python")
     lines = [f"{name}=={_version(name)}" for name in _REQUIREMENTS] + ([_CUDA_REQUIREMENT] if variant.kind == "cuda" else [])
     (root / "requirements.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    names = ["run.py", "Dockerfile"]
-    if variant.kind == "cpu":  # devices have memory of their own, which is more than an example's worth
-        names.append("example.c")
-        (root / INDEX).write_text(c_index(m, variant, root / MODEL), encoding="utf-8")
+    texts = {"run.py": _text("run.py")}
+    container = dockerfile(variant.kind, platform)
+    if container is not None:
+        texts["Dockerfile"] = container
+    if variant.kind in DEVICES:
+        texts["example.c"] = _text("example.c").replace("@BUILD@", build_command(variant.kind, platform))
+        texts[INDEX] = c_index(m, variant, root / MODEL)
         for header in _HEADERS:
             _copy_header(header, root / "include")
-    for name in names:
-        (root / name).write_text(resources.files(__name__).joinpath("files", name).read_text(encoding="utf-8"), encoding="utf-8")
+        if platform.name.startswith("windows"):
+            import_library(root, variant.triple)
+    for name, text in texts.items():
+        (root / name).write_text(text, encoding="utf-8")
+
+
+def _text(name: str) -> str:
+    return resources.files(__name__).joinpath("files", name).read_text(encoding="utf-8")
 
 
 def _copy_header(header: str, include: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from llmc import add_variant, deploy, manifest
 from llmc.artifact import hash_file
 from llmc.compiler import compile as compile_model
 from llmc.deploy import PackageReport, package
+from llmc.deploy.programs import build_command, dockerfile
 from llmc.errors import ArtifactError, OutputError, UsageError
 from llmc.progress import SilentProgress
 from llmc.runtime.platforms import platform_of
@@ -99,10 +101,14 @@ def test_the_bill_of_materials_names_parts_and_licences(folder: Path) -> None:
     assert "timestamp" not in bill["metadata"]
 
 
-def test_the_package_runs_from_c(packaged: PackageReport, expected: list[int]) -> None:
-    flags = ["-O2", "-Wall", "-Wextra", "-Werror", "-Iinclude", "example.c", "-Lmodel/runtime", "-Wl,--no-as-needed"]
-    libraries = ["-ltvm_runtime", "-ltvm_ffi", "-Wl,-rpath,$ORIGIN/model/runtime", "-o", "example"]
-    subprocess.run([*host_c_compiler(), *flags, *libraries], cwd=packaged.out, check=True)
+@pytest.mark.parametrize("memory", ["", "-DCOPY_ALWAYS"], ids=["shared", "copied"])
+def test_the_package_runs_from_c(memory: str, packaged: PackageReport, expected: list[int]) -> None:
+    """Built as the file says; once more as on a device whose memory is not the program's."""
+    _, _, command = next(
+        line for line in (packaged.out / "example.c").read_text().splitlines() if line.startswith(" *   cc ")
+    ).partition("cc ")
+    flags = ["-Wall", "-Wextra", "-Werror", *filter(None, [memory])]
+    subprocess.run([*host_c_compiler(), *flags, *shlex.split(command)], cwd=packaged.out, check=True)
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [str(packaged.out / "example"), *map(str, arguments)]
@@ -145,6 +151,7 @@ def test_a_package_has_the_weights_of_its_variant_alone(folder: Path, tmp_path: 
     assert set(part.tensors) == set(whole.variants[1].weights) < set(whole.tensors)
     assert report.weights < sum(p.stat().st_size for p in (folder / "weights").iterdir())
     assert not (report.out / "example.c").exists()
+    assert "ocl-icd-libopencl1 $DRIVER" in (report.out / "Dockerfile").read_text(encoding="utf-8")
     names = whole.variants[1].weights
     for one, other in zip(
         stored_weights(folder, whole.tensors, names), stored_weights(report.out / "model", part.tensors, names), strict=True
@@ -181,6 +188,51 @@ def test_what_cannot_be_packaged(folder: Path, tmp_path: Path, monkeypatch: pyte
     ):
         runtime_files("cpu", "aarch64-linux-gnu", "0.27.0.post1")
     assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "triple", "words"),
+    [
+        ("cpu", "x86_64-linux-gnu", ["FROM python:3.12-slim\n", "docker run --rm model"]),
+        ("cpu", "aarch64-linux-gnu", ["FROM --platform=linux/arm64 python"]),
+        ("cpu", "x86_64-pc-windows-gnu", ["FROM python:3.12-windowsservercore"]),
+        ("cuda", "x86_64-linux-gnu", ["--rm --gpus all model", "FROM python"]),
+        ("rocm", "x86_64-linux-gnu", ["--device /dev/kfd --device /dev/dri model", "FROM rocm/"]),
+        ("opencl", "x86_64-linux-gnu", ["ARG DRIVER="]),
+    ],
+)
+def test_containers(kind: str, triple: str, words: list[str]) -> None:
+    platform = platform_of(triple)
+    assert platform is not None
+    text = dockerfile(kind, platform)
+    assert text is not None and all(word in text for word in [*words, "COPY model model", "ENTRYPOINT"])
+
+
+def test_there_is_no_container_for_macos_and_its_example_is_linked_to_metal() -> None:
+    mac = platform_of("arm64-apple-macos13.0")
+    assert mac is not None and dockerfile("metal", mac) is None and dockerfile("cpu", mac) is None
+    assert "-ltvm_runtime -ltvm_runtime_metal -ltvm_ffi -Wl,-rpath,@loader_path" in build_command("metal", mac)
+
+
+# Slow: downloads wheels for two systems; ziglang builds their C runtimes.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("target", "zig", "head"),
+    [("metal:apple8", "aarch64-macos.13.0", b"\xcf\xfa\xed\xfe"), ("cpu:x86-64-v3@windows", "x86_64-windows-gnu", b"MZ")],
+)
+def test_examples_of_other_systems_can_be_built(
+    target: str, zig: str, head: bytes, tiny_model_dir: Callable[..., Path], tmp_path: Path
+) -> None:
+    compile_model(str(tiny_model_dir("llama")), out=tmp_path / "artifact", target=target, **OPTIONS)
+    report = package(tmp_path / "artifact", target=target, out=tmp_path / "package")
+    text = (report.out / "example.c").read_text(encoding="utf-8")
+    command = next(line for line in text.splitlines() if line.startswith(" *   cc ")).partition("cc ")[2].partition("   (")[0]
+    program = [sys.executable, "-m", "ziglang", "cc", "-target", zig, *shlex.split(command)]
+    subprocess.run(program, cwd=report.out, check=True)
+    (built,) = report.out.glob("example*[!c]")
+    assert built.read_bytes().startswith(head)
+    assert (report.out / "Dockerfile").exists() == ("windows" in target)
+    assert report.runtime < 20e6
 
 
 def test_platforms_name_their_libraries() -> None:

@@ -16,6 +16,7 @@
 
 #ifdef _WIN32
 #include <malloc.h>
+#include <windows.h>
 #define aligned_alloc(alignment, size) _aligned_malloc(size, alignment)
 #else
 #include <fcntl.h>
@@ -104,7 +105,7 @@ static int has_own_memory(void) { return device != kDLCPU; }
 
 /* Call TVM's function of that name, which moves a tensor's bytes: TVMTensorCopyFromBytes or TVMTensorCopyToBytes. */
 static void move(const char* name, TVMFFIAny on_device, void* data) {
-  const DLTensor* tensor = TVMFFITensorGetDLTensorPtr(on_device.v_obj);
+  const DLTensor* tensor = (const DLTensor*)((char*)on_device.v_obj + sizeof(TVMFFIObject));
   int64_t bytes = tensor->dtype.bits / 8;
   for (int i = 0; i < tensor->ndim; i++) bytes *= tensor->shape[i];
   TVMFFIAny arguments[3] = {on_device, none(), integer(bytes)};
@@ -233,6 +234,9 @@ static void load(Model* model, int positions) {
   for (int i = 0; i < model->stop_count; i++) read_numbers(index, 1, &model->stops[i]);
 
   read_numbers(index, 1, &device);
+#ifdef _WIN32 /* nothing here calls it by name, so nothing else loads it */
+  if (LoadLibraryA("tvm_runtime.dll") == NULL) fail("tvm_runtime.dll is not found: put model\\runtime on the PATH");
+#endif
   const TVMFFIAny pooled = integer(2);
   TVMFFIAny file = string(library), host = integer(kDLCPU), first = integer(0);
   TVMFFIAny devices[6] = {integer(device), first, pooled, host, first, pooled};

@@ -19,6 +19,9 @@ Expr = Any
 SELECT = 0xEA
 """lop3: (a & b) | c."""
 
+SELECT_INVERTED = 0xAE
+"""lop3: (~a & b) | c."""
+
 ONES = {"bfloat16": 0x3F803F80, "float16": 0x3C003C00}
 """A pair of ones."""
 
@@ -83,19 +86,22 @@ def _decode_bytes_f16(how: Scheme) -> Any:
 
 
 def _decode_bytes_bf16(how: Scheme) -> Any:
-    # bfloat16 has no room for 8 bits below a power of two that outweighs them; float32 has: 2^23 + c.
-    subtract = T.float32(float((1 << 23) + middle(how)))
+    # 128 + c in bfloat16: there is room for seven bits of c. An eighth decides what is taken off, -128 (0xC300) if it is set, else
+    # -256 (0xC380), which differ in that very bit.
+    has_eighth, one = how.bits == 8, T.uint32(ONES["bfloat16"])
+    taken_off = T.uint32(both(0x4300 + middle(how) % 128) | NEGATIVE)
 
     @T.inline
     def decode(fragment: Expr, words: Expr, base: Expr, s: Expr, p: Expr) -> None:
-        low = T.alloc_local((1,), "uint32")
-        high = T.alloc_local((1,), "uint32")
+        off = T.alloc_local((1,), "uint32")
         for j in T.unroll(4):
-            T.ptx["prmt.b32"](low[0], words[base + j % 2 * 2 + p], T.uint32(0x4B000000), T.uint32(0x7550 + j // 2))
-            T.ptx["prmt.b32"](high[0], words[base + j % 2 * 2 + p], T.uint32(0x4B000000), T.uint32(0x7552 + j // 2))
-            T.ptx["cvt.rn.bf16x2.f32"](
-                fragment[j], T.reinterpret("float32", high[0]) - subtract, T.reinterpret("float32", low[0]) - subtract
-            )
+            word = T.meta_var(words[base + j % 2 * 2 + p] >> T.uint32(8 * (j // 2)))
+            T.ptx["lop3.b32"](fragment[j], word, T.uint32(0x007F007F), T.uint32(both(0x4300)), SELECT)
+            if has_eighth:
+                T.ptx["lop3.b32"](off[0], word, T.uint32(0x00800080), taken_off, SELECT_INVERTED)
+                T.ptx[MULTIPLY_ADD["bfloat16"]](fragment[j], fragment[j], one, off[0])
+            else:
+                T.ptx[MULTIPLY_ADD["bfloat16"]](fragment[j], fragment[j], one, taken_off)
 
     return decode
 

@@ -57,7 +57,7 @@ def test_older_gpu() -> None:
 
 def test_codes_are_exact() -> None:
     """x that picks one column out gives the weights themselves, rounded once."""
-    for name in ("int4z_g32_f32", "int8p_g64_f32", "fp8_e4m3_b128"):
+    for name in ("int4z_g32_f32", "int8p_g64_f32", "q5_1", "fp8_e4m3_b128"):
         case = make(32, 128, name, out="float32")
         arrays = operands(case, 8, seed=3)
         arrays[0] = np.eye(128, dtype=arrays[0].dtype)[40:56]

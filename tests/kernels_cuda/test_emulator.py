@@ -12,8 +12,8 @@ from llmc.schedules.gpu import append
 from llmc.targets import cuda
 from tests.kernels.harness import random_arrays
 from tests.support.cuda_emulator import run, source
+from tests.support.cuda_emulator.compiler import translate
 from tests.support.cuda_emulator.instructions import body
-from tests.support.cuda_emulator.runner import translate
 
 TARGET = cuda.parse("cuda:sm_90a")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,8 @@ from llmc.targets import cuda
 from llmc.targets.base import Target
 
 
-def run(function: Any, target: Target, *arrays: np.ndarray) -> list[np.ndarray]:
-    """Build PrimFunc ``function`` as a compile does, call it on copies of ``arrays``, and return all of them after it.
+def launchable(function: Any, target: Target) -> Callable[..., list[np.ndarray]]:
+    """Build PrimFunc ``function`` as a compile does. Called with an array for each argument, it works on copies and returns all.
 
     A target of another kind than CUDA skips the test: the emulator lends it limits that this GPU does not have.
     """
@@ -21,9 +22,13 @@ def run(function: Any, target: Target, *arrays: np.ndarray) -> list[np.ndarray]:
         pytest.skip(f"{target.name} is no target of this GPU")
     module = cuda.build_kernels(tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")}), target)
     device = tvm.cuda(0)
-    tensors = [tvm.runtime.empty(a.shape, str(a.dtype), device) for a in arrays]
-    for tensor, array in zip(tensors, arrays, strict=True):
-        tensor.copyfrom(np.asarray(array, order="C"))
-    module["kernel"](*tensors)
-    device.sync()
-    return [tensor.numpy() for tensor in tensors]
+
+    def run(*arrays: np.ndarray) -> list[np.ndarray]:
+        tensors = [tvm.runtime.empty(a.shape, str(a.dtype), device) for a in arrays]
+        for tensor, array in zip(tensors, arrays, strict=True):
+            tensor.copyfrom(np.asarray(array, order="C"))
+        module["kernel"](*tensors)
+        device.sync()
+        return [tensor.numpy() for tensor in tensors]
+
+    return run

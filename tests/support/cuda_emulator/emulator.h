@@ -1,41 +1,52 @@
-// Runs the CUDA that TVM generates on a CPU: one thread block (or cluster of blocks) at a time, one fiber per thread.
+// What the CUDA that TVM generates is compiled against: the language's types and functions, and what the emulator offers kernels.
 //
-// Barriers, warp exchanges, mma, ldmatrix, mbarriers, TMA and wgmma mean what the PTX ISA says they do; sums inside an mma are
-// float64. What it cannot see: races between threads that are missing a barrier, memory and proxy ordering, and speed. Shared
-// memory lies in the low 4 GiB, so that 32-bit shared addresses are addresses, and starts as NaN.
+// Every kernel of the tests is a library of its own that is compiled against this header, so it includes next to nothing; the
+// emulator itself (emulator.cpp, instructions.cpp, matrix.cpp) is compiled once.
 #pragma once
-#include <sys/mman.h>
-#include <ucontext.h>
+#include <stdint.h>
+#include <string.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <map>
-#include <string>
-#include <vector>
-using std::max;
-using std::min;
 typedef unsigned int uint;
 typedef unsigned short ushort;
 typedef unsigned char uchar;
-struct dim3_ {
-  int x = 1, y = 1, z = 1;
-};
-static inline float b2f(uint16_t v) {
-  uint32_t u = (uint32_t)v << 16;
+
+// What of <cmath> CUDA code calls; including it would take longer than to compile a small kernel.
+#define EMU_MATH(F) extern "C" float F##f(float) noexcept; extern "C" double F(double) noexcept;
+EMU_MATH(exp) EMU_MATH(exp2) EMU_MATH(log) EMU_MATH(log2) EMU_MATH(sqrt) EMU_MATH(tanh) EMU_MATH(erf) EMU_MATH(fabs)
+EMU_MATH(floor) EMU_MATH(ceil) EMU_MATH(trunc) EMU_MATH(round) EMU_MATH(rint) EMU_MATH(nearbyint) EMU_MATH(sin) EMU_MATH(cos)
+#undef EMU_MATH
+extern "C" float powf(float, float) noexcept;
+extern "C" float fmaf(float, float, float) noexcept;
+extern "C" float fmodf(float, float) noexcept;
+extern "C" int abs(int) noexcept;
+static inline float rsqrtf(float x) { return 1 / sqrtf(x); }
+#define __expf(x) expf(x)
+#define __logf(x) logf(x)
+#define CUDART_INF_F __builtin_inff()
+template <class T>
+static inline const T& max(const T& a, const T& b) {
+  return a < b ? b : a;
+}
+template <class T>
+static inline const T& min(const T& a, const T& b) {
+  return b < a ? b : a;
+}
+
+static inline uint32_t f2u(float f) {
+  uint32_t u;
+  memcpy(&u, &f, 4);
+  return u;
+}
+static inline float u2f(uint32_t u) {
   float f;
   memcpy(&f, &u, 4);
   return f;
 }
+static inline float b2f(uint16_t v) { return u2f((uint32_t)v << 16); }
 static inline uint16_t f2b(float f) {
-  uint32_t u;
-  memcpy(&u, &f, 4);
+  uint32_t u = f2u(f);
   if ((u & 0x7fffffff) > 0x7f800000) return 0x7fff;
-  uint32_t r = u + 0x7fff + ((u >> 16) & 1);
-  return r >> 16;
+  return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
 }
 struct nv_bfloat16 {
   uint16_t v;
@@ -101,7 +112,6 @@ static inline nv_bfloat164 make_nv_bfloat164(nv_bfloat16 x, nv_bfloat16 y, nv_bf
 #define __restrict__
 #define __launch_bounds__(...)
 #define __grid_constant__
-#define CUDART_INF_F INFINITY
 // 128 bytes, as the driver's, laid out like TensorMap in dlpack.py.
 struct __attribute__((packed, aligned(64))) CUtensorMap {
   char* base;
@@ -112,245 +122,59 @@ struct __attribute__((packed, aligned(64))) CUtensorMap {
   uint8_t pad[47];
 };
 static_assert(sizeof(CUtensorMap) == 128, "");
-struct Fiber {
-  ucontext_t ctx;
-  char* stk;
-  bool done;
-  int tid;
+
+// The thread that runs now.
+struct Index {
+  int x = 1, y = 1, z = 1;
 };
-static std::vector<Fiber> F;
-static ucontext_t mainctx;
-static int cur;
-static int NTH;
-static int CLN = 1;
-#define LT (cur % NTH)
-#define RK (cur / NTH)
-static int blockIdx_base;
-static dim3_ gridDim, blockDim, blockIdx;
-struct TI {
-  int x, y, z;
-};
-static TI threadIdx_;
-#define threadIdx threadIdx_
-static size_t dyn_bytes;
-static void emu_yield() {
-  int me = cur;
-  swapcontext(&F[me].ctx, &mainctx);
-}
-static void setcur(int i0) {
-  cur = i0;
-  int i = LT;
-  blockIdx.x = blockIdx_base + RK;
-  threadIdx_.x = i % blockDim.x;
-  threadIdx_.y = (i / blockDim.x) % blockDim.y;
-  threadIdx_.z = i / (blockDim.x * blockDim.y);
-}
-struct Bar {
-  int cnt = 0;
-  long gen = 0;
-};
-static Bar ctab_[8][16];
-static Bar warpb_[8][32];
-static Bar wgb_[8][8];
-static Bar clb;
-#define ctab ctab_[RK]
-#define warpb warpb_[RK]
-#define wgb wgb_[RK]
-static bool progress;
-static void barw(Bar& b, int n) {
-  long g = b.gen;
-  if (++b.cnt == n) {
-    b.cnt = 0;
-    b.gen++;
-    progress = true;
-    return;
-  }
-  progress = true;
-  while (b.gen == g) emu_yield();
-}
-static void bararrive(Bar& b, int n) {
-  if (++b.cnt == n) {
-    b.cnt = 0;
-    b.gen++;
-  }
-  progress = true;
-}
-#ifndef EMU_WARP  // threads of a warp: 64 imposes the waves of other GPUs on portable kernels
-#define EMU_WARP 32
-#endif
-static inline void warp_sync() { barw(warpb[LT / EMU_WARP], std::min(EMU_WARP, NTH - LT / EMU_WARP * EMU_WARP)); }
-static uint32_t wx_[8][32][EMU_WARP][160];
-#define wx wx_[RK]
-static uint32_t wgx_[8][8][128][160];
-#define wgx wgx_[RK]
-// ---- shared memory in the low 4 GiB ----
-static char* smem_area;
-static size_t smem_off_[8];
-static std::map<std::string, void*> smem_names_[8];
-static const size_t SMEM_CAP = 1 << 18;
-#define smem_off smem_off_[RK]
-#define smem_names smem_names_[RK]
-static void* emu_shared(size_t al, size_t bytes, const char* name) {
-  auto it = smem_names.find(name);
-  if (it != smem_names.end()) return it->second;
-  if (al < 1024) al = 1024;
-  smem_off = (smem_off + al - 1) / al * al;
-  void* p = smem_area + (size_t)RK * SMEM_CAP + smem_off;
-  smem_off += bytes;
-  if (smem_off > SMEM_CAP) {
-    fprintf(stderr, "smem overflow\n");
-    abort();
-  }
-  smem_names[name] = p;
-  return p;
-}
-static inline uint32_t f2u(float f) {
-  uint32_t u;
-  memcpy(&u, &f, 4);
-  return u;
-}
-static inline float u2f(uint32_t u) {
-  float f;
-  memcpy(&f, &u, 4);
-  return f;
-}
-#define __CVTA(p) ((unsigned)(uintptr_t)(p))
+extern Index threadIdx, blockIdx, blockDim, gridDim;
+extern size_t dyn_bytes;
+int emu_rank();  // of its block in the cluster
+int emu_blocks();  // of a cluster
+void* emu_shared(size_t alignment, size_t bytes, const char* name);
+void emu_barrier(int which, int threads = 0);  // 0: all threads of the block
+void emu_barrier_arrive(int which, int threads);
+void emu_cluster_sync();
+void __syncwarp(uint mask = ~0u);
+void __syncthreads();
+// Lanes that name another get its `bytes` at `value`.
+void emu_shuffle(const void* value, void* result, int bytes, int lane);
+int emu_lane();
+int emu_warp_size();
+
 static inline unsigned __cvta_generic_to_shared(const void* p) { return (unsigned)(uintptr_t)p; }
 template <class T>
-static T shfl_any(T v, int src) {
-  int w = LT / EMU_WARP, l = LT % EMU_WARP;
-  static_assert(sizeof(T) == 4 || sizeof(T) == 8, "");
-  memcpy(&wx[w][l][0], &v, sizeof(T));
-  warp_sync();
-  T r;
-  memcpy(&r, &wx[w][src & (EMU_WARP - 1)][0], sizeof(T));
-  warp_sync();
-  return r;
+static inline T emu_from_lane(T value, int lane) {
+  T result;
+  emu_shuffle(&value, &result, sizeof(T), lane);
+  return result;
 }
 template <class T>
-static T __shfl_sync(uint, T v, int s, int = 32) {
-  return shfl_any(v, s);
+static inline T __shfl_sync(uint, T v, int lane, int = 32) {
+  return emu_from_lane(v, lane);
 }
 template <class T>
-static T __shfl_xor_sync(uint, T v, int m, int = 32) {
-  return shfl_any(v, (LT % EMU_WARP) ^ m);
+static inline T __shfl_xor_sync(uint, T v, int mask, int = 32) {
+  return emu_from_lane(v, emu_lane() ^ mask);
 }
 template <class T>
-static T __shfl_down_sync(uint, T v, int d, int = 32) {
-  int l = LT % EMU_WARP;
-  return shfl_any(v, l + d < EMU_WARP ? l + d : l);
+static inline T __shfl_down_sync(uint, T v, int delta, int = 32) {
+  return emu_from_lane(v, emu_lane() + delta < emu_warp_size() ? emu_lane() + delta : emu_lane());
 }
 static inline unsigned __activemask() { return ~0u; }
-static inline void __syncthreads() { barw(ctab[0], NTH); }
-static inline void __syncwarp(uint = ~0u) { warp_sync(); }
 template <class T>
-static T atomicAdd(T* p, T v) {
+static inline T atomicAdd(T* p, T v) {
   T old = *p;
   *p = old + v;
   return old;
 }
 template <class T>
-static T __ldg(const T* p) {
+static inline T __ldg(const T* p) {
   return *p;
 }
 static inline void __threadfence() {}
-#define __expf(x) expf(x)
-#define __logf(x) logf(x)
-// An mbarrier: arrivals expected and missing, bytes missing, phase.
-struct MB {
-  int count = 0, pend = 0;
-  long tx = 0;
-  int phase = 0;
-};
-static std::map<uintptr_t, MB> mbs;
 
-// ---- launch ----
-typedef void (*body_t)(void** args);
-static body_t g_body;
-static void** g_args;
-static void tramp() {
-  int me = cur;
-  g_body(g_args);
-  F[me].done = true;
-  progress = true;
-  swapcontext(&F[me].ctx, &mainctx);
-}
-static inline void emu_cluster_sync() { barw(clb, NTH * CLN); }
-static void emu_launch(body_t body, void** args, int gx, int gy, int gz, int bx_, int by, int bz, int cluster,
-                       size_t dynamic_shared) {
-  dyn_bytes = dynamic_shared;
-  // Every kernel's library maps its own, and the low addresses are scarce: a launch gives back what it took.
-  const size_t mapped = 8 * SMEM_CAP + (1 << 21);
-  void* low = mmap(0, mapped, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
-  if (low == MAP_FAILED) {
-    fprintf(stderr, "emulator: no %zu bytes of memory below 4 GiB for shared memory\n", mapped);
-    abort();
-  }
-  smem_area = (char*)(((uintptr_t)low + (1 << 21) - 1) / (1 << 21) * (1 << 21));
-  CLN = cluster;
-  g_body = body;
-  g_args = args;
-  gridDim.x = gx;
-  gridDim.y = gy;
-  gridDim.z = gz;
-  blockDim.x = bx_;
-  blockDim.y = by;
-  blockDim.z = bz;
-  NTH = bx_ * by * bz;
-  const size_t ST = 256 << 10;
-  int NF = NTH * CLN;
-  for (int z = 0; z < gz; z++)
-    for (int y = 0; y < gy; y++)
-      for (int x = 0; x < gx; x += CLN) {
-        blockIdx_base = x;
-        blockIdx.y = y;
-        blockIdx.z = z;
-        memset(smem_area, 0xFF, 8 * SMEM_CAP);
-        for (int r = 0; r < 8; r++) {
-          smem_off_[r] = 0;
-          smem_names_[r].clear();
-          for (auto& b : ctab_[r]) b = Bar();
-          for (auto& b : warpb_[r]) b = Bar();
-          for (auto& b : wgb_[r]) b = Bar();
-        }
-        clb = Bar();
-        mbs.clear();
-        if ((int)F.size() < NF) {
-          size_t o = F.size();
-          F.resize(NF);
-          for (size_t i = o; i < F.size(); i++) F[i].stk = (char*)malloc(ST);
-        }
-        for (int i = 0; i < NF; i++) {
-          F[i].done = false;
-          getcontext(&F[i].ctx);
-          F[i].ctx.uc_stack.ss_sp = F[i].stk;
-          F[i].ctx.uc_stack.ss_size = ST;
-          F[i].ctx.uc_link = 0;
-          makecontext(&F[i].ctx, tramp, 0);
-        }
-        int left = NF;
-        int idle = 0;
-        while (left) {
-          progress = false;
-          left = 0;
-          for (int i = 0; i < NF; i++)
-            if (!F[i].done) {
-              setcur(i);
-              swapcontext(&mainctx, &F[i].ctx);
-              if (!F[i].done) left++;
-            }
-          if (!progress) {
-            if (++idle > 4) {
-              fprintf(stderr, "DEADLOCK cta %d,%d,%d left %d\n", x, y, z, left);
-              for (int i = 0; i < NF; i += 32) fprintf(stderr, " w%d done=%d", i / 32, F[i].done);
-              fprintf(stderr, "\n");
-              abort();
-            }
-          } else
-            idle = 0;
-        }
-      }
-  for (auto& f : F) free(f.stk);
-  F.clear();
-  munmap(low, mapped);
-}
+// Launches `body` for every thread of the grid, block by block (cluster by cluster).
+typedef void (*emu_body)(void** arguments);
+extern "C" void emu_launch(emu_body body, void** arguments, int gx, int gy, int gz, int bx, int by, int bz, int cluster,
+                           size_t dynamic_shared, int warp_size);

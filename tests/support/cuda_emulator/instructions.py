@@ -67,7 +67,7 @@ def _tma_load(m: re.Match[str], a: Args) -> str:
     coordinates = f"int c[5]={{{','.join(a[2 : 2 + rank])}}};"
     if "multicast" in m.string:
         return coordinates + (
-            f"for(int r=0;r<CLN;r++) if(({a[3 + rank]}>>r)&1) emu_tma_load(emu_mapa((uint32_t)(uintptr_t){a[0]},r),"
+            f"for(int r=0;r<emu_blocks();r++) if(({a[3 + rank]}>>r)&1) emu_tma_load(emu_mapa((uint32_t)(uintptr_t){a[0]},r),"
             f"(const void*){a[1]},c,{rank},emu_mapa((uint32_t)(uintptr_t){a[2 + rank]},r));"
         )
     return (
@@ -125,14 +125,14 @@ TABLE: list[tuple[str, Body]] = [
     (r"ptx_rcp", lambda m, a: f"{a[0]}=1.0f/{a[1]};"),
     (r"ptx_rsqrt", lambda m, a: f"{a[0]}=1.0f/sqrtf({a[1]});"),
     (r"ptx_tanh", lambda m, a: f"{a[0]}=tanhf({a[1]});"),
-    (r"cluster_ctaid", lambda m, a: "return RK;"),
+    (r"cluster_ctaid", lambda m, a: "return emu_rank();"),
     (r"cuda_cluster_sync", lambda m, a: "emu_cluster_sync();"),
     (r"ptx_mapa", lambda m, a: f"{a[0]}=emu_mapa((uint32_t)(uintptr_t){a[1]},{a[2]});"),
     (r"cuda_cta_sync", lambda m, a: "__syncthreads();"),
-    (r"cuda_warp_sync", lambda m, a: "warp_sync();"),
-    (r"cuda_warpgroup_sync", lambda m, a: f"barw(ctab[{a[0] if a else '1'}],128);"),
-    (r"ptx_bar(?:rier)?_(?:cta_)?sync", lambda m, a: f"barw(ctab[{a[0]}],{a[1] if len(a) > 1 else 'NTH'});"),
-    (r"ptx_bar(?:rier)?_(?:cta_)?arrive", lambda m, a: f"bararrive(ctab[{a[0]}],{a[1]});"),
+    (r"cuda_warp_sync", lambda m, a: "__syncwarp();"),
+    (r"cuda_warpgroup_sync", lambda m, a: f"emu_barrier({a[0] if a else '1'},128);"),
+    (r"ptx_bar(?:rier)?_(?:cta_)?sync", lambda m, a: f"emu_barrier({','.join(a[:2])});"),
+    (r"ptx_bar(?:rier)?_(?:cta_)?arrive", lambda m, a: f"emu_barrier_arrive({a[0]},{a[1]});"),
     (r"ptx_ldmatrix_sync_aligned_m8n8_x(\d)(_trans)?", _ldmatrix),
     (r"ptx_stmatrix_sync_aligned_m8n8_x(\d)(_trans)?", _stmatrix),
     (r"ptx_mbarrier_init", lambda m, a: f"emu_mb_init((void*)(uintptr_t){a[0]},{a[1]});"),

@@ -7,14 +7,10 @@ calls a function by the kernel's name; here that is a Python function that runs 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +27,8 @@ from tvm_ffi.structural import structural_map
 
 from llmc.targets import cuda, gpu
 from llmc.targets.base import GpuTarget, Target
+from tests.support.cuda_emulator.compiler import Kernel, build, kernels
 from tests.support.cuda_emulator.dlpack import DeviceArray, TensorMap
-from tests.support.cuda_emulator.instructions import body
 
 HERE = Path(__file__).parent
 HEADERS = ("emulator.h", "instructions.h", "matrix.h")
@@ -59,23 +55,27 @@ for _name in ("make_filled_simdgroup_matrix", "simdgroup_load", "simdgroup_store
         f"tirx.{_name}", target="cuda", f=lambda op, name=_name: tirx.call_extern("int32", f"emu_{name}", *op.args), level=20
     )
 
-_PROLOGUE_END = "#define ushort unsigned short\n#endif"
-_HELPER = re.compile(r"(__forceinline__ __device__ [\w ]+? )(tvm_builtin_\w+|ptx_\w+)\(([^)]*)\) \{\n(.*?)\n\}", re.S)
-_KERNEL = re.compile(r'extern "C" __global__ void (?:__launch_bounds__\([^)]*\) |__cluster_dims__\([^)]*\) )*(\w+)\(([^)]*)\)')
 
-
-def run(function: Any, target: Target, *arrays: np.ndarray) -> list[np.ndarray]:
-    """Run PrimFunc ``function`` on copies of ``arrays``, one for each of its arguments, and return all of them after it.
+class Launchable:
+    """A PrimFunc for a target, its host code compiled; its kernels are when they are first launched.
 
     A target of another kind than CUDA lends its limits: its warp, and what it allows a thread block, or RuntimeError is raised.
-    Results and buffers that are worked on in place come back changed. Raises RuntimeError for a PTX instruction the emulator
-    does not know, and aborts the process with a message at a deadlock.
     """
-    host, devices = _lower(function, target)
-    device_arrays = [DeviceArray(a) for a in arrays]
-    with _launchers(devices, target):
-        host["kernel"](*(a.tensor() for a in device_arrays))
-    return [a.array for a in device_arrays]
+
+    def __init__(self, function: Any, target: Target) -> None:
+        self.target = target
+        self._host, self._devices = _lower(function, target)
+
+    def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """Run on copies of ``arrays``, one for each argument, and return all of them after it.
+
+        Results and buffers that are worked on in place come back changed. Raises RuntimeError for a PTX instruction the emulator
+        does not know, and aborts the process with a message at a deadlock.
+        """
+        device_arrays = [DeviceArray(a) for a in arrays]
+        with _launchers(self._devices, self.target):
+            self._host["kernel"](*(a.tensor() for a in device_arrays))
+        return [a.array for a in device_arrays]
 
 
 def source(function: Any, target: Target) -> str:
@@ -89,8 +89,8 @@ def library(functions: Mapping[str, Any], target: Target) -> tuple[Path, dict[st
     assert isinstance(target, GpuTarget)
     named = {name: function.with_attr("global_symbol", name) for name, function in functions.items()}
     ((text, _),) = _split(named, target)[1]
-    built, kernels = _compile(text, target.warp_size)
-    return Path(built._name), kernels
+    found = kernels(text)
+    return build(found.values(), target.warp_size), {name: list(kernel.types) for name, kernel in found.items()}
 
 
 def _lower(function: Any, target: Target) -> tuple[Any, list[tuple[str, dict[str, list[str]]]]]:
@@ -196,14 +196,15 @@ def _launchers(devices: Sequence[tuple[str, dict[str, list[str]]]], target: Targ
     }
     for text, launches in devices:
         assert isinstance(target, GpuTarget)
-        library, kernels = _compile(text, target.warp_size)
+        found = kernels(text)
         for name, parameters in launches.items():
-            functions[name] = _launcher(library, name, kernels[name], parameters, target)
+            functions[name] = _launcher(found[name], parameters, target)
     with _overridden(functions):
         yield
 
 
-def _launcher(library: ctypes.CDLL, name: str, types: list[str], parameters: list[str], target: GpuTarget) -> Callable[..., None]:
+def _launcher(kernel: Kernel, parameters: list[str], target: GpuTarget) -> Callable[..., None]:
+    name, types = kernel.name, kernel.types
     extents = [p for p in parameters if p in (*GRID, *CLUSTER, *BLOCK, DYNAMIC_SHARED)]
 
     def launch(*args: Any) -> None:
@@ -215,7 +216,9 @@ def _launcher(library: ctypes.CDLL, name: str, types: list[str], parameters: lis
         cluster = int(np.prod([sizes.get(axis, 1) for axis in CLUSTER]))
         if int(np.prod(shape[3:])) > target.max_threads:
             raise RuntimeError(f"kernel {name} asks for {shape[3:]} threads, {target.name} allows {target.max_threads}")
-        getattr(library, f"run_{name}")(pointers, *shape, cluster, ctypes.c_size_t(sizes.get(DYNAMIC_SHARED, 0)))
+        getattr(kernel.library(target.warp_size), f"run_{name}")(
+            pointers, *shape, cluster, ctypes.c_size_t(sizes.get(DYNAMIC_SHARED, 0))
+        )
 
     return launch
 
@@ -232,81 +235,3 @@ def _argument(kind: str, value: Any) -> Any:
 
 def _address(value: Any) -> int:
     return int(value.value or 0) if isinstance(value, ctypes.c_void_p) else int(value or 0)
-
-
-@cache
-def _compile(text: str, warp: int = 32) -> tuple[ctypes.CDLL, dict[str, list[str]]]:
-    """The emulator's library for a CUDA source, and the argument types of each kernel in it."""
-    code = translate(text)
-    kernels: dict[str, list[str]] = {}
-    entries = []
-    for name, signature in _KERNEL.findall(code):
-        types = [_type(p) for p in signature.split(",") if p.strip()]
-        kernels.setdefault(name, types)
-    for name, types in kernels.items():
-        arguments = ",".join(f"*({t}*)a[{i}]" for i, t in enumerate(types))
-        entries.append(
-            f"static void body_{name}(void** a) {{ {name}({arguments}); }}\n"
-            f'extern "C" void run_{name}(void** a,int gx,int gy,int gz,int bx,int by,int bz,int cluster,size_t shared) '
-            f"{{ emu_launch(body_{name},a,gx,gy,gz,bx,by,bz,cluster,shared); }}"
-        )
-    program = (
-        f"#define EMU_WARP {warp}\n"
-        + "".join(f'#include "{header}"\n' for header in HEADERS)
-        + code
-        + "\n"
-        + "\n".join(entries)
-        + "\n"
-    )
-    folder = Path(tempfile.gettempdir()) / "llmc-cuda-emulator"
-    folder.mkdir(exist_ok=True)
-    headers = b"".join((HERE / h).read_bytes() for h in HEADERS)
-    library = folder / (hashlib.sha256(program.encode() + headers).hexdigest()[:24] + ".so")
-    if not library.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as work:
-            cpp, built = Path(work) / "kernel.cpp", Path(work) / "kernel.so"
-            cpp.write_text(program, encoding="utf-8")
-            command = ["g++", "-std=c++17", "-O1", "-w", "-fPIC", "-shared", "-fno-strict-aliasing", f"-I{HERE}", "-o", built, cpp]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise RuntimeError(f"the translated CUDA does not compile: {done.stderr[:3000]}")
-            built.replace(library)
-    return ctypes.CDLL(str(library)), kernels
-
-
-def _type(parameter: str) -> str:
-    kind, name = re.sub(r"\b(__restrict__|const|__grid_constant__)\b", "", parameter).strip().rsplit(None, 1)
-    stars = "*" * name.count("*")
-    return kind.strip() + stars
-
-
-def translate(text: str) -> str:
-    """CUDA source as C++ over ``emulator.h``: PTX helpers get portable bodies, shared memory comes from the emulator."""
-    unknown: list[str] = []
-
-    def helper(match: re.Match[str]) -> str:
-        prefix, name, signature, original = match.groups()
-        code = body(name, signature)
-        if code is None:
-            if "asm" not in original:
-                return match[0]
-            unknown.append(name)
-            return ""
-        return f"{prefix}{name}({signature}) {{ {code} }}"
-
-    code = text[text.index(_PROLOGUE_END) + len(_PROLOGUE_END) :]
-    code = _HELPER.sub(helper, code)
-    if unknown:
-        raise RuntimeError(f"the CUDA emulator does not know {', '.join(sorted(set(unknown)))}: add them to instructions.py")
-    code = re.sub(r'asm volatile\(""[^;]*;', "", code)  # compiler barriers
-    code = re.sub(r"union GmmaDescriptor.*?\n};", "", code, flags=re.S)
-    code = re.sub(
-        r"__shared__ (?:(?:__align__|alignas)\((\d+)\) )?(\w+) (\w+)\[(\d+)\];",
-        lambda m: f'{m[2]}* {m[3]} = ({m[2]}*)emu_shared({m[1] or 16}, sizeof({m[2]}) * {m[4]}, "{m[3]}");',
-        code,
-    )
-    return re.sub(
-        r"extern __shared__ (?:__align__|alignas)\((\d+)\) (\w+) (\w+)\[\];",
-        r'\2* \3 = (\2*)emu_shared(1024, dyn_bytes, "\3");',
-        code,
-    )

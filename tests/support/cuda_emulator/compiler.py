@@ -22,8 +22,8 @@ HERE = Path(__file__).parent
 HEADERS = ("emulator.h", "instructions.h", "matrix.h")
 SOURCES = ("emulator.cpp", "instructions.cpp", "matrix.cpp")
 FLAGS = ("-std=c++17", "-w", "-fPIC", "-shared", "-fno-strict-aliasing", f"-I{HERE}")
-# Most of a kernel's code runs for a few threads: what optimization saves there is less than what it costs to compile.
-KERNEL_FLAGS = ("-O1",)
+# A kernel runs a few times: optimization would take longer than it saves.
+KERNEL_FLAGS = ("-O0",)
 EMULATOR_FLAGS = ("-O2",)
 
 _PROLOGUE_END = "#define ushort unsigned short\n#endif"

@@ -43,7 +43,7 @@ static jmp_buf scheduler;
 static ucontext_t entry_context;
 static emu_body g_body;
 static void** g_args;
-static const size_t STACK = 256 << 10;
+static const size_t STACK = 1 << 20;  // kernels are compiled without optimization: every value has a place
 
 void emu_yield() {
   int me = cur;

@@ -23,6 +23,7 @@ import tvm
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
+from tvm_ffi.serialization import from_json_graph_str
 
 from llmc.schedules.cpu import team
 from llmc.targets.cpu_pipeline import DIRECT_CALL
@@ -46,8 +47,9 @@ class TeamKernel:
 def team_kernel(name: str, kernel: tirx.PrimFunc, few_rows: bool = True) -> TeamKernel:
     """``kernel`` for a team, as ``name``. ``few_rows``: loops that are parallel for many rows only are not worth a team."""
     phases = _phases(_statements(kernel.body), few_rows)
-    # In both cases a copy: no two functions may share a variable.
-    copy = _serial(kernel) if phases is None else tvm.ir.load_json(tvm.ir.save_json(kernel))
+    # In both cases a copy: no two functions may share a variable. tvm.ir.load_json would write the text anew in Python first, in
+    # case that it was another TVM's.
+    copy = _serial(kernel) if phases is None else from_json_graph_str(tvm.ir.save_json(kernel))
     body = _statements(copy.body)
     shared = [] if phases is None else [s.buffer for s in body if isinstance(s, tirx.AllocBuffer)]
     buffers = [p for p in copy.params if tirx.is_buffer_var(p)]
@@ -201,4 +203,4 @@ def _serial(kernel: tirx.PrimFunc) -> tirx.PrimFunc:
     for node in graph["nodes"]:
         if node["type"] == "tirx.For" and node["data"]["kind"] == int(tirx.stmt.ForKind.PARALLEL):
             node["data"]["kind"] = int(tirx.stmt.ForKind.SERIAL)
-    return tvm.ir.load_json(json.dumps(graph))
+    return from_json_graph_str(json.dumps(graph))

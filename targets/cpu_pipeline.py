@@ -15,6 +15,7 @@ import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 # isort: split
 import tvm
 from tvm import s_tir, tirx
+from tvm_ffi.serialization import from_json_graph_str
 
 PIPELINE = "llmc.cpu"
 """The name by which ``relax.build`` and ``tvm.tirx.build`` take the list."""
@@ -69,7 +70,7 @@ def _scratch_on_stack(function: tirx.PrimFunc, _module: tvm.IRModule, _context: 
     ]
     for alloc in found:
         alloc["annotations"] = first + 5
-    return tvm.ir.load_json(json.dumps(graph))
+    return from_json_graph_str(json.dumps(graph))
 
 
 @tvm.transform.module_pass(opt_level=0)

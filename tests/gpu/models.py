@@ -46,8 +46,11 @@ REGULAR_CHANGES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**REGULAR, "head_dim": 64, "moe_intermediate_size": 128},
     "gpt_oss": {**REGULAR, "head_dim": 64, "sliding_window": 40},
 }
-LENGTHS = (71, 23, 48)
-"""Tokens of the sequences. The last ``DECODED`` of each are decoded one by one, together."""
+LENGTHS = (171, 23, 48)
+"""Tokens of the sequences. The last ``DECODED`` of each are decoded one by one, together. The first is long enough for rows whose
+window is past the first tile of keys."""
+
+CONTEXT = 192
 
 DECODED = 6
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3}
@@ -91,8 +94,9 @@ def prepare(folder: Path, target: str, dtype: str, only: str = "") -> list[Path]
             continue
         start = time.perf_counter()
         source, out = folder / f"{name}.model", folder / name
-        build(kind, source, dtype=dtype, **changes)
-        compile_model(str(source), out=out, target=target, dtype=dtype, max_batch=4, page_size=16, context=96, force=True)
+        positions = {"n_positions" if kind == "gpt2" else "max_position_embeddings": CONTEXT}
+        build(kind, source, dtype=dtype, **positions, **changes)
+        compile_model(str(source), out=out, target=target, dtype=dtype, max_batch=4, page_size=16, context=CONTEXT, force=True)
         _write_reference(source, out / "reference.npz", dtype)
         shutil.rmtree(source)
         print(f"{name}: {time.perf_counter() - start:.1f} s", flush=True)

@@ -20,14 +20,15 @@ def launchable(function: Any, target: Target) -> Callable[..., list[np.ndarray]]
     """
     if target.kind != cuda.KIND:
         pytest.skip(f"{target.name} is no target of this GPU")
-    module = cuda.build_kernels(tvm.IRModule({"kernel": function.with_attr("global_symbol", "kernel")}), target)
+    name = str(function.attrs["global_symbol"])  # tools show kernels by it
+    module = cuda.build_kernels(tvm.IRModule({name: function}), target)
     device = tvm.cuda(0)
 
     def run(*arrays: np.ndarray) -> list[np.ndarray]:
         tensors = [tvm.runtime.empty(a.shape, str(a.dtype), device) for a in arrays]
         for tensor, array in zip(tensors, arrays, strict=True):
             tensor.copyfrom(np.asarray(array, order="C"))
-        module["kernel"](*tensors)
+        module[name](*tensors)
         device.sync()
         return [tensor.numpy() for tensor in tensors]
 

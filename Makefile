@@ -13,14 +13,19 @@ PROMPT ?= Photosynthesis is the process by which
 export PYTHONUNBUFFERED := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: run test lint bench clean
+.PHONY: run test tests lint bench clean
 
 # `llmc run` on a model fetches it, compiles it for this CPU and keeps the artifact in the cache: a second run starts at once.
 run: $(STAMP)
 	$(BIN)/llmc run $(MODEL) --raw --max-tokens 64 "$(PROMPT)"
 
-test: lint
-	$(BIN)/python -m pytest -q -n auto
+# mypy runs on one core: the tests begin beside it.
+test: $(STAMP)
+	$(MAKE) --no-print-directory -j2 lint tests
+
+# A worker that is done takes tests from another: neighbours stay together, and share what they compiled.
+tests: $(STAMP)
+	$(BIN)/python -m pytest -q -n auto --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -31,7 +31,14 @@ def check(folder: Path, artifact: Path, *, tolerance: float, greedy: bool = True
         assert generated == following[0, 11:].tolist()
 
 
-@pytest.mark.parametrize("model_type", sorted(MODELS))
+OWN_WAYS = {"cohere", "deepseek_v3", "gemma2", "gpt2", "gpt_oss", "llama", "llama4_text", "phi3", "qwen3_moe"}
+"""Families that between them go through every operator and kernel. The others differ in what the importer makes of them, which
+``tests/importer/test_architectures.py`` compares for all: here they are slow tests."""
+
+
+@pytest.mark.parametrize(
+    "model_type", [name if name in OWN_WAYS else pytest.param(name, marks=pytest.mark.slow) for name in sorted(MODELS)]
+)
 def test_logits_and_greedy_tokens(model_type: str, tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
     folder = tiny_model_dir(model_type)
     compile_model(str(folder), out=tmp_path / "out", dtype="float32", page_size=4)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +26,11 @@ from tests.passes.test_end_to_end import OPTIONS, TARGET, Machine
 from tests.passes.test_graph_passes import optimised
 from tests.support import graphs
 from tests.support.stepper import Stepper, mixed_schedule
+
+
+def slow(*values: str) -> Any:
+    """A model and a scheme that default tests have, each with another."""
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def options(quant: str | None, *keep: str) -> QuantOptions:
@@ -82,7 +88,7 @@ def matrices(case: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("case", "name"),
-    [("grouped", "fp8_e4m3"), ("nhd", "mxfp4"), ("parallel_partial", "nf4"), ("single", "fp8_e4m3"), ("experts", "mxfp4")],
+    [("grouped", "fp8_e4m3"), ("parallel_partial", "nf4"), ("experts", "mxfp4"), slow("nhd", "mxfp4"), slow("single", "fp8_e4m3")],
 )
 def test_logits_are_those_of_the_dequantized_weights(case: str, name: str) -> None:
     """Schemes whose kernels keep float activations: nothing but the order of additions differs."""
@@ -95,7 +101,7 @@ def test_logits_are_those_of_the_dequantized_weights(case: str, name: str) -> No
 
 @pytest.mark.parametrize(
     ("case", "name"),
-    [("grouped", "int4"), ("nhd", "int4z_g64"), ("parallel_partial", "int4p_g32"), ("grouped", "int8"), ("experts", "int4")],
+    [("nhd", "int4z_g64"), ("parallel_partial", "int4p_g32"), ("grouped", "int8"), ("experts", "int4"), slow("grouped", "int4")],
 )
 def test_integer_schemes_with_rounded_activations(case: str, name: str) -> None:
     """What rounding activations to 8 bits costs, on a model of random weights: about a percent."""

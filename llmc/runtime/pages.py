@@ -98,7 +98,7 @@ class BlockTable:
 
     def slots(self, count: int) -> list[int]:
         """The slots of the next ``count`` positions in the page tensors, which are reserved: ``page * page_size + offset``."""
-        size, found = self._allocator.page_size, []
+        size, found = self._allocator.page_size, list[int]()
         position, end = self.length, self.length + count
         while position < end:
             page, offset = divmod(position, size)

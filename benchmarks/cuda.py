@@ -120,7 +120,7 @@ def _measure(subject: Subject, folder: Path, read_limit: float) -> list[dict[str
 
 def _free_memory() -> int:
     """Bytes of the GPU that are free."""
-    from llmc.runtime.cudart import Cuda
+    from llmc.runtime.gpu.cudart import Cuda
 
     cuda = Cuda(0)
     free, _ = cuda.memory()

@@ -242,7 +242,7 @@ class Runner:
 
     def __init__(self, folder: Path, graphs: bool, num_pages: int) -> None:
         from llmc.runtime.artifact import open_artifact
-        from llmc.runtime.cuda import CudaExecutor
+        from llmc.runtime.gpu.cuda import CudaExecutor
         from llmc.runtime.pages import PageAllocator
 
         artifact = open_artifact(folder)

@@ -80,9 +80,9 @@ class Runs:
 
     def __init__(self, artifact: Path, batch: int) -> None:
         from llmc.runtime.artifact import open_artifact
-        from llmc.runtime.cuda import CudaExecutor
         from llmc.runtime.footprint import footprint
-        from llmc.runtime.gpu import StepTimer
+        from llmc.runtime.gpu.cuda import CudaExecutor
+        from llmc.runtime.gpu.executor import StepTimer
         from llmc.runtime.model import Model
 
         opened = open_artifact(artifact)
@@ -101,7 +101,7 @@ class Runs:
 
     @staticmethod
     def _free_memory() -> int:
-        from llmc.runtime.cudart import Cuda
+        from llmc.runtime.gpu.cudart import Cuda
 
         cuda = Cuda(0)
         free = cuda.memory()[0]

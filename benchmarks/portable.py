@@ -90,7 +90,7 @@ def _prefill_speed(folder: Path) -> float:
 
 def run(folder: Path) -> int:
     """Check and time every artifact; 1 if one is wrong. Logits are asked for: the portable modules have no sampling."""
-    from llmc.runtime import cuda
+    from llmc.runtime.gpu import cuda
 
     with mock.patch.object(cuda, "FUNCTIONS", ("decode", "extend")):
         return _run(folder)

@@ -27,7 +27,8 @@ def _closure() -> dict[str, Path]:
     """Modules by name with their files: the roots, all that is in ``llmc.runtime``, and what they import, in turn."""
     runtime = _file("llmc.runtime")
     assert runtime is not None
-    pending = [*_ROOTS, *(f"llmc.runtime.{path.stem}" for path in sorted(runtime.parent.glob("*.py")) if path.stem != "__init__")]
+    files = (path.relative_to(runtime.parent).with_suffix("") for path in sorted(runtime.parent.rglob("*.py")))
+    pending = [*_ROOTS, *(".".join(["llmc.runtime", *(part for part in file.parts if part != "__init__")]) for file in files)]
     found: dict[str, Path] = {}
     while pending:
         name = pending.pop()

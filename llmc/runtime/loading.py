@@ -17,7 +17,7 @@ from llmc.runtime.host import memory
 from llmc.runtime.model import Model, bounded
 
 if TYPE_CHECKING:
-    from llmc.runtime.gpu import GpuExecutor
+    from llmc.runtime.gpu.executor import GpuExecutor
 
 _MEMORY_SHARE = 0.5
 """The most of the memory now available that the KV cache takes unless told otherwise, on a machine that does other things too."""
@@ -115,7 +115,7 @@ def _device(artifact: Artifact, threads: int | None) -> tuple[Memory, Callable[[
     if threads is not None:
         raise RequestError(f"threads={threads} cannot be: {artifact.variant.target} computes on the GPU: leave threads out")
     if artifact.variant.kind == "metal":
-        from llmc.runtime.metal import MetalExecutor
+        from llmc.runtime.gpu.metal import MetalExecutor
 
         return Memory(memory().available), lambda pages: MetalExecutor(artifact, pages)
     executor = _gpu_executor(artifact.variant.kind)
@@ -124,5 +124,5 @@ def _device(artifact: Artifact, threads: int | None) -> tuple[Memory, Callable[[
 
 def _gpu_executor(kind: str) -> type[GpuExecutor]:
     module, name = _EXECUTORS[kind]
-    found: type[GpuExecutor] = getattr(import_module(f"llmc.runtime.{module}"), name)
+    found: type[GpuExecutor] = getattr(import_module(f"llmc.runtime.gpu.{module}"), name)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 _BY_KIND = {"cuda": ("tvm_runtime_cuda",), "metal": ("tvm_runtime_metal",)}
-"""Beside ``tvm_runtime``. HIP and OpenCL are driven by llmc itself (:mod:`llmc.runtime.device_code`)."""
+"""Beside ``tvm_runtime``. HIP and OpenCL are driven by llmc itself (:mod:`llmc.runtime.gpu.device_code`)."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llmc.runtime.cudart import device_bytes
+from llmc.runtime.gpu.cudart import device_bytes
 from llmc.schedules.protocol import KernelCall
 from llmc.tune import inputs
 

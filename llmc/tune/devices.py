@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from llmc.runtime.cudart import Cuda, DeviceTensors, device_bytes
 from llmc.runtime.device import cuda_devices
+from llmc.runtime.gpu.cudart import Cuda, DeviceTensors, device_bytes
 from llmc.runtime.host import default_threads
 from llmc.runtime.host import host as this_host
 from llmc.runtime.library import load_cuda_runtime, load_runtime

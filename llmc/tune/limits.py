@@ -51,7 +51,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 def _copy_bandwidth() -> float:
     """Bytes read and written per second by a copy on the GPU."""
-    from llmc.runtime.cudart import Cuda
+    from llmc.runtime.gpu.cudart import Cuda
 
     cuda, size = Cuda(0), 1 << 30
     try:

@@ -36,9 +36,9 @@ BATCH = 24
 """Kernels that are compiled at once and share a library."""
 
 CARRIED = (
-    "errors.py", "kv_layout.py", "manifest.py", "runtime/cudart.py", "runtime/device.py", "runtime/host.py", "runtime/library.py",
-    "runtime/tensors.py", "runtime/threads.py", "schedules/parts.py", "schedules/protocol.py", "schedules/records.py",
-    "tune/bench.py", "tune/devices.py", "tune/inputs.py", "tune/offline.py",
+    "errors.py", "kv_layout.py", "manifest.py", "runtime/device.py", "runtime/gpu/cudart.py", "runtime/host.py",
+    "runtime/library.py", "runtime/tensors.py", "runtime/threads.py", "schedules/parts.py", "schedules/protocol.py",
+    "schedules/records.py", "tune/bench.py", "tune/devices.py", "tune/inputs.py", "tune/offline.py",
 )  # fmt: skip
 RUNNER = "import sys\n\nfrom llmc.tune.offline import main\n\nsys.exit(main())\n"
 

@@ -131,7 +131,7 @@ def check(artifact: Path) -> Result:
     """Run the artifact on this machine's GPU and compare."""
     from llmc.runtime.artifact import open_artifact
     from llmc.runtime.batch import Chunk, build_step
-    from llmc.runtime.cuda import CudaExecutor
+    from llmc.runtime.gpu.cuda import CudaExecutor
     from llmc.runtime.pages import PageAllocator
     from llmc.runtime.sequence import Sequence
 

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmc.runtime import cuda
 from llmc.runtime.draws import FIELD, MOST
+from llmc.runtime.gpu import cuda
 from llmc.runtime.library import load_runtime
 from llmc.runtime.tensors import storage_dtype, tensor
 from llmc.runtime.vm import DL_CPU, load_vm, vm_function
@@ -29,7 +29,7 @@ _ALIGNMENT = 256
 
 
 class FakeCuda:
-    """Stands for :class:`llmc.runtime.cudart.Cuda`."""
+    """Stands for :class:`llmc.runtime.gpu.cudart.Cuda`."""
 
     total = 1 << 30
     graphs = True
@@ -138,7 +138,7 @@ class FakeCuda:
 
 
 class _Tensors:
-    """Stands for :class:`llmc.runtime.cudart.DeviceTensors`: (array, dtype)."""
+    """Stands for :class:`llmc.runtime.gpu.cudart.DeviceTensors`: (array, dtype)."""
 
     def __init__(self, ffi: Any, device: int) -> None:
         pass
@@ -169,7 +169,7 @@ def _advance(page_size: int) -> Callable[..., None]:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, page_size: int) -> list[FakeCuda]:
-    """Make :mod:`llmc.runtime.cuda` use such GPUs; those that were made, in order."""
+    """Make :mod:`llmc.runtime.gpu.cuda` use such GPUs; those that were made, in order."""
     made: list[FakeCuda] = []
 
     def device(index: int) -> FakeCuda:

@@ -14,13 +14,15 @@ import pytest
 
 from llmc.errors import ArtifactError, MissingExtraError, RequestError
 from llmc.manifest import Limits
-from llmc.runtime import cudart, gpu, load, loading
+from llmc.runtime import load, loading
 from llmc.runtime.artifact import open_artifact
 from llmc.runtime.batch import Step
-from llmc.runtime.cuda import CudaExecutor
-from llmc.runtime.cudart import Cuda, DeviceTensors, Piece
 from llmc.runtime.device import cuda_devices
 from llmc.runtime.footprint import footprint
+from llmc.runtime.gpu import cudart
+from llmc.runtime.gpu.cuda import CudaExecutor
+from llmc.runtime.gpu.cudart import Cuda, DeviceTensors, Piece
+from llmc.runtime.gpu.executor import _RESERVE, StepTimer, _Arguments
 from llmc.runtime.library import load_runtime
 from llmc.runtime.model import Model
 from tests.runtime import module
@@ -46,7 +48,7 @@ def ints(*values: int) -> np.ndarray:
 
 def test_step_arguments_have_fixed_places_and_a_table_of_fixed_width() -> None:
     memory: Any = FakeCuda()
-    arguments = gpu._Arguments(memory, manifest(5, 8, Limits(4, 16, 4)))
+    arguments = _Arguments(memory, manifest(5, 8, Limits(4, 16, 4)))
     step = Step(ints(4, 2), ints(0, 0), ints(3, 9), ints(0, 1, 2), ints(1, 1), np.array([[7], [8]], np.int32), None)
     arguments.put(step)
     memory.synchronize()
@@ -154,7 +156,7 @@ def test_the_block_table_is_sent_once_and_then_only_its_new_entries(artifact: Pa
 def test_device_time_is_that_of_the_steps(artifact: Path, gpus: list[FakeCuda]) -> None:
     with on_gpu(artifact) as device:
         executor: Any = device._executor
-        executor.timer = gpu.StepTimer(executor.driver)
+        executor.timer = StepTimer(executor.driver)
         device.generate([1, 2], max_tokens=5)
         # a prompt step of two pieces of work, four decode steps of three
         assert executor.timer.seconds() == pytest.approx((2 + 4 * 3) * 1e-6)
@@ -206,13 +208,13 @@ def test_a_model_takes_what_the_gpu_has_free(artifact: Path, gpus: list[FakeCuda
     opened = replace(opened, variant=replace(opened.variant, kind="cuda"))
     monkeypatch.setattr(loading, "open_artifact", lambda path: opened)
     page = opened.manifest.kv.bytes_per_token * module.PAGE_SIZE
-    needs = footprint(opened.manifest, opened.variant).total + gpu._RESERVE
+    needs = footprint(opened.manifest, opened.variant).total + _RESERVE
     monkeypatch.setattr(FakeCuda, "total", needs + 7 * page + 5)
     with load(artifact) as model:
         assert model.pages.num_pages == 7 and model.context == 7 * module.PAGE_SIZE
         # what the plan says is what was taken
         taken = gpus[-1].used - 7 * page
-        assert abs(taken - (needs - gpu._RESERVE)) < 0.02 * taken
+        assert abs(taken - (needs - _RESERVE)) < 0.02 * taken
         assert model.generate(PROMPTS[0], max_tokens=3).token_ids
         assert model.executor.bandwidth() > 0
     monkeypatch.setattr(FakeCuda, "total", needs + page - 3)

@@ -17,13 +17,14 @@ import pytest
 import llmc
 from llmc.compiler import compile as compile_model
 from llmc.errors import ArtifactError, InternalError, MissingExtraError, RequestError
-from llmc.runtime import device, hip, launch
+from llmc.runtime import device
 from llmc.runtime.artifact import open_artifact
 from llmc.runtime.device import AmdDevice, amd_devices, opencl_devices
-from llmc.runtime.device_code import DeviceCode, KernelInfo, parse
-from llmc.runtime.hip import Hip, HipExecutor
+from llmc.runtime.gpu import hip, launch
+from llmc.runtime.gpu.device_code import DeviceCode, KernelInfo, parse
+from llmc.runtime.gpu.hip import Hip, HipExecutor
+from llmc.runtime.gpu.opencl import OpenClExecutor
 from llmc.runtime.host import host
-from llmc.runtime.opencl import OpenClExecutor
 from llmc.targets.code_object import find
 from llmc.targets.link import host_c_compiler
 

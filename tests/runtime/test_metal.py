@@ -12,8 +12,8 @@ from llmc.errors import MissingExtraError
 from llmc.runtime import library, load
 from llmc.runtime.artifact import open_artifact
 from llmc.runtime.executor import TvmExecutor
+from llmc.runtime.gpu.metal import MetalExecutor
 from llmc.runtime.library import load_metal_runtime, load_runtime
-from llmc.runtime.metal import MetalExecutor
 from llmc.runtime.model import Model
 from llmc.runtime.vm import DL_CPU
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from llmc.manifest import Manifest
 from llmc.runtime.artifact import Artifact
-from llmc.runtime.cudart import DL_CUDA, Cuda, DeviceTensors
-from llmc.runtime.gpu import GpuExecutor
+from llmc.runtime.gpu.cudart import DL_CUDA, Cuda, DeviceTensors
+from llmc.runtime.gpu.executor import GpuExecutor
+from llmc.runtime.gpu.pipeline import CudaPipeline
 from llmc.runtime.library import load_cuda_runtime
-from llmc.runtime.pipeline import CudaPipeline
 from llmc.runtime.vm import DL_CPU, load_vm, vm_function
 
 FUNCTIONS = ("decode", "extend", "sample", "advance")

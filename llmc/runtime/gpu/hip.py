@@ -6,16 +6,16 @@ import ctypes
 from types import MappingProxyType
 
 from llmc.errors import ArtifactError, InternalError, MissingExtraError
-from llmc.runtime.cudart import Cuda
-from llmc.runtime.device_code import DeviceCode, KernelInfo
-from llmc.runtime.launch import Launch, LaunchExecutor
+from llmc.runtime.gpu.cudart import Cuda
+from llmc.runtime.gpu.device_code import DeviceCode, KernelInfo
+from llmc.runtime.gpu.launch import Launch, LaunchExecutor
 
 DL_ROCM = 10
 LIBRARIES = ("libamdhip64.so.7", "libamdhip64.so.6", "libamdhip64.so.5", "libamdhip64.so")
 
 
 class Hip(Cuda):
-    """HIP's :class:`~llmc.runtime.launch.LaunchDriver`."""
+    """HIP's :class:`~llmc.runtime.gpu.launch.LaunchDriver`."""
 
     prefix = "hip"
     renamed = MappingProxyType({"HostAlloc": "HostMalloc", "FreeHost": "HostFree", "GraphInstantiate": "GraphInstantiateWithFlags"})

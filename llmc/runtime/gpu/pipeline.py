@@ -23,7 +23,7 @@ from llmc.runtime.executor import Draw
 from llmc.runtime.sampling import Sampler
 
 if TYPE_CHECKING:
-    from llmc.runtime.gpu import GpuExecutor
+    from llmc.runtime.gpu.executor import GpuExecutor
 
 DEPTH = 3
 """Steps in flight: one runs, one waits behind it, and one more covers a host that is late."""

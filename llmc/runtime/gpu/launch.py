@@ -23,9 +23,9 @@ from typing import Any, Protocol
 
 from llmc.errors import ArtifactError, LlmcError
 from llmc.runtime.artifact import Artifact
-from llmc.runtime.cudart import DeviceTensors, Driver
-from llmc.runtime.device_code import FLOAT, DeviceCode, KernelInfo, parse
-from llmc.runtime.gpu import GpuExecutor
+from llmc.runtime.gpu.cudart import DeviceTensors, Driver
+from llmc.runtime.gpu.device_code import FLOAT, DeviceCode, KernelInfo, parse
+from llmc.runtime.gpu.executor import GpuExecutor
 from llmc.runtime.library import load_runtime
 from llmc.runtime.vm import DL_CPU, load_vm, vm_function
 

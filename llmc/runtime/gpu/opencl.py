@@ -1,4 +1,4 @@
-"""OpenCL through ctypes: the :class:`~llmc.runtime.launch.LaunchDriver` of any device whose memory has addresses.
+"""OpenCL through ctypes: the :class:`~llmc.runtime.gpu.launch.LaunchDriver` of any device whose memory has addresses.
 
 That is coarse-grained shared virtual memory (OpenCL 2.0, "Shared Virtual Memory"): weights, pages and arguments lie at addresses,
 as on other GPUs. Kernels are OpenCL C, which the device's driver compiles when a model is loaded.
@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from llmc.errors import ArtifactError, InternalError, MissingExtraError
-from llmc.runtime.cudart import Piece, read_piece
 from llmc.runtime.device import OPENCL_LIBRARY, opencl_devices, opencl_library
-from llmc.runtime.device_code import POINTER, DeviceCode, KernelInfo
+from llmc.runtime.gpu.cudart import Piece, read_piece
+from llmc.runtime.gpu.device_code import POINTER, DeviceCode, KernelInfo
+from llmc.runtime.gpu.launch import Launch, LaunchExecutor, argument_sizes
 from llmc.runtime.host import memory
-from llmc.runtime.launch import Launch, LaunchExecutor, argument_sizes
 from llmc.runtime.tensors import zeros
 
 DL_OPENCL = 4
@@ -30,7 +30,7 @@ _LOG_BYTES, _LOG_SHOWN = 1 << 16, 500
 
 
 class OpenCl:
-    """OpenCL's :class:`~llmc.runtime.launch.LaunchDriver`. It has no graphs."""
+    """OpenCL's :class:`~llmc.runtime.gpu.launch.LaunchDriver`. It has no graphs."""
 
     graphs = False
     forms = ("cl",)

@@ -1,7 +1,7 @@
 """Run a compiled module on a device with memory of its own: :class:`GpuExecutor`, beside the CPU's in :mod:`llmc.runtime.executor`.
 
 Weights, pages and step arguments have fixed addresses in device memory. A step copies one block of index arrays in, and its
-logits out if the host wants them; on CUDA it mostly wants tokens only, chosen on the device (:mod:`llmc.runtime.pipeline`).
+logits out if the host wants them; on CUDA it mostly wants tokens only, chosen on the device (:mod:`llmc.runtime.gpu.pipeline`).
 Between copies the host only starts kernels, and where the driver has graphs, after its first decode step of a batch size only one.
 """
 
@@ -19,10 +19,10 @@ from llmc.errors import InternalError, RequestError
 from llmc.manifest import Manifest
 from llmc.runtime.artifact import Artifact
 from llmc.runtime.batch import Step
-from llmc.runtime.cudart import DeviceTensors, Driver, Piece, device_bytes
 from llmc.runtime.executor import page_shapes
 from llmc.runtime.footprint import aligned, argument_sizes, footprint
-from llmc.runtime.pipeline import CudaPipeline
+from llmc.runtime.gpu.cudart import DeviceTensors, Driver, Piece, device_bytes
+from llmc.runtime.gpu.pipeline import CudaPipeline
 from llmc.runtime.weights import stored_weights
 
 _RESERVE = 256 << 20

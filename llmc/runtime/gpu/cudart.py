@@ -1,7 +1,7 @@
 """CUDA's runtime library through ctypes: memory, copies, one stream, and graphs. What running a model on a GPU needs, no more.
 
-:class:`Driver` is that interface; HIP's library (:mod:`llmc.runtime.hip`) has the same functions under names of its own, and
-OpenCL's (:mod:`llmc.runtime.opencl`) others to the same end.
+:class:`Driver` is that interface; HIP's library (:mod:`llmc.runtime.gpu.hip`) has the same functions under names of its own, and
+OpenCL's (:mod:`llmc.runtime.gpu.opencl`) others to the same end.
 """
 
 from __future__ import annotations

@@ -1,18 +1,21 @@
 """How good the search for kernel configurations is, and what tuning gains on a GPU.
 
-    python benchmarks/tuning.py pack FOLDER                    needs the compiler, no GPU: candidates for the 1B and 8B models
+    python benchmarks/tuning.py calls CALLS.jsonl [--quant S]  needs the compiler: what the 1B and 8B models call
+    python benchmarks/tuning.py pack FOLDER --calls CALLS.jsonl  candidates for it, compiled; no GPU
     python FOLDER/run.py                                       on the GPU: writes FOLDER/results.jsonl
     python benchmarks/tuning.py quality RESULTS.jsonl          how much of the best a search finds in a tenth of a space
     python benchmarks/tuning.py gains RESULTS.jsonl            the best of every kernel beside its default
 
-``pack`` holds the whole space of each kernel, or a spread of one with more than :data:`MOST` configurations. Kernels are compiled
-from the sources as they are on disk: let nobody edit them meanwhile. ``quality`` replays searches against those times: a search
-asks for the times of a batch of configurations, as it would of a device.
+``pack`` holds the whole space of each kernel, or ``--most`` configurations of it: a spread, or with ``--known RESULTS.jsonl`` those
+that the cost model believes in. Kernels are compiled from the sources as they are on disk: let nobody edit them meanwhile.
+``quality`` replays searches against those times: a search asks for the times of a batch of configurations, as it would of a device.
+What was measured stays a test of the search however the kernels change since.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import lzma
 import math
 import random
@@ -26,18 +29,18 @@ from typing import Any
 import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 
 # isort: split
-from llmc import compiler, targets
+from llmc import targets
 from llmc.schedules.parts import spaces
-from llmc.schedules.records import Record, Records, axes, config_text, machine_class, slowdowns
+from llmc.schedules.records import Record, Records, axes, call_from_json, call_to_json, config_text, slowdowns
 from llmc.tune.build import family_named
 from llmc.tune.cost_model import CostModel
-from llmc.tune.search import Config, enumerate_space, propose, unlike
-from llmc.tune.task import Task, tasks_of
+from llmc.tune.search import enumerate_space, propose
+from llmc.tune.task import Task, make, tasks_of
 
 TARGET = "cuda:sm_90a"
 MODELS = ("8b", "1b")
 MOST = 32
-"""Configurations of a kernel that are packed: all of a part's space, a spread of a larger one."""
+"""Configurations of a kernel that are packed unless more are asked for."""
 
 WHOLE_AT_LEAST = 8
 """Configurations from which on the search of a kernel is replayed."""
@@ -45,54 +48,71 @@ WHOLE_AT_LEAST = 8
 SEEDS = 4
 
 
-def pack(folder: Path, kernels: str, parts: Sequence[str], quant: str | None) -> None:
-    """Compile the candidates of both models, of the kernels that the pattern fits and the ranges of rows in ``parts``."""
+def write_calls(path: Path, kernels: str, quant: str | None) -> None:
+    """The calls of both models that have something to tune and that the pattern fits, a line of JSON each."""
     from cuda_smoke import MODELS as SIZES
     from cuda_smoke import write_model
 
-    from llmc.tune import pack as packing
-    from llmc.tune.tuner import versions
+    from llmc import compiler
 
-    target, rng = targets.parse(TARGET), random.Random(0)
-    found: dict[Any, Task] = {}
+    lines: dict[str, None] = {}
     for name in MODELS:
         with tempfile.TemporaryDirectory() as source:
             write_model(Path(source) / name, SIZES[name], zeros=True)
             choices = compiler.kernels(str(Path(source) / name), target=TARGET, dtype="bfloat16", quant=quant, max_batch=16)
-        for task in tasks_of(choices, target, kernels):
-            if not parts or task.part in parts:
-                found.setdefault((task.call, task.part), task)
+        for task in tasks_of(choices, targets.parse(TARGET), kernels):
+            lines[json.dumps({"family": task.family.NAME, "call": call_to_json(task.call)}) + "\n"] = None
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def read_tasks(paths: Sequence[Path], parts: Sequence[str], shapes: Sequence[str]) -> list[Task]:
+    """The tasks of the calls in files, of the ranges of rows ``parts`` (none: all) and the weights ``shapes``, such as
+    ``4096x4096``."""
+    target = targets.parse(TARGET)
+    found = []
+    for value in (json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()):
+        call, family = call_from_json(value["call"]), family_named(value["family"], target)
+        if not shapes or "x".join(map(str, _shape(call))) in shapes:
+            found += [t for t in make(family, call, target, 1, 1, _title(family.NAME, call)) if not parts or t.part in parts]
+    return found
+
+
+def pack(folder: Path, tasks: Sequence[Task], most: int, known: Path | None, workers: int) -> None:
+    """Compile up to ``most`` candidates of each task."""
+    from llmc.tune import pack as packing
+    from llmc.tune.extract import candidates
+    from llmc.tune.tuner import versions
+
+    records, rng = Records(), random.Random(0)
+    if known is not None:
+        _read(records, known)
     problems = packing.write(
-        folder, target, [(task, _candidates(task, rng)) for task in found.values()], versions(),
-        lambda done, total, what: print(f"{done} of {total}: {what}", flush=True),
+        folder, targets.parse(TARGET), [(task, candidates(task, records, most, rng)) for task in tasks], versions(),
+        lambda done, total, what: print(f"{done} of {total}: {what}", flush=True), workers,
     )  # fmt: skip
     print("\n".join(problems))
 
 
-def _candidates(task: Task, rng: random.Random) -> list[Config]:
-    """The default first."""
-    everything = enumerate_space(task.space, rng)
-    return everything if len(everything) <= MOST else [task.default, *unlike(everything, [task.default], MOST, rng)]
+def _read(records: Records, path: Path) -> None:
+    """Add the records of a file, ``.jsonl`` or ``.jsonl.xz``."""
+    if path.suffix != ".xz":
+        records.read(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / path.stem).write_bytes(lzma.decompress(path.read_bytes()))
+        records.read(Path(folder) / path.stem)
 
 
 def _load(path: Path) -> tuple[dict[Any, list[Record]], Any]:
-    """The records of a file (``.jsonl``, or ``.jsonl.xz``) by family, call and axes, and the target."""
-    records = Records()
-    if path.suffix == ".xz":
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / path.stem).write_bytes(lzma.decompress(path.read_bytes()))
-            records.read(Path(folder) / path.stem)
-    else:
-        records.read(path)
-    target = targets.parse(TARGET)
-    families = {r.family for r in records.entries.values()}
+    """The records of a file by family, call and axes, and the target."""
+    records, target = Records(), targets.parse(TARGET)
+    _read(records, path)
     by_call: dict[Any, list[Record]] = {}
-    for name in sorted(families):
-        for r in records.of_family(family_named(name, target), machine_class(target)):
-            by_call.setdefault((r.family, r.call, axes(r.config)), []).append(r)
+    for r in records.entries.values():
+        by_call.setdefault((r.family, r.call, axes(r.config)), []).append(r)
     for note in records.notes:
         print(note, file=sys.stderr)
-    return by_call, target
+    return dict(sorted(by_call.items(), key=lambda item: item[0][0])), target
 
 
 def _space(family: Any, record: Record, target: Any) -> dict[str, list[Any]]:
@@ -129,10 +149,14 @@ def search_loss(
     return min(times.get(config_text(c), float("inf")) for c in tried)
 
 
-def _title(name: str, call: Any, part: frozenset[str]) -> str:
+def _shape(call: Any) -> list[int]:
+    """Outputs and inputs of a linear layer, else the shape of what is read."""
+    return [int(call.attr("o")), int(call.attr("k"))] if call.attr("o") else list(call.args[1].shape)
+
+
+def _title(name: str, call: Any, part: frozenset[str] = frozenset()) -> str:
     """The kernel for people; of a family with parts, which."""
-    shape = [int(call.attr("o")), int(call.attr("k"))] if call.attr("o") else list(call.args[1].shape)
-    return f"{name} {shape}" + (f" n={next(iter(part))}" if len(part) == 1 else "")
+    return f"{name} {_shape(call)}" + (f" n={next(iter(part))}" if len(part) == 1 else "")
 
 
 def quality(path: Path) -> None:
@@ -182,14 +206,23 @@ def gains(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["pack", "quality", "gains"])
+    parser.add_argument("action", choices=["calls", "pack", "quality", "gains"])
     parser.add_argument("path", type=Path)
-    parser.add_argument("--kernels", default="*", help="pack: only kernels that this pattern fits")
+    parser.add_argument("--kernels", default="*", help="calls: only kernels that this pattern fits")
+    parser.add_argument("--quant", help="calls: the scheme of the models' weights (default: bfloat16)")
+    parser.add_argument("--calls", nargs="+", type=Path, help="pack: files of calls")
     parser.add_argument("--parts", nargs="*", default=[], help="pack: only these ranges of rows, such as 1-8 (default: all)")
-    parser.add_argument("--quant", help="pack: the scheme of the models' weights (default: bfloat16)")
+    parser.add_argument("--shapes", nargs="*", default=[], help="pack: only weights of these shapes, such as 4096x4096")
+    parser.add_argument("--most", type=int, default=MOST, help=f"pack: configurations of a kernel (default: {MOST})")
+    parser.add_argument("--known", type=Path, help="pack: records that the configurations are chosen by")
+    parser.add_argument("--workers", type=int, default=1, help="pack: processes that compile (default: 1)")
     options = parser.parse_args()
-    if options.action == "pack":
-        pack(options.path, options.kernels, options.parts, options.quant)
+    if options.action == "calls":
+        write_calls(options.path, options.kernels, options.quant)
+    elif options.action == "pack":
+        if not options.calls:
+            parser.error("pack needs --calls")
+        pack(options.path, read_tasks(options.calls, options.parts, options.shapes), options.most, options.known, options.workers)
     else:
         {"quality": quality, "gains": gains}[options.action](options.path)
 

@@ -6,14 +6,17 @@ measured and recorded as a space of its own, whose configurations have its axis 
 
 - ``parts(call, target) -> dict[str, list[dict[str, int]]]``: for each axis that is a part, the sizes it is measured at;
 - ``build_part(call, target, axis, value) -> PrimFunc``: the kernel that ``value`` of the part's axis stands for, by itself;
-- ``KERNELS``: the families of these kernels, by name.
+- ``KERNELS``: the families of these kernels, by name; a value of a part's axis is a dictionary that has the name as its
+  ``"kernel"`` and beside it that kernel's configuration, and stands for the same code in every part.
 
 Which phase a call is from makes no difference to such a family: sizes decide.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from llmc.schedules.protocol import KernelCall
@@ -49,6 +52,22 @@ def build(family: Any, call: KernelCall, target: Any, config: Config) -> Any:
         return family.build(call, target, config)
     ((axis, value),) = config.items()
     return family.build_part(call, target, axis, value)
+
+
+@cache
+def _kernel_name(config: str) -> str:
+    value, *others = json.loads(config).values()
+    return str(value.get("kernel", "")) if isinstance(value, dict) and not others else ""
+
+
+def kernel_of(family: Any, config: str) -> Any:
+    """The family of the kernel that a part's configuration (as text) stands for; None if there is none of its name."""
+    return family.KERNELS.get(_kernel_name(config))
+
+
+def built_by(family: Any, config: Config) -> Any:
+    """What decides the code of a configuration of any of :func:`spaces`: equal for equal code."""
+    return next(iter(config.values())) if has_parts(family) else config
 
 
 def by_rows(buckets: dict[str, int | None], many: int) -> dict[str, list[dict[str, int]]]:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import OutputError
-from llmc.schedules.parts import Space, has_parts, kept_under, spaces
+from llmc.schedules.parts import Space, has_parts, kept_under, kernel_of, spaces
 from llmc.schedules.protocol import KernelCall, TensorSpec
 
 SHIPPED = Path(__file__).parent / "records"
@@ -36,7 +36,7 @@ Symbols = tuple[tuple[str, int], ...]
 class Record:
     """One measurement. ``seconds``: the median of the time of one call (None if the candidate failed, and ``error`` says how);
     ``spread``: distance between the quartiles over the median; ``machine``: what kernels are alike on (:func:`machine_class`);
-    ``source``: :func:`source_hash` of the family; ``versions``: of llmc and TVM."""
+    ``source``: :func:`source_hash` of what the configuration builds; ``versions``: of llmc and TVM."""
 
     family: str
     call: KernelCall
@@ -113,9 +113,16 @@ def machine_class(target: Any) -> str:
     return f"{target.kind}-{target.mcpu}"
 
 
-def source_hash(family: Any) -> str:
+def source_hash(family: Any, config: str) -> str:
     """Hash of the code of the module that a family lives in, and of those of the kernels it picks from; comments and docstrings do
-    not count."""
+    not count.
+
+    Of a part (:mod:`llmc.schedules.parts`) it is the code of the one kernel that ``config`` (:func:`config_text`) names: another
+    kernel's change, or another space to pick from, makes no difference to what was measured. Empty for a kernel there is no more.
+    """
+    if has_parts(family):
+        kernel = kernel_of(family, config)
+        return "" if kernel is None else _code_hash(_path(kernel))
     own = _code_hash(_path(family))
     kernels = [_code_hash(_path(kernel)) for _, kernel in sorted(getattr(family, "KERNELS", {}).items())]
     return hashlib.sha256("".join([own, *kernels]).encode()).hexdigest()[:16] if kernels else own
@@ -238,14 +245,15 @@ class Records:
         if not self._by_family:
             for record in self.entries.values():
                 self._by_family[record.family].append(record)
-        found, current = self._by_family.get(family.NAME, []), source_hash(family)
-        stale = sum(r.source != current for r in found)
+        found = self._by_family.get(family.NAME, [])
+        current = [r for r in found if r.source == source_hash(family, r.config)]
+        stale = len(found) - len(current)
         if stale and family.NAME not in self._stale:
             self._stale.add(family.NAME)
             self.notes.append(
                 f"{stale} tuning records of {family.NAME} are ignored: the kernel's source has changed since; tune again"
             )
-        return [r for r in found if r.source == current and r.machine == machine]
+        return [r for r in current if r.machine == machine]
 
     def lookup(self, family: Any, call: KernelCall, target: Any) -> Tuned | None:
         """The configuration for ``call``: the best measured for it, else the one that does best on the nearest calls, else None.

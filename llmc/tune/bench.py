@@ -35,13 +35,20 @@ class WrongResult(Exception):
 class Bench:
     """Checks and times candidates of one call at each of ``sizes``."""
 
-    def __init__(self, device: Any, call: KernelCall, sizes: Sequence[dict[str, int]], wanted: Sequence[np.ndarray]) -> None:
-        """``wanted``: what :func:`llmc.tune.inputs.expected` gives for each of ``sizes``."""
+    def __init__(
+        self,
+        device: Any,
+        call: KernelCall,
+        sizes: Sequence[dict[str, int]],
+        arrays: Sequence[Sequence[np.ndarray]],
+        wanted: Sequence[np.ndarray],
+    ) -> None:
+        """``arrays``, ``wanted``: what :func:`llmc.tune.inputs.make` and :func:`~llmc.tune.inputs.expected` give for each of
+        ``sizes``."""
         self.device, self.call = device, call
-        self._cases = [self._case(symbols, w) for symbols, w in zip(sizes, wanted, strict=True)]
+        self._cases = [self._case(*case) for case in zip(sizes, arrays, wanted, strict=True)]
 
-    def _case(self, symbols: dict[str, int], wanted: np.ndarray) -> _Case:
-        arrays = inputs.make(self.call, symbols)
+    def _case(self, symbols: dict[str, int], arrays: Sequence[np.ndarray], wanted: np.ndarray) -> _Case:
         specs = (*self.call.args, self.call.result)
         total = sum(device_bytes(spec.bind(symbols), spec.dtype) for spec in specs)
         sets, first = [], None

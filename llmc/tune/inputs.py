@@ -27,11 +27,13 @@ def sizes(call: KernelCall, device_kind: str) -> list[dict[str, int]]:
     """The sizes of the call's symbols that it is timed at.
 
     Decode: one sequence and a batch of eight; extend: a prompt of 512, on a GPU one of 2048 too. Attention has as many positions as
-    ``context`` says, which is no dimension of a tensor.
+    ``context`` says, which is no dimension of a tensor: a GPU divides them among blocks by the batch and the context, so there it
+    is timed over a long context and with many sequences too.
     """
     prompts = (512,) if device_kind == "cpu" else (512, 2048)
     if call.op == "llmc.attend":
-        runs = [(1, 1, 1024), (8, 8, 1024)] if call.phase == "decode" else [(1, n, n) for n in prompts]
+        more = [] if device_kind == "cpu" else [(1, 1, 8192), (64, 64, 1024)]
+        runs = [(1, 1, 1024), (8, 8, 1024), *more] if call.phase == "decode" else [(1, n, n) for n in prompts]
         return [_paged(call, batch, rows, context) for batch, rows, context in runs]
     names = {d for spec in (*call.args, call.result) for d in spec.shape if isinstance(d, str)}
     if len(names) != 1:

@@ -1,6 +1,6 @@
 """The runner of a folder that ``llmc tune --offline`` packed: times all candidates, task by task, and writes records.
 
-    python run.py [--out results.jsonl] [--rounds 7]
+    python run.py [--out results.jsonl] [--rounds 7] [--ahead 0]
 
 Each task runs in a process of its own, which a candidate may crash or hang: then that one has failed, and the task goes on without
 it. Candidates are timed in rounds, one after the other, so that a slow moment of the machine touches all of them alike. Thin:
@@ -16,6 +16,9 @@ import statistics
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +39,13 @@ def spread(samples: list[float]) -> float:
 
 
 def record(
-    pack: dict[str, Any], task: dict[str, Any], config: Any, symbols: dict[str, int], device: str, samples: list[float], error: str
+    pack: dict[str, Any],
+    task: dict[str, Any],
+    candidate: dict[str, Any],
+    symbols: dict[str, int],
+    device: str,
+    samples: list[float],
+    error: str,
 ) -> Record:
     """One result. ``error`` is empty unless the candidate failed."""
     return Record(
@@ -46,27 +55,33 @@ def record(
         target=pack["target"],
         machine=pack["machine"],
         device=device,
-        config=config_text(config),
+        config=config_text(candidate["config"]),
         seconds=None if error else float(f"{statistics.median(samples):.4g}"),
         spread=0.0 if error else round(spread(samples), 3),
         error=error,
-        source=task["source"],
+        source=candidate["source"],
         versions=pack["versions"],
     )
 
 
 def _child(folder: Path, number: int, skipped: set[int], rounds: int) -> None:
-    """One task. Says ``at N`` before it touches candidate N, ``record {...}`` for each result, in JSON lines on stdout."""
+    """One task. Prepares it and waits for a line on stdin; then says ``at N`` before it touches candidate N, ``record {...}`` for
+    each result, in lines on stdout."""
     from llmc.runtime.library import import_ffi
+    from llmc.tune import inputs
     from llmc.tune.bench import Bench
     from llmc.tune.devices import open_device
 
     pack = json.loads((folder / "pack.json").read_text(encoding="utf-8"))
     task = pack["tasks"][number]
-    device = open_device(pack["kind"])
+    call, sizes = call_from_json(task["call"]), task["sizes"]
+    arrays = [inputs.make(call, symbols) for symbols in sizes]
     with np.load(folder / f"task{number:03}.npz") as saved:
         wanted = [saved[name] for name in saved.files]
-    bench = Bench(device, call_from_json(task["call"]), task["sizes"], wanted)
+    device = open_device(pack["kind"])
+    sys.stdin.readline()
+    bench = Bench(device, call, sizes, arrays, wanted)
+    del arrays
     libraries: dict[str, Any] = {}
     timers: dict[int, Any] = {}
 
@@ -87,7 +102,7 @@ def _child(folder: Path, number: int, skipped: set[int], rounds: int) -> None:
             timers[i] = bench.timers(kernel)
         except Exception as error:  # a candidate may fail in any way
             for symbols in task["sizes"]:
-                say(record(pack, task, candidate["config"], symbols, device.name, [], _sentence(error)))
+                say(record(pack, task, candidate, symbols, device.name, [], _sentence(error)))
             if "illegal" in str(error) or "unspecified launch" in str(error):
                 sys.exit(3)  # the CUDA context is gone with it
     samples: dict[int, list[list[float]]] = {i: [[] for _ in task["sizes"]] for i in timers}
@@ -98,7 +113,7 @@ def _child(folder: Path, number: int, skipped: set[int], rounds: int) -> None:
                 samples[i][size].append(timer())
     for i, at_sizes in samples.items():
         for size, symbols in enumerate(task["sizes"]):
-            say(record(pack, task, task["candidates"][i]["config"], symbols, device.name, at_sizes[size], ""))
+            say(record(pack, task, task["candidates"][i], symbols, device.name, at_sizes[size], ""))
     print("done", flush=True)
 
 
@@ -106,25 +121,61 @@ def _sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1][:200]}"
 
 
-def _run_task(folder: Path, number: int, rounds: int, out: Path) -> dict[int, Record]:
-    """Run one task to its end, whatever its candidates do; writes the records and returns the best candidate's by size."""
-    pack = json.loads((folder / "pack.json").read_text(encoding="utf-8"))
+class _Task:
+    """The process of one task, which prepares itself and then waits for :meth:`go`."""
+
+    def __init__(self, folder: Path, number: int, rounds: int, skipped: set[int]) -> None:
+        command = [sys.executable, str(folder / "run.py"), "--child", str(number), "--rounds", str(rounds)]
+        self.process = subprocess.Popen(
+            [*command, "--skip", ",".join(map(str, sorted(skipped)))], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._lines: queue.Queue[str] = queue.Queue()
+        threading.Thread(target=self._pump, daemon=True).start()
+
+    def _pump(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._lines.put(line)
+        self._lines.put("")
+
+    def go(self) -> None:
+        """Let it touch the device's time."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.write("go\n")
+            self.process.stdin.flush()
+
+    def line(self) -> str:
+        """The next line, empty once the process has ended. Raises queue.Empty after :data:`SILENCE` without one."""
+        return self._lines.get(timeout=SILENCE)
+
+    def end(self) -> int:
+        """Wait until the process ends, and say how."""
+        status = self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with suppress(BrokenPipeError):
+                    pipe.close()
+        return status
+
+
+def _run_task(pack: dict[str, Any], number: int, start: Callable[[set[int]], _Task], out: Path) -> dict[int, Record]:
+    """Run one task to its end, whatever its candidates do; writes the records and returns the best candidate's by size.
+
+    ``start``: makes its process, without the candidates that ended another one."""
     task = pack["tasks"][number]
     skipped: set[int] = set()
     device = "unknown"
     found: list[Record] = []
     while True:
-        command = [sys.executable, str(folder / "run.py"), "--child", str(number), "--rounds", str(rounds)]
-        process = subprocess.Popen([*command, "--skip", ",".join(map(str, sorted(skipped)))], stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=lambda p=process, q=lines: [*map(q.put, p.stdout), q.put("")], daemon=True).start()
+        child = start(skipped)
+        child.go()
         at, ended, reason = -1, False, ""
         while True:
             try:
-                line = lines.get(timeout=SILENCE)
+                line = child.line()
             except queue.Empty:
-                process.kill()
+                child.process.kill()
                 reason = f"no sign of life for {SILENCE:g} s"
                 break
             if not line:
@@ -138,7 +189,7 @@ def _run_task(folder: Path, number: int, rounds: int, out: Path) -> dict[int, Re
                 found.append(parse_line(rest))
             elif kind == "done":
                 ended = True
-        status = process.wait()
+        status = child.end()
         if ended or at < 0:
             if not ended:
                 print(f"{task['label']}: the task's process ended with status {status} before its first candidate", file=sys.stderr)
@@ -147,10 +198,32 @@ def _run_task(folder: Path, number: int, rounds: int, out: Path) -> dict[int, Re
         if status != 3:
             for symbols in task["sizes"]:
                 why = reason or f"the process ended with status {status}"
-                found.append(record(pack, task, task["candidates"][at]["config"], symbols, device, [], why))
+                found.append(record(pack, task, task["candidates"][at], symbols, device, [], why))
     with out.open("a", encoding="utf-8") as file:
         file.writelines(r.line() + "\n" for r in found)
     return _report(task, found)
+
+
+def _run(folder: Path, rounds: int, out: Path, ahead: int) -> tuple[int, int]:
+    """Run all tasks in turn, the next ``ahead`` preparing themselves meanwhile. How many were timed, of how many."""
+    pack = json.loads((folder / "pack.json").read_text(encoding="utf-8"))
+    total, timed = len(pack["tasks"]), 0
+    waiting: dict[int, _Task] = {}
+
+    def start(number: int, skipped: set[int]) -> _Task:
+        return waiting.pop(number, None) or _Task(folder, number, rounds, skipped)
+
+    try:
+        for number in range(total):
+            for next_one in range(number, min(number + 1 + ahead, total)):
+                if next_one not in waiting:
+                    waiting[next_one] = _Task(folder, next_one, rounds, set())
+            timed += bool(_run_task(pack, number, partial(start, number), out))
+    finally:
+        for child in waiting.values():
+            child.process.kill()
+            child.end()
+    return timed, total
 
 
 def _report(task: dict[str, Any], found: list[Record]) -> dict[int, Record]:
@@ -177,6 +250,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Time the packed kernels on this machine and write records.")
     parser.add_argument("--out", type=Path, default=None, help="file for the records (default: results.jsonl beside run.py)")
     parser.add_argument("--rounds", type=int, default=7, help="times each candidate is measured (default: 7)")
+    parser.add_argument("--ahead", type=int, default=0, help="tasks that are prepared while one is timed, on a GPU (default: 0)")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--skip", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -185,7 +259,6 @@ def main() -> int:
         _child(folder, args.child, {int(n) for n in args.skip.split(",") if n}, args.rounds)
         return 0
     out = args.out or folder / "results.jsonl"
-    tasks = json.loads((folder / "pack.json").read_text(encoding="utf-8"))["tasks"]
-    timed = sum(bool(_run_task(folder, number, args.rounds, out)) for number in range(len(tasks)))
-    print(f"{timed} of {len(tasks)} tasks timed; records in {out}")
+    timed, total = _run(folder, args.rounds, out, args.ahead)
+    print(f"{timed} of {total} tasks timed; records in {out}")
     return 0 if timed else 1

@@ -5,7 +5,7 @@
     run.py            python run.py: checks and times everything, writes results.jsonl; needs numpy, tvm_ffi and the TVM runtime
     pack.json         tasks: call, family, sizes, and for every candidate its library, symbol and configuration
     task000.npz       the results expected of the task, computed here by the family's reference
-    kernels000.so     compiled candidates
+    kernels000.so     compiled candidates of one call, sixteen at most
     llmc/             the few modules of llmc that the runner imports
 
 ``llmc tune --import results.jsonl`` brings the records back.
@@ -14,25 +14,30 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import llmc
+from llmc import targets
 from llmc.errors import LlmcError, OutputError
 from llmc.schedules import records as records_module
-from llmc.schedules.parts import build
-from llmc.schedules.records import config_text, machine_class, source_hash
+from llmc.schedules.parts import build, built_by
+from llmc.schedules.protocol import KernelCall
+from llmc.schedules.records import call_from_json, config_text, machine_class, source_hash
 from llmc.targets.base import Target
 from llmc.tune import inputs
-from llmc.tune.build import export_kernels
+from llmc.tune.build import export_kernels, family_named
 from llmc.tune.search import Config
 from llmc.tune.task import Task
 
-BATCH = 24
+BATCH = 16
 """Kernels that are compiled at once and share a library."""
 
 CARRIED = (
@@ -43,32 +48,57 @@ CARRIED = (
 RUNNER = "import sys\n\nfrom llmc.tune.offline import main\n\nsys.exit(main())\n"
 
 
+@dataclass(frozen=True)
+class _Job:
+    """Configurations of a task, all of one family and call, that are compiled into one library."""
+
+    task: Task
+    configs: dict[str, Config] = field(hash=False)
+    """By what is built (:func:`llmc.schedules.parts.built_by`), as text."""
+
+    library: str
+
+
+Built = dict[str, str]
+"""What is built, as text -> the symbol in its library."""
+
+
 def write(
     folder: Path,
     target: Target,
     chosen: Sequence[tuple[Task, Sequence[Config]]],
     versions: str,
     progress: Callable[[int, int, str], None],
+    workers: int = 1,
 ) -> list[str]:
-    """Compile the configurations ``chosen`` for each task into ``folder``. What did not compile is left out and returned, a line
-    each. Raises OutputError if the folder cannot be written or holds something else."""
+    """Compile the configurations ``chosen`` for each task into ``folder``, on ``workers`` processes. What did not compile is left
+    out and returned, a line each. Raises OutputError if the folder cannot be written or holds something else.
+
+    Tasks of one call share what they have in common: a kernel that several ranges of rows try is compiled once.
+    """
     if folder.exists() and any(folder.iterdir()):
         raise OutputError(f"--offline {folder} is there already and not empty: name a new folder, or remove it")
-    problems: list[str] = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _copy_modules(folder)
-        tasks, done, total = [], 0, sum(len(configs) for _, configs in chosen)
+        jobs, found, problems = _jobs(chosen), {}, []
+        done, total = 0, sum(len(job.configs) for job in jobs)
+        for job, (built, failed) in _compiled(jobs, folder, workers):
+            found |= {(job.task.family.NAME, job.task.call, text): (job.library, symbol) for text, symbol in built.items()}
+            problems += failed
+            done += len(job.configs)
+            progress(done, total, job.task.label)
+        tasks = []
         for number, (task, configs) in enumerate(chosen):
             wanted = [inputs.expected(task.family, task.call, s, inputs.make(task.call, s)) for s in task.sizes]
             np.savez(folder / f"task{number:03}.npz", *wanted)
             candidates: list[dict[str, Any]] = []
-            for start in range(0, len(configs), BATCH):
-                name = f"kernels{number:03}_{start // BATCH:02}.so"
-                candidates += _compile(task, configs[start : start + BATCH], folder / name, problems)
-                done += len(configs[start : start + BATCH])
-                progress(done, total, task.label)
-            tasks.append({**task.setup(), "source": source_hash(task.family), "label": task.label, "candidates": candidates})
+            for config in configs:
+                place = found.get((task.family.NAME, task.call, _text(task, config)))
+                if place is not None:
+                    source = source_hash(task.family, config_text(config))
+                    candidates.append({"library": place[0], "symbol": place[1], "config": config, "source": source})
+            tasks.append({**task.setup(), "label": task.label, "candidates": candidates})
         contents = {
             "target": target.name,
             "kind": target.kind,
@@ -80,6 +110,45 @@ def write(
     except OSError as error:
         raise OutputError(f"--offline {folder} cannot be written ({error.strerror}): choose a folder with room") from error
     return problems
+
+
+def _text(task: Task, config: Config) -> str:
+    return config_text(built_by(task.family, config))
+
+
+def _jobs(chosen: Sequence[tuple[Task, Sequence[Config]]]) -> list[_Job]:
+    tasks: dict[tuple[str, KernelCall], Task] = {}
+    wanted: dict[tuple[str, KernelCall], dict[str, Config]] = {}
+    for task, configs in chosen:
+        key = task.family.NAME, task.call
+        tasks.setdefault(key, task)
+        wanted.setdefault(key, {}).update({_text(task, c): c for c in configs})
+    jobs: list[_Job] = []
+    for key, by_text in wanted.items():
+        items = list(by_text.items())
+        for start in range(0, len(items), BATCH):
+            jobs.append(_Job(tasks[key], dict(items[start : start + BATCH]), f"kernels{len(jobs):03}.so"))
+    return jobs
+
+
+def _compiled(jobs: Sequence[_Job], folder: Path, workers: int) -> Iterator[tuple[_Job, tuple[Built, list[str]]]]:
+    """Every job and what came of it, in any order."""
+    if workers == 1:
+        for job in jobs:
+            yield job, _compile(job.task.family, job.task.call, job.task.target, job.configs, folder / job.library, job.task.label)
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = {
+            pool.submit(_compile_named, job.task.setup(), job.configs, folder / job.library, job.task.label): job for job in jobs
+        }
+        for ready in as_completed(waiting):
+            yield waiting[ready], ready.result()
+
+
+def _compile_named(setup: dict[str, Any], configs: dict[str, Config], path: Path, label: str) -> tuple[Built, list[str]]:
+    """A job of another process, from :meth:`Task.setup`."""
+    target = targets.parse(setup["target"])
+    return _compile(family_named(setup["family"], target), call_from_json(setup["call"]), target, configs, path, label)
 
 
 def _copy_modules(folder: Path) -> None:
@@ -95,28 +164,31 @@ def _copy_modules(folder: Path) -> None:
     (folder / "run.py").write_text(RUNNER, encoding="utf-8")
 
 
-def _compile(task: Task, configs: Sequence[Config], path: Path, problems: list[str]) -> list[dict[str, Any]]:
+def _compile(
+    family: Any, call: KernelCall, target: Target, configs: dict[str, Config], path: Path, label: str
+) -> tuple[Built, list[str]]:
     """The configurations in one library; if that fails, without those that do not even compile alone."""
-    functions = {}
-    for i, config in enumerate(configs):
+    functions, names, problems = {}, {}, []
+    for i, (text, config) in enumerate(configs.items()):
         try:
-            functions[f"k{i}"] = build(task.family, task.call, task.target, config)
+            functions[f"k{i}"] = build(family, call, target, config)
+            names[f"k{i}"] = text
         except Exception as error:  # a family may refuse a point of its space in any way
-            problems.append(f"{task.label} {config_text(config)}: {_last_line(error)}")
+            problems.append(f"{label} {config_text(config)}: {_last_line(error)}")
     try:
-        export_kernels(functions, task.target, path)
+        export_kernels(functions, target, path)
     except LlmcError:
         raise
     except Exception:
         for name in list(functions):
             try:
-                export_kernels({name: functions[name]}, task.target, path)
+                export_kernels({name: functions[name]}, target, path)
             except Exception as error:
                 del functions[name]
-                problems.append(f"{task.label} {config_text(configs[int(name[1:])])}: {_last_line(error)}")
+                problems.append(f"{label} {names.pop(name)}: {_last_line(error)}")
         if functions:
-            export_kernels(functions, task.target, path)
-    return [{"library": path.name, "symbol": name, "config": configs[int(name[1:])]} for name in functions]
+            export_kernels(functions, target, path)
+    return {text: name for name, text in names.items()}, problems
 
 
 def _last_line(error: Exception) -> str:

@@ -268,7 +268,7 @@ class Tuner:
                 seconds=None if error else float(f"{statistics.median(columns[i]):.4g}"),
                 spread=0.0 if error else round(spread(columns[i]), 3),
                 error=error,
-                source=source_hash(task.family),
+                source=source_hash(task.family, text),
                 versions=self.versions,
             )
             for i, symbols in enumerate(task.sizes)

@@ -178,7 +178,7 @@ class Search:
                     seconds=None if error else float(f"{statistics.median(values):.4g}"),
                     spread=0.0 if error else round(spread(values), 3),
                     error=error,
-                    source=source_hash(family),
+                    source=source_hash(family, text),
                     versions=versions(),
                 )
             )

@@ -125,9 +125,10 @@ class _Server:
         space = self.family.space(self.call, self.target)
         self.space = {setup["part"]: space[setup["part"]]} if setup["part"] else space
         sizes = setup["sizes"]
-        wanted = [inputs.expected(self.family, self.call, s, inputs.make(self.call, s)) for s in sizes]
+        arrays = [inputs.make(self.call, s) for s in sizes]
+        wanted = [inputs.expected(self.family, self.call, s, a) for s, a in zip(sizes, arrays, strict=True)]
         self.device = open_device(self.target.kind)
-        self.bench = Bench(self.device, self.call, sizes, wanted)
+        self.bench = Bench(self.device, self.call, sizes, arrays, wanted)
         self.timers: list[Any] = []
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:

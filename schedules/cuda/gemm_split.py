@@ -41,6 +41,9 @@ LEAST_STEPS = 4
 """Steps of k that are worth a block of their own."""
 
 MOST_CLUSTER = 8
+MOST_ROUNDS = 4
+"""Rounds of blocks over the GPU beyond which k is not split further."""
+
 MULTIPROCESSORS = gemm_hopper.MULTIPROCESSORS
 
 _call = linear_call.sample
@@ -74,7 +77,7 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     tile, split, share = default(call, 64)
     return {
         "tile": [tile, *(t for t in TILES if t != tile)],
-        "split": [split, *(s for s in _splits(call) if s != split)],
+        "split": [split, *(s for s in splits(call) if s != split)],
         "share": [share, *(s for s in (1, 2, 4) if s != share)],
         "dependent_launch": [True, False],
     }
@@ -91,22 +94,27 @@ def default(call: KernelCall, rows: int) -> Choice:
     """
     high = next((r for r in (32, 64, 128) if rows <= r), 256)
     count = -(-int(call.args[1].shape[0]) // 128) * -(-rows // high)
-    fitting = [s for s in _splits(call) if s * count <= MULTIPROCESSORS * 3 // 4 and s * LEAST_STEPS <= _k_steps(call)]
+    fitting = [s for s in splits(call) if s * count <= MULTIPROCESSORS * 3 // 4 and s * LEAST_STEPS <= _k_steps(call)]
     split = max(fitting, default=1)
     return (128, high, 1), split, 2 if split == 1 and high > 64 and count > 1 else 1
 
 
-def candidates(call: KernelCall, rows: int) -> list[Choice]:
-    """``tile``, ``split`` and ``share`` for up to ``rows`` rows, the default first."""
-    first = default(call, rows)
-    high = {first[0][1], max(32, first[0][1] // 2)}
-    others = [(t, s, c) for t in TILES if t[1] in high for s in _splits(call) for c in (1, 2, 4) if s * c <= MOST_CLUSTER]
-    return [first, *(choice for choice in others if choice != first)]
-
-
-def _splits(call: KernelCall) -> list[int]:
+def splits(call: KernelCall) -> list[int]:
     """What leaves every block a step of k."""
-    return [s for s in (1, 2, 3, 4, 8) if s <= min(_k_steps(call), MOST_CLUSTER)]
+    return [s for s in (1, 2, 3, 4, 6, 8) if s <= min(_k_steps(call), MOST_CLUSTER)]
+
+
+def fits(call: KernelCall, tile: tuple[int, int, int], split: int, share: int) -> bool:
+    """Whether a configuration can be built, and is no more than another one with blocks that nothing is left for."""
+    outputs, rows, resident = tile
+    o, gated = int(call.args[1].shape[0]), linear_call.activation(call)[1]
+    tiles, sides = -(-o // outputs), 1 + gated
+    if split * share > MOST_CLUSTER or share > tiles or (share > 1 and rows < 64):
+        return False
+    if split > 1 and split * tiles > MOST_ROUNDS * MULTIPROCESSORS * resident:
+        return False
+    pipeline = stages(outputs, rows, resident) * (outputs + rows) * K_STEP * 2
+    return 4 * sides * rows * cluster_finish.pitch(outputs // sides) <= pipeline
 
 
 def _k_steps(call: KernelCall) -> int:

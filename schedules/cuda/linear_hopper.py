@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmc.schedules.cuda import gemm_hopper, gemm_split, gemv, linear_call, ring_gemv
+from llmc.schedules.cuda import range_candidates as tried
 from llmc.schedules.cuda.host_choice import for_rows
 from llmc.schedules.parts import by_rows
 from llmc.schedules.protocol import KernelCall
@@ -67,25 +68,23 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 
 
 def candidates(call: KernelCall, rows: str) -> list[dict[str, Any]]:
-    """Configurations for a bucket, the default first."""
-    if rows in ("1-8", "9-16"):
-        columns = BUCKETS[rows]
-        assert columns is not None
-        axes = dict.fromkeys([gemv.default_split(call, columns), (8, 8), (8, 4), (4, 4), (16, 2), (4, 8), (16, 1)])
-        fixed = {"tiles": 1, "columns": columns, "min_blocks": 0}
-        found = [{"kernel": "gemv", "warps": warps, "depth": depth, **fixed} for warps, depth in axes]
-        rings = [
-            {"kernel": "ring_gemv", "split": list(split), "columns": columns, "ring": ring_gemv.RING_BYTES}
-            for split in ring_gemv.splits(call, columns)
-        ]
-        return rings + found if rows == "1-8" and ring_gemv.pays(call) else found + rings
+    """Configurations for a bucket, the default first. Next to where one kernel takes over from another a bucket has both."""
     most = BUCKETS[rows]
-    if most is None or most > MOST_SPLIT_ROWS or (most == MOST_SPLIT_ROWS and gemm_split.default(call, most)[1] == 1):
-        pairs = gemm_hopper.candidates(call, most)
-        fixed = {"blocks": gemm_hopper.MULTIPROCESSORS}
-        return [{"kernel": "gemm_hopper", "tile": list(tile), "cluster": cluster, **fixed} for tile, cluster in pairs]
-    choices = gemm_split.candidates(call, most)
-    return [{"kernel": "gemm_split", "tile": list(tile), "split": split, "share": share} for tile, split, share in choices]
+    match rows:
+        case "1-8":
+            streams, rings = tried.gemvs(call, 8), tried.rings(call, 8)
+            return rings + streams if ring_gemv.pays(call) else streams + rings
+        case "9-16":
+            return tried.gemvs(call, 16) + tried.rings(call, 16) + tried.splits(call, 16, [16])
+        case "17-32":
+            return tried.splits(call, 32, [32]) + tried.gemvs(call, 32)
+        case "33-64":
+            return tried.splits(call, 64, [32, 64])
+        case "65-128":
+            return tried.splits(call, 128, [64, 128]) + tried.persistent(call, 128)
+    few = most is not None and most <= MOST_SPLIT_ROWS and gemm_split.default(call, most)[1] > 1
+    splits = tried.splits(call, most, [128, 256]) if most is not None and most <= 2 * MOST_SPLIT_ROWS else []
+    return splits + tried.persistent(call, most) if few else tried.persistent(call, most) + splits
 
 
 def parts(call: KernelCall, target: Target) -> dict[str, list[dict[str, int]]]:

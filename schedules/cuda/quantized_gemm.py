@@ -99,6 +99,15 @@ def default(call: KernelCall, rows: int) -> tuple[tuple[int, int, int], int]:
     return (height, columns, resident), max(fitting, default=1)
 
 
+def fits(call: KernelCall, tile: tuple[int, int, int], split: int) -> bool:
+    """Whether a tile's sums fit in shared memory, its registers in a block's, and every part of k has steps of its own."""
+    rows, columns, resident = tile
+    sides = 1 + linear_call.activation(call)[1]
+    if sides * columns > 256 or split * 2 > -(-int(call.attr("k")) // K_STEP):
+        return False
+    return 4 * sides * columns * cluster_finish.pitch(rows) <= SHARED // resident
+
+
 def stages(columns: int, resident: int, sums_bytes: int) -> int:
     """Depth of the pipeline of x. The sums take its place, and need no more than it may have."""
     most = SHARED // resident

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmc.schedules.cuda import linear_call, quantized_gemm, quantized_gemv
+from llmc.schedules.cuda import quantized_gemm, quantized_gemv
+from llmc.schedules.cuda import range_candidates as tried
 from llmc.schedules.cuda.host_choice import for_rows
 from llmc.schedules.gpu import quantized_call
 from llmc.schedules.gpu.quantized_call import make
@@ -29,7 +30,6 @@ KERNELS = {"gemv": quantized_gemv, "gemm": quantized_gemm}
 BUCKETS = {"1-8": 8, "9-16": 16, "17-32": 32, "33-64": 64, "65-128": 128, "129-512": 512, "513-": None}
 """An axis of the configuration -> the most rows that its kernel runs for."""
 
-MOST_GEMV_ROWS = 16
 MANY_ROWS = 2048
 """What the last range is tuned for."""
 
@@ -54,19 +54,16 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 
 
 def candidates(call: KernelCall, rows: str) -> list[dict[str, Any]]:
-    """Configurations for a bucket, the default first."""
-    most = BUCKETS[rows] or MANY_ROWS
-    if most <= MOST_GEMV_ROWS:
-        axes = dict.fromkeys(
-            [quantized_gemv.default(call, most), (16, 1, 1), (8, 1, 1), (8, 2, 1), (4, 2, 2), (4, 1, 4), (4, 1, 2)]
-        )
-        fixed = {"columns": most, "min_blocks": 0}
-        return [{"kernel": "gemv", "warps": warps, "tiles": tiles, "depth": depth, **fixed} for warps, tiles, depth in axes]
-    gated = linear_call.activation(call)[1]
-    first = quantized_gemm.default(call, most)
-    tiles = [t for t in quantized_gemm.TILES if t[1] <= (128 if gated else 256) and t[1] <= max(2 * most, 32)]
-    pairs = dict.fromkeys([first, *((tile, split) for tile in tiles for split in (1, 2, 4))])
-    return [{"kernel": "gemm", "tile": list(tile), "split": split, "depth": 2 if gated else 4} for tile, split in pairs]
+    """Configurations for a bucket, the default first. Next to where one kernel takes over from the other a bucket has both."""
+    most = BUCKETS[rows]
+    match rows:
+        case "1-8":
+            return tried.quantized_gemvs(call, 8)
+        case "9-16":
+            return tried.quantized_gemvs(call, 16) + tried.quantized_gemms(call, 16)
+        case "17-32":
+            return tried.quantized_gemms(call, 32) + tried.quantized_gemvs(call, 32)
+    return tried.quantized_gemms(call, most or MANY_ROWS)
 
 
 def parts(call: KernelCall, target: Target) -> dict[str, list[dict[str, int]]]:

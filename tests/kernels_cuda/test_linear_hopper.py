@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmc.schedules.cuda import gemm_split
+from llmc.schedules.cuda import gemm_split, gemv
 from llmc.schedules.cuda import linear_hopper as family
 from llmc.targets import cuda
 from tests.kernels.harness import error, random_arrays
@@ -61,10 +61,17 @@ def test_every_candidate_is_one_that_its_kernel_can_be_built_with(o: int, k: int
     for rows in family.BUCKETS:
         found = family.candidates(case, rows)
         assert found
+        assert len({str(config) for config in found}) == len(found)
         for config in found:
             if config["kernel"] == "gemm_split":
                 assert config["split"] * config["share"] <= gemm_split.MOST_CLUSTER
                 assert config["split"] <= -(-k // gemm_split.K_STEP)
+                outputs, high, resident = config["tile"]
+                sides = 1 + (activation == "silu_gated")
+                stages = gemm_split.stages(outputs, high, resident)
+                assert 4 * sides * high * (outputs // sides + 4) <= stages * (outputs + high) * gemm_split.K_STEP * 2
+            elif config["kernel"] == "gemv":
+                assert (config["warps"] // 2) * config["depth"] * gemv.CHUNK < max(k, 2) or config == found[0]
 
 
 @pytest.mark.parametrize(

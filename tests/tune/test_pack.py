@@ -3,6 +3,7 @@ are those that compiling uses."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -65,6 +66,22 @@ def test_packed_candidates_run_without_the_compiler_and_come_back_as_records(tmp
         assert found.origin == "record"
 
 
+def test_tasks_of_one_call_share_kernels_and_processes_compile_them(tmp_path: Path) -> None:
+    """Also what a process that compiles is told of a task is all that it needs."""
+    other = dataclasses.replace(LINEAR, sizes=({"n": 9},), label="other")
+    configs = candidates(LINEAR, Records(), 3, random.Random(0))
+    folder = tmp_path / "pack"
+    assert pack.write(folder, HOST, [(LINEAR, configs), (other, configs[:2])], "test", lambda *_: None, workers=2) == []
+    first, second = json.loads((folder / "pack.json").read_text())["tasks"]
+    assert second["candidates"] == first["candidates"][:2]
+    assert [path.name for path in folder.glob("*.so")] == ["kernels000.so"]
+    done = run(folder, "--ahead", "1")
+    assert "2 of 2 tasks timed" in done.stdout, done.stderr[-2000:]
+    records = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    assert [r["symbols"]["n"] for r in records] == [5, 40, 5, 40, 5, 40, 9, 9]
+    assert all(r["seconds"] > 0 for r in records)
+
+
 def test_a_candidate_that_does_not_compile_is_left_out_and_named(tmp_path: Path) -> None:
     block = FAULTS.default["row_block"]
     configs = [{"fault": fault, "row_block": block} for fault in ("none", "refused", "fine")]
@@ -80,7 +97,7 @@ def test_wrong_and_crashing_candidates_fail_alone(tmp_path: Path) -> None:
     configs = [{"fault": fault, "row_block": block} for fault in ("none", "wrong", "fine")]
     assert write(folder, (FAULTS, configs)) == []
     contents = json.loads((folder / "pack.json").read_text())
-    crashing = {"library": "crash.so", "symbol": "k0", "config": {"fault": "crash", "row_block": block}}
+    crashing = {"library": "crash.so", "symbol": "k0", "config": {"fault": "crash", "row_block": block}, "source": ""}
     contents["tasks"][0]["candidates"].insert(1, crashing)
     (folder / "pack.json").write_text(json.dumps(contents))
     source = folder / "crash.c"  # ends the process as soon as it is loaded

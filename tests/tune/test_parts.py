@@ -28,7 +28,7 @@ CALL = linear_hopper.SHAPES["o_4096x4096"]
 def record(config: dict[str, Any], seconds: float, n: int, call: KernelCall = CALL) -> R.Record:
     return R.Record(
         linear_hopper.NAME, parts.kept_under(linear_hopper, call)[1], (("n", n),), HOPPER.name, R.machine_class(HOPPER), "a GPU",
-        R.config_text(config), seconds, 0.0, "", R.source_hash(linear_hopper), "llmc test",
+        R.config_text(config), seconds, 0.0, "", R.source_hash(linear_hopper, R.config_text(config)), "llmc test",
     )  # fmt: skip
 
 
@@ -50,6 +50,7 @@ def test_a_part_is_built_as_its_kernel_alone() -> None:
     whole = linear_hopper.build(call, HOPPER, {axis: v[0] for axis, v in linear_hopper.space(call, HOPPER).items()})
     assert len(built.params) == len(whole.params)
     assert len(built.script()) < len(whole.script()) / 2
+    assert parts.built_by(linear_hopper, {"1-8": value}) == parts.built_by(linear_hopper, {"9-16": value}) == value
 
 
 def test_both_phases_are_tuned_once_and_each_part_is_a_task() -> None:
@@ -85,6 +86,43 @@ def test_lookup_puts_the_parts_together_and_keeps_defaults_elsewhere(phase: str)
     assert "1-8: nearest, from records of the nearest call" in other.why
 
 
+def test_records_of_a_part_outlive_changes_of_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = linear_hopper.space(CALL, HOPPER)["17-32"]
+    by_kernel = {kernel: next(v for v in values if v["kernel"] == kernel) for kernel in ("gemm_split", "gemv")}
+    records = R.Records()
+    for i, value in enumerate(by_kernel.values()):
+        records.add(record({"17-32": value}, 1e-5 / (1 + i), 32))
+    found = records.lookup(linear_hopper, CALL, HOPPER)
+    assert found is not None
+    assert found.config["17-32"] == by_kernel["gemv"]
+    hashed = R._code_hash
+    monkeypatch.setattr(R, "_code_hash", lambda path: "changed" if path.endswith("/gemv.py") else hashed(path))
+    after = R.Records(dict(records.entries))
+    found = after.lookup(linear_hopper, CALL, HOPPER)
+    assert found is not None
+    assert found.config["17-32"] == by_kernel["gemm_split"]
+    assert ["1 tuning records of cuda.linear_hopper are ignored" in note for note in after.notes] == [True]
+
+
+def test_a_record_of_a_kernel_that_is_no_more_is_stale() -> None:
+    records = R.Records()
+    records.add(
+        dataclasses.replace(record({"1-8": linear_hopper.space(CALL, HOPPER)["1-8"][0]}, 1.0, 1), config='{"1-8":{"kernel":"x"}}')
+    )
+    records.add(dataclasses.replace(record({"1-8": {"kernel": "gemv"}}, 1.0, 1), config='{"1-8":8,"dependent_launch":true}'))
+    assert records.lookup(linear_hopper, CALL, HOPPER) is None
+    assert "2 tuning records of cuda.linear_hopper are ignored" in records.notes[0]
+
+
+@pytest.mark.parametrize("rows", ["9-16", "17-32"])
+def test_where_kernels_take_over_from_each_other_both_are_tried(rows: str) -> None:
+    """So the boundary between a matrix times a few vectors and a product of matrices is found, not set."""
+    quantized = quantized_hopper.SHAPES["o_4096x4096_int4_g128"]
+    kernels = {v["kernel"] for v in linear_hopper.candidates(CALL, rows)}
+    assert {"gemv", "gemm_split"} <= kernels
+    assert {v["kernel"] for v in quantized_hopper.candidates(quantized, rows)} == {"gemv", "gemm"}
+
+
 def test_the_cost_model_ranks_one_part_from_another() -> None:
     """What warps do for up to 8 rows is believed of 16 until something else is seen."""
     model = CostModel(lambda call: linear_hopper.space(call, HOPPER))
@@ -93,7 +131,7 @@ def test_the_cost_model_ranks_one_part_from_another() -> None:
     assert model.ready
     asked = gemvs(CALL, "9-16")
     scores, depths = model.score([{"9-16": v} for v in asked], CALL), [v["depth"] for v in asked]
-    assert max(scores) == scores[depths.index(min(depths))]
+    assert depths[scores.index(max(scores))] == min(depths)
     assert max(s for s, d in zip(scores, depths, strict=True) if d == max(depths)) < sorted(scores)[len(scores) // 2]
 
 

@@ -28,7 +28,7 @@ CALL = linear._call(48, 64)
 def make(seconds: float | None, config: dict[str, Any], call: KernelCall = CALL, n: int = 512, **changes: Any) -> R.Record:
     record = R.Record(
         "cpu.linear", call, (("n", n),), HOST.name, R.machine_class(HOST), "a machine", R.config_text(config), seconds, 0.01,
-        "" if seconds else "crashed", R.source_hash(linear), "llmc test",
+        "" if seconds else "crashed", R.source_hash(linear, R.config_text(config)), "llmc test",
     )  # fmt: skip
     return dataclasses.replace(record, **changes)
 

@@ -1,0 +1,132 @@
+"""What is tried for a range of rows: configurations of the kernels that take few, tens or many rows of a linear on sm_90a.
+
+Points that cannot be built, or differ from a neighbour in nothing that the hardware sees, are left out: a limit on registers that
+no block comes near, more warps than there are pieces of k.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from llmc.schedules.cuda import gemm_hopper, gemm_split, gemv, linear_call, quantized_gemm, quantized_gemv, ring_gemv
+from llmc.schedules.gpu import layout_mma, quantized_call
+from llmc.schedules.protocol import KernelCall
+
+Config = dict[str, Any]
+LIMITS = {16: (0, 2), 8: (0, 2, 3), 4: (0, 3), 2: (0,)}
+"""Warps of a block that streams weights through registers -> blocks of a multiprocessor that its registers are limited to."""
+
+IN_FLIGHT = 8
+"""Most tiles times depth of :mod:`.gemv`: a lane holds 8 registers of weights for each."""
+
+X_REGISTERS = 64
+"""Most registers of a lane for its rows of x."""
+
+SUMS = 768
+"""Most warps times tiles (and one more for a norm) times rows of x: their sums fill the 48 KB of shared memory."""
+
+CODE_REGISTERS = 64
+"""Most registers of a lane of :mod:`.quantized_gemv` for codes in flight."""
+
+RINGS = (ring_gemv.RING_BYTES, 160 << 10)
+SPLIT_TILES = (
+    (128, 16, 2), (128, 16, 1), (64, 16, 2), (128, 32, 2), (128, 32, 1), (64, 32, 2), (256, 32, 1), (128, 64, 2), (128, 64, 1),
+    (64, 64, 2), (256, 64, 1), (128, 128, 1), (128, 128, 2), (64, 128, 2), (256, 128, 1), (128, 256, 1),
+)  # fmt: skip
+QUANTIZED_TILES = (*quantized_gemm.TILES, (64, 16, 2), (128, 32, 2), (128, 32, 1), (128, 64, 2), (64, 128, 2))
+
+
+def gemvs(call: KernelCall, columns: int) -> list[Config]:
+    """:mod:`.gemv` for up to ``columns`` rows, its default first."""
+    k = int(call.args[1].shape[1])
+    warps, depth = gemv.default_split(call, columns)
+    first = (warps, min(depth, 2 * X_REGISTERS // columns), 1, 0)
+    points = [
+        (warps, depth, tiles, blocks)
+        for warps, limits in LIMITS.items()
+        for depth in (1, 2, 4, 8)
+        for tiles in (1, 2)
+        for blocks in limits
+        if depth * tiles <= IN_FLIGHT and depth * columns // 2 <= X_REGISTERS and gemv.CHUNK * depth * (warps // 2) < k
+    ]
+    found = [point for point in dict.fromkeys([first, *points]) if point[0] * (point[2] + 1) * columns <= SUMS]
+    return [
+        {"kernel": "gemv", "warps": warps, "depth": depth, "tiles": tiles, "columns": columns, "min_blocks": blocks}
+        for warps, depth, tiles, blocks in found
+    ]
+
+
+def rings(call: KernelCall, columns: int) -> list[Config]:
+    """:mod:`.ring_gemv`, its default first; none if it does not take the call."""
+    return [
+        {"kernel": "ring_gemv", "split": list(split), "columns": columns, "ring": ring}
+        for ring in RINGS
+        for split in ring_gemv.splits(call, columns)
+    ]
+
+
+def splits(call: KernelCall, rows: int, heights: Iterable[int]) -> list[Config]:
+    """:mod:`.gemm_split` with tiles as high as one of ``heights``; the default for ``rows`` rows first if it is one of these."""
+    allowed = set(heights)
+    points = [
+        (tile, split, share)
+        for tile in SPLIT_TILES
+        for split in gemm_split.splits(call)
+        for share in (1, 2, 4)
+        if gemm_split.fits(call, tile, split, share)
+    ]
+    first = gemm_split.default(call, rows)
+    return [
+        {"kernel": "gemm_split", "tile": list(tile), "split": split, "share": share}
+        for tile, split, share in dict.fromkeys([first, *points])
+        if tile[1] in allowed
+    ]
+
+
+def persistent(call: KernelCall, rows: int | None) -> list[Config]:
+    """:mod:`.gemm_hopper` for about ``rows`` rows (None: many), its default first; for hundreds also with low tiles."""
+    low = [((64, columns), cluster) for columns in (256, 128) for cluster in (1, 2)] if rows is not None and rows <= 512 else []
+    return [
+        {"kernel": "gemm_hopper", "tile": list(tile), "cluster": cluster, "blocks": gemm_hopper.MULTIPROCESSORS}
+        for tile, cluster in [*gemm_hopper.candidates(call, rows), *low]
+    ]
+
+
+def quantized_gemvs(call: KernelCall, columns: int) -> list[Config]:
+    """:mod:`.quantized_gemv` for up to ``columns`` rows, its default first."""
+    at = layout_mma.geometry(quantized_call.how(call), int(call.attr("o")), int(call.attr("k")))
+    points = [
+        (warps, tiles, depth, blocks)
+        for warps, limits in LIMITS.items()
+        for tiles in (1, 2, 4)
+        for depth in (1, 2, 4)
+        for blocks in limits
+        if tiles * depth * 2 * at.bits <= CODE_REGISTERS and depth * (warps // 2) < at.blocks
+    ]
+    first = (*quantized_gemv.default(call, columns), 0)
+    found = [point for point in dict.fromkeys([first, *points]) if point[0] * (point[1] + 1) * columns <= SUMS]
+    return [
+        {"kernel": "gemv", "warps": warps, "tiles": tiles, "depth": depth, "columns": columns, "min_blocks": blocks}
+        for warps, tiles, depth, blocks in found
+    ]
+
+
+def quantized_gemms(call: KernelCall, rows: int) -> list[Config]:
+    """:mod:`.quantized_gemm` for up to ``rows`` rows, its default first."""
+    gated = linear_call.activation(call)[1]
+    widest = min(128 if gated else 256, max(2 * rows, 32))
+    least = min(widest, rows) // 4
+    depths = (2, 4) if gated else (4, 2)
+    first = (*quantized_gemm.default(call, rows), depths[0])
+    points = [
+        (tile, split, depth)
+        for depth in depths
+        for tile in QUANTIZED_TILES
+        for split in quantized_gemm.SPLITS
+        if least <= tile[1] <= widest and quantized_gemm.fits(call, tile, split)
+    ]
+    return [
+        {"kernel": "gemm", "tile": list(tile), "split": split, "depth": depth}
+        for tile, split, depth in dict.fromkeys([first, *points])
+    ]

@@ -110,12 +110,30 @@ def _codes(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator) 
 
 
 def _quantized_linear(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator) -> list[Array]:
-    """Weights are packed as compiling packs them, so this needs the compiler."""
+    """Any codes and scales where the layout keeps them apart; else a weight packed as compiling does it, which needs the compiler."""
+    if call.attr("layout") == SEPARATE_LAYOUT:
+        return [_part(call, i, spec, symbols, rng) for i, spec in enumerate(call.args)]
     from llmc.tune.packed import packed_weight
 
     parts = packed_weight(call)
     x, *others = (random(spec, symbols, rng) for i, spec in enumerate(call.args) if not 1 <= i <= len(parts))
     return [x, *parts, *others]
+
+
+SEPARATE_LAYOUT = "gpu.mma"
+"""The weights' layout for GPUs (:mod:`llmc.schedules.gpu.layout_mma`): codes in int32, zero points in uint8, scales in floats."""
+
+
+def _part(call: KernelCall, i: int, spec: TensorSpec, symbols: dict[str, int], rng: np.random.Generator) -> Array:
+    if spec.dtype == "int32":
+        words = rng.integers(0, 2**32, min(PERIOD, int(np.prod(spec.bind(symbols)))), dtype=np.uint32)
+        if str(call.attr("scheme")).startswith("fp8"):
+            words &= np.uint32(0xFEFEFEFE)  # no byte is NaN
+        return np.resize(words.view(np.int32), spec.bind(symbols))
+    if spec.dtype == "uint8":
+        return np.resize(rng.integers(0, 8, PERIOD, dtype=np.uint8), spec.bind(symbols))
+    of_weight = 0 < i and "n" not in spec.shape
+    return random(spec, symbols, rng, int(call.attr("k")) ** -0.5 / 4 if of_weight else 1.0)
 
 
 _MAKERS: dict[str, Callable[[KernelCall, dict[str, int], np.random.Generator], list[Array]]] = {

@@ -16,26 +16,26 @@ from __future__ import annotations
 import json
 import multiprocessing
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 import llmc
-from llmc import targets
-from llmc.errors import LlmcError, OutputError
+from llmc.errors import InternalError, LlmcError, OutputError
 from llmc.schedules import records as records_module
 from llmc.schedules.parts import build, built_by
 from llmc.schedules.protocol import KernelCall
-from llmc.schedules.records import call_from_json, config_text, machine_class, source_hash
+from llmc.schedules.records import config_text, machine_class, source_hash
 from llmc.targets.base import Target
 from llmc.tune import inputs
-from llmc.tune.build import export_kernels, family_named
+from llmc.tune.build import export_kernels
 from llmc.tune.search import Config
-from llmc.tune.task import Task
+from llmc.tune.task import Task, from_setup
 
 BATCH = 16
 """Kernels that are compiled at once and share a library."""
@@ -48,19 +48,59 @@ CARRIED = (
 RUNNER = "import sys\n\nfrom llmc.tune.offline import main\n\nsys.exit(main())\n"
 
 
+class _Job(ABC):
+    """Work of a pack that a process of its own can do."""
+
+    task: Task
+
+    @abstractmethod
+    def run(self) -> Any:
+        """Do it here."""
+
+
 @dataclass(frozen=True)
-class _Job:
-    """Configurations of a task, all of one family and call, that are compiled into one library."""
+class _Compile(_Job):
+    """Compile configurations, all of one family and call, into one library. ``configs``: by what is built
+    (:func:`llmc.schedules.parts.built_by`), as text."""
 
     task: Task
     configs: dict[str, Config] = field(hash=False)
-    """By what is built (:func:`llmc.schedules.parts.built_by`), as text."""
+    path: Path
 
-    library: str
+    def run(self) -> tuple[dict[str, str], list[str]]:
+        """What was built -> its symbol; what does not compile, a line each."""
+        return _compile(self.task, self.configs, self.path)
 
 
-Built = dict[str, str]
-"""What is built, as text -> the symbol in its library."""
+@dataclass(frozen=True)
+class _Expect(_Job):
+    """Save the results expected of a task."""
+
+    task: Task
+    path: Path
+
+    def run(self) -> None:
+        task = self.task
+        np.savez(self.path, *[inputs.expected(task.family, task.call, s, inputs.make(task.call, s)) for s in task.sizes])
+
+
+def _done(jobs: Sequence[_Job], workers: int) -> Iterator[tuple[_Job, Any]]:
+    """Every job and what came of it, in any order."""
+    if workers == 1:
+        for job in jobs:
+            yield job, job.run()
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = {}
+        for job in jobs:
+            others = {f.name: getattr(job, f.name) for f in fields(job) if f.name != "task"}  # type: ignore[arg-type]
+            waiting[pool.submit(_run_elsewhere, type(job), job.task.setup(), others)] = job
+        for ready in as_completed(waiting):
+            yield waiting[ready], ready.result()
+
+
+def _run_elsewhere(kind: Any, setup: dict[str, Any], others: dict[str, Any]) -> Any:
+    return kind(from_setup(setup), **others).run()
 
 
 def write(
@@ -78,26 +118,29 @@ def write(
     """
     if folder.exists() and any(folder.iterdir()):
         raise OutputError(f"--offline {folder} is there already and not empty: name a new folder, or remove it")
+    problems: list[str] = []
+    found: dict[tuple[str, KernelCall, str], dict[str, str]] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _copy_modules(folder)
-        jobs, found, problems = _jobs(chosen), {}, []
-        done, total = 0, sum(len(job.configs) for job in jobs)
-        for job, (built, failed) in _compiled(jobs, folder, workers):
-            found |= {(job.task.family.NAME, job.task.call, text): (job.library, symbol) for text, symbol in built.items()}
-            problems += failed
-            done += len(job.configs)
-            progress(done, total, job.task.label)
+        jobs: list[_Job] = [_Expect(task, folder / f"task{number:03}.npz") for number, (task, _) in enumerate(chosen)]
+        jobs = _compiles(chosen, folder) + jobs
+        done, total = 0, sum(len(job.configs) for job in jobs if isinstance(job, _Compile))
+        for job, result in _done(jobs, workers):
+            if isinstance(job, _Compile):
+                for text, symbol in result[0].items():
+                    found[job.task.family.NAME, job.task.call, text] = {"library": job.path.name, "symbol": symbol}
+                problems += result[1]
+                done += len(job.configs)
+                progress(done, total, job.task.label)
         tasks = []
-        for number, (task, configs) in enumerate(chosen):
-            wanted = [inputs.expected(task.family, task.call, s, inputs.make(task.call, s)) for s in task.sizes]
-            np.savez(folder / f"task{number:03}.npz", *wanted)
-            candidates: list[dict[str, Any]] = []
+        for task, configs in chosen:
+            candidates = []
             for config in configs:
                 place = found.get((task.family.NAME, task.call, _text(task, config)))
                 if place is not None:
                     source = source_hash(task.family, config_text(config))
-                    candidates.append({"library": place[0], "symbol": place[1], "config": config, "source": source})
+                    candidates.append({**place, "config": config, "source": source})
             tasks.append({**task.setup(), "label": task.label, "candidates": candidates})
         contents = {
             "target": target.name,
@@ -116,7 +159,7 @@ def _text(task: Task, config: Config) -> str:
     return config_text(built_by(task.family, config))
 
 
-def _jobs(chosen: Sequence[tuple[Task, Sequence[Config]]]) -> list[_Job]:
+def _compiles(chosen: Sequence[tuple[Task, Sequence[Config]]], folder: Path) -> list[_Job]:
     tasks: dict[tuple[str, KernelCall], Task] = {}
     wanted: dict[tuple[str, KernelCall], dict[str, Config]] = {}
     for task, configs in chosen:
@@ -127,28 +170,8 @@ def _jobs(chosen: Sequence[tuple[Task, Sequence[Config]]]) -> list[_Job]:
     for key, by_text in wanted.items():
         items = list(by_text.items())
         for start in range(0, len(items), BATCH):
-            jobs.append(_Job(tasks[key], dict(items[start : start + BATCH]), f"kernels{len(jobs):03}.so"))
+            jobs.append(_Compile(tasks[key], dict(items[start : start + BATCH]), folder / f"kernels{len(jobs):03}.so"))
     return jobs
-
-
-def _compiled(jobs: Sequence[_Job], folder: Path, workers: int) -> Iterator[tuple[_Job, tuple[Built, list[str]]]]:
-    """Every job and what came of it, in any order."""
-    if workers == 1:
-        for job in jobs:
-            yield job, _compile(job.task.family, job.task.call, job.task.target, job.configs, folder / job.library, job.task.label)
-        return
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        waiting = {
-            pool.submit(_compile_named, job.task.setup(), job.configs, folder / job.library, job.task.label): job for job in jobs
-        }
-        for ready in as_completed(waiting):
-            yield waiting[ready], ready.result()
-
-
-def _compile_named(setup: dict[str, Any], configs: dict[str, Config], path: Path, label: str) -> tuple[Built, list[str]]:
-    """A job of another process, from :meth:`Task.setup`."""
-    target = targets.parse(setup["target"])
-    return _compile(family_named(setup["family"], target), call_from_json(setup["call"]), target, configs, path, label)
 
 
 def _copy_modules(folder: Path) -> None:
@@ -164,30 +187,28 @@ def _copy_modules(folder: Path) -> None:
     (folder / "run.py").write_text(RUNNER, encoding="utf-8")
 
 
-def _compile(
-    family: Any, call: KernelCall, target: Target, configs: dict[str, Config], path: Path, label: str
-) -> tuple[Built, list[str]]:
+def _compile(task: Task, configs: dict[str, Config], path: Path) -> tuple[dict[str, str], list[str]]:
     """The configurations in one library; if that fails, without those that do not even compile alone."""
     functions, names, problems = {}, {}, []
     for i, (text, config) in enumerate(configs.items()):
         try:
-            functions[f"k{i}"] = build(family, call, target, config)
+            functions[f"k{i}"] = build(task.family, task.call, task.target, config)
             names[f"k{i}"] = text
         except Exception as error:  # a family may refuse a point of its space in any way
-            problems.append(f"{label} {config_text(config)}: {_last_line(error)}")
+            problems.append(f"{task.family.NAME} {config_text(config)}: {_last_line(error)}")
     try:
-        export_kernels(functions, target, path)
-    except LlmcError:
-        raise
-    except Exception:
+        export_kernels(functions, task.target, path)
+    except Exception as error:
+        if isinstance(error, LlmcError) and not isinstance(error, InternalError):
+            raise  # something is missing here, and no candidate would do better
         for name in list(functions):
             try:
-                export_kernels({name: functions[name]}, target, path)
+                export_kernels({name: functions[name]}, task.target, path)
             except Exception as error:
                 del functions[name]
-                problems.append(f"{label} {names.pop(name)}: {_last_line(error)}")
+                problems.append(f"{task.family.NAME} {names.pop(name)}: {_last_line(error)}")
         if functions:
-            export_kernels(functions, target, path)
+            export_kernels(functions, task.target, path)
     return {text: name for name, text in names.items()}, problems
 
 

@@ -13,7 +13,7 @@ from llmc.errors import UsageError
 from llmc.manifest import KernelChoice
 from llmc.schedules.parts import has_parts, kept_under
 from llmc.schedules.protocol import KernelCall
-from llmc.schedules.records import call_from_json
+from llmc.schedules.records import call_from_json, call_to_json
 from llmc.targets.base import Target
 from llmc.tune import inputs
 
@@ -56,9 +56,7 @@ class Task:
         return self.per_token * TOKENS_PER_PROMPT + self.per_prefill
 
     def setup(self) -> dict[str, Any]:
-        """The first message to a worker."""
-        from llmc.schedules.records import call_to_json
-
+        """What another process needs to know, as JSON holds it."""
         return {
             "family": self.family.NAME,
             "call": call_to_json(self.call),
@@ -66,6 +64,15 @@ class Task:
             "sizes": list(self.sizes),
             "part": self.part,
         }
+
+
+def from_setup(setup: dict[str, Any]) -> Task:
+    """The task of :meth:`Task.setup` without its counts. Raises UsageError for a family that the target does not have."""
+    from llmc.tune.build import family_named
+
+    target = targets.parse(setup["target"])
+    family, call = family_named(setup["family"], target), call_from_json(setup["call"])
+    return Task(family, call, target, 0, 0, tuple(setup["sizes"]), part=setup["part"])
 
 
 def tasks_of(choices: Sequence[KernelChoice], target: Target, pattern: str = "*") -> list[Task]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import ml_dtypes
@@ -14,7 +15,10 @@ import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 import torch
 
 from llmc.errors import UnsupportedError
+from llmc.runtime.tensors import storage_dtype
 from llmc.schedules.cpu import attend, linear, rope
+from llmc.schedules.cuda import quantized_hopper
+from llmc.schedules.gpu import quantized_call
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.tune import inputs
 
@@ -69,6 +73,20 @@ def test_expected_attention_is_torch(phase: str, symbols: tuple[int, int, int]) 
         out = torch.nn.functional.scaled_dot_product_attention(part, k, v, attn_mask=mask, enable_gqa=True)
         wanted[s * each : (s + 1) * each] = out.permute(1, 0, 2).numpy()
     assert np.allclose(found, wanted[kept], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["int4_g128", "int4p_g64", "q4_1", "int8", "fp8_e4m3"])
+def test_quantized_weights_for_gpus_need_no_compiler(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a packed runner makes on a machine without one: all finite, results of about one."""
+    monkeypatch.setitem(sys.modules, "llmc.tune.packed", None)
+    call, symbols = quantized_call.make(48, 256, name, bias=1, residual=1), {"n": 5}
+    arrays = inputs.make(call, symbols)
+    for array, spec in zip(arrays, call.args, strict=True):
+        assert (array.shape, array.dtype) == (spec.bind(symbols), storage_dtype(spec.dtype))
+    wanted = inputs.expected(quantized_hopper, call, symbols, arrays)
+    assert wanted.shape == (5, 48)
+    assert 0.1 < np.std(wanted) < 1e3
+    assert np.isfinite(wanted).all()
 
 
 def test_error_is_of_the_largest_value_and_sees_nan() -> None:

@@ -110,7 +110,7 @@ def _codes(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator) 
 
 
 def _quantized_linear(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator) -> list[Array]:
-    """Any codes and scales where the layout keeps them apart; else a weight packed as compiling does it, which needs the compiler."""
+    """Any codes and scales where the layout keeps them apart; else a weight packed as compiling does it, by the compiler."""
     if call.attr("layout") == SEPARATE_LAYOUT:
         return [_part(call, i, spec, symbols, rng) for i, spec in enumerate(call.args)]
     from llmc.tune.packed import packed_weight
@@ -132,7 +132,7 @@ def _part(call: KernelCall, i: int, spec: TensorSpec, symbols: dict[str, int], r
         return np.resize(words.view(np.int32), spec.bind(symbols))
     if spec.dtype == "uint8":
         return np.resize(rng.integers(0, 8, PERIOD, dtype=np.uint8), spec.bind(symbols))
-    of_weight = 0 < i and "n" not in spec.shape
+    of_weight = i > 0 and "n" not in spec.shape
     return random(spec, symbols, rng, int(call.attr("k")) ** -0.5 / 4 if of_weight else 1.0)
 
 

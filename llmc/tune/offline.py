@@ -3,20 +3,21 @@
     python run.py [--out results.jsonl] [--rounds 7] [--ahead 0]
 
 Each task runs in a process of its own, which a candidate may crash or hang: then that one has failed, and the task goes on without
-it. Candidates are timed in rounds, one after the other, so that a slow moment of the machine touches all of them alike. Thin:
-NumPy, ``tvm_ffi`` and the TVM runtime.
+it. Candidates are timed in rounds, one after the other, so that a slow moment of the machine touches all of them alike; in the end
+the fastest ones once more beside the default. Thin: NumPy, ``tvm_ffi`` and the TVM runtime.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import queue
 import statistics
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,10 @@ from typing import Any
 import numpy as np
 
 from llmc.schedules.records import Record, call_from_json, config_text, parse_line
+
+FINALISTS, FINAL_ROUNDS, FINALS = 3, 11, 4
+"""So many of the fastest are timed again beside the default, in turns, and what they took then counts: the fastest of many is
+partly the luckiest. Repeated, at most so often, until the fastest is one of those."""
 
 SILENCE = 120.0
 """Seconds without a word from a task's process before it counts as hanging."""
@@ -105,16 +110,34 @@ def _child(folder: Path, number: int, skipped: set[int], rounds: int) -> None:
                 say(record(pack, task, candidate, symbols, device.name, [], _sentence(error)))
             if "illegal" in str(error) or "unspecified launch" in str(error):
                 sys.exit(3)  # the CUDA context is gone with it
-    samples: dict[int, list[list[float]]] = {i: [[] for _ in task["sizes"]] for i in timers}
-    for _ in range(rounds):
-        for i, at_sizes in timers.items():
-            print(f"at {i}", flush=True)
-            for size, timer in enumerate(at_sizes):
-                samples[i][size].append(timer())
+
+    def timed(numbers: Iterable[int], times: int) -> dict[int, list[list[float]]]:
+        """Samples of candidates at every size, taken in turns."""
+        found: dict[int, list[list[float]]] = {i: [[] for _ in sizes] for i in numbers}
+        for _ in range(times):
+            for i, at_sizes in found.items():
+                print(f"at {i}", flush=True)
+                for timer, times_of in zip(timers[i], at_sizes, strict=True):
+                    times_of.append(timer())
+        return found
+
+    samples = timed(timers, rounds)
+    checked: set[int] = set()
+    for _ in range(FINALS):
+        ranked = sorted(samples, key=lambda i: _cost(samples[i]))
+        if not ranked or ranked[0] in checked:
+            break
+        checked |= {*ranked[:FINALISTS], *({0} & samples.keys())}
+        samples |= timed(sorted(checked), FINAL_ROUNDS)
     for i, at_sizes in samples.items():
         for size, symbols in enumerate(task["sizes"]):
             say(record(pack, task, task["candidates"][i], symbols, device.name, at_sizes[size], ""))
     print("done", flush=True)
+
+
+def _cost(samples: list[list[float]]) -> float:
+    """Mean of the logarithm of the median time over the sizes."""
+    return statistics.fmean(math.log(statistics.median(column)) for column in samples)
 
 
 def _sentence(error: Exception) -> str:

@@ -73,15 +73,17 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
-    """``row_block``: rows of a task, which share one gathering of keys and values."""
-    return {"row_block": [1] if call.phase == "decode" else [32, 16, 64]}
+    """``row_block``: rows of a task, which share one gathering of keys and values. ``queries``: of a register tile, which share
+    the loads of keys and values."""
+    queries = [4, 2, 8, 1] if Simd(target).registers >= 32 else [2, 4, 1, 3]
+    return {"row_block": [1] if call.phase == "decode" else [32, 16, 64, 128, 8], "queries": queries}
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     simd, symbols = Simd(target), Symbols()
     hq, d = (int(v) for v in call.args[0].shape[1:])
     hk, block = int(call.args[1].shape[1]), int(config["row_block"])
-    heads = Heads(hq // hk, d, int(call.attr("v_dim")), int(call.attr("page_size")), block)
+    heads = Heads(hq // hk, d, int(call.attr("v_dim")), int(call.attr("page_size")), block, int(config["queries"]))
     layout = page_layout_of(call, call.args[1], d, heads.dv)
     scores = Scores(*(call.attr(name) for name in ("scale", "softcap", "window", "chunk")))
     names = ["q", "kv_pages", "block_table", "seq_lens", "q_indptr", "sinks"][: len(call.args)]

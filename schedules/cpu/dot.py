@@ -34,6 +34,14 @@ def tile_shape(simd: Simd) -> TileShape:
     return TileShape(max(1, simd.registers * 3 // 4 // outputs), outputs)
 
 
+def tile_shapes(simd: Simd) -> list[TileShape]:
+    """What else fits the registers: :func:`tile_shape` first, then lower and wider, higher and narrower ones."""
+    most = simd.registers * 7 // 8
+    shapes = [(rows, outputs) for outputs in (1, 2, 4, 8) for rows in (1, 2, 3, 4, 6, 8, 12)]
+    fitting = [TileShape(r, o) for r, o in shapes if o <= simd.lanes and most // 2 <= r * o <= most]
+    return list(dict.fromkeys([tile_shape(simd), *fitting]))
+
+
 def output_blocks(o: int, width: int) -> list[tuple[int, int]]:
     """(start, outputs) of the blocks that remain after the full ones: powers of two, largest first."""
     blocks, start = [], o - o % width

@@ -28,13 +28,15 @@ MASKED = -1e30
 
 @dataclass(frozen=True)
 class Heads:
-    """Sizes of one attention layer: ``group`` query heads share a KV head; ``rows`` are the most rows of a task."""
+    """Sizes of one attention layer: ``group`` query heads share a KV head; ``rows`` are the most rows of a task; ``queries`` are
+    multiplied at once."""
 
     group: int
     d: int
     dv: int
     page_size: int
     rows: int
+    queries: int
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Flash:
         self.chunk = chunk_size(simd, heads.d, heads.dv)
         self.lanes = simd.lanes
         budget = simd.registers * 3 // 4
-        self.query_tile = 4 if simd.registers >= 32 else 2
+        self.query_tile = heads.queries
         self.row_tile = max(1, self.query_tile // heads.group)
         self.position_tile = max(1, min(self.chunk // self.lanes, budget // self.query_tile))
         self.value_tile = max(1, budget // self.query_tile)

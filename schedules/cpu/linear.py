@@ -5,7 +5,7 @@ first-level cache (a long k in blocks) while all rows of the block pass over the
 every weight once (decode: the machine's memory bandwidth), and with many rows the multiply-add units are the limit.
 The first row of a block streams the weights in the order they lie in memory (with k of a few hundred, several short rows at
 once defeat the hardware's prefetch); the others find them in the cache and go through the register tile ``rows × outputs`` of
-:func:`llmc.schedules.cpu.dot.tile_shape`, rows left over one at a time.
+``tile``, rows left over one at a time.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from llmc.schedules.cpu.dot import dot_block, dot_tile, output_blocks, tile_shape
+from llmc.schedules.cpu.dot import TileShape, dot_block, dot_tile, output_blocks, tile_shapes
 from llmc.schedules.cpu.emit import PARALLEL_WORK, Simd, Symbols, arguments, ceildiv, function, i64, local, read, store, when
 from llmc.schedules.cpu.math import ACTIVATIONS, Math
 from llmc.schedules.protocol import KernelCall, TensorSpec
@@ -27,7 +27,7 @@ Expr = Any
 NAME = "cpu.linear"
 OP = "llmc.linear"
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
-K_BLOCK = 3072
+K_BLOCKS = (3072, 1536, 6144, 16384)
 """Bytes of a weight row. A longer one is cut into blocks of this size, of which a tile's rows fit the first-level cache."""
 
 
@@ -68,16 +68,22 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
-    """``row_block``: rows that share one pass over the weights."""
-    rows = tile_shape(Simd(target)).rows
-    return {"row_block": [r // rows * rows + 1 for r in (96, 48, 192, 24)]}
+    """``row_block``: rows that share one pass over the weights, about. ``tile``: rows and outputs in registers at once.
+
+    ``k_block``: bytes of a weight row that stay in the first-level cache, for rows that are longer.
+    """
+    tiles = [[t.rows, t.outputs] for t in tile_shapes(Simd(target))]
+    row_bytes = int(call.args[1].shape[1]) * WIDTH[call.args[1].dtype]
+    blocks = [b for i, b in enumerate(K_BLOCKS) if i == 0 or min(b, K_BLOCKS[0]) < row_bytes]
+    return {"row_block": [96, 48, 192, 24], "tile": tiles, "k_block": blocks}
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     simd, symbols = Simd(target), Symbols()
-    tile = tile_shape(simd)
+    tile = TileShape(*config["tile"])
     o, k = (int(d) for d in call.args[1].shape)
-    block, k_block = int(config["row_block"]), K_BLOCK // WIDTH[call.args[1].dtype]
+    # The first row of a block streams the weights, the others come in whole tiles.
+    block, k_block = int(config["row_block"]) // tile.rows * tile.rows + 1, int(config["k_block"]) // WIDTH[call.args[1].dtype]
     specs = dict(zip(_names(call), (*call.args, call.result), strict=True))
     with function(f"linear_{o}x{k}") as done:
         buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))

@@ -104,9 +104,10 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """``rows``: rows of a register tile. ``row_block``: rows that share one pass over a panel. ``ahead``: bytes before they are
     needed that a single row asks for weights (0: never)."""
     at = _geometry(call)
-    tiles = [12, 8, 16, 4] if Simd(target).registers >= 32 else [2, 4, 6] if at.bits == 8 else [4, 2, 6]
-    fits = max(1, CACHE // at.columns // tiles[0]) * tiles[0]
-    return {"rows": tiles, "row_block": [min(fits, 480), 48, 96, 192], "ahead": [AHEAD, 0, 1024, 4096]}
+    tiles = [12, 8, 16, 4, 6] if Simd(target).registers >= 32 else [2, 4, 6, 3, 1] if at.bits == 8 else [4, 2, 6, 3, 5]
+    fits = min(max(1, CACHE // at.columns // tiles[0]) * tiles[0], 480)
+    blocks = [fits, *(b for b in (24, 48, 96, 192, 480) if b != fits)]
+    return {"rows": tiles, "row_block": blocks, "ahead": [AHEAD, 0, 512, 1024, 4096, 8192]}
 
 
 def _geometry(call: KernelCall) -> Panels:

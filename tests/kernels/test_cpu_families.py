@@ -176,10 +176,30 @@ def test_moe_has_the_same_bits_in_every_batch(module: Any) -> None:
 
 
 @pytest.mark.parametrize("label", ["odd_37x100_f16_silu", "long_k_11x2077"])
-@pytest.mark.parametrize("block", [1, 7, 193])
-def test_linear_has_the_same_bits_for_every_row_block(module: Any, label: str, block: int) -> None:
-    call = linear.SHAPES[label]
-    other = build({"other": (linear, call)}, targets.parse("cpu"), {"other": {"row_block": block}})
+def test_linear_has_the_same_bits_in_every_configuration(module: Any, label: str) -> None:
+    call, cpu = linear.SHAPES[label], targets.parse("cpu")
+    space = linear.space(call, cpu)
+    default = {axis: values[0] for axis, values in space.items()}
+    changes = [{"row_block": 1}, {"row_block": 7}, {"row_block": 193}, {"k_block": space["k_block"][-1]}, {"k_block": 1536}]
+    changes += [{"tile": tile} for tile in space["tile"][1:]]
+    other = build(
+        {f"c{i}": (linear, call) for i in range(len(changes))}, cpu, {f"c{i}": default | c for i, c in enumerate(changes)}
+    )
     arrays = random_arrays(call, {"n": 40}, seed=8)
     expected = run(module, symbol(linear, label), call, arrays, {"n": 40})
-    np.testing.assert_array_equal(run(other, "other", call, arrays, {"n": 40}), expected)
+    for i, change in enumerate(changes):
+        np.testing.assert_array_equal(run(other, f"c{i}", call, arrays, {"n": 40}), expected, err_msg=str(change))
+
+
+@pytest.mark.parametrize("label", ["smollm2_decode", "window_96_bf16"])
+def test_attention_has_the_same_bits_in_every_configuration(module: Any, label: str) -> None:
+    call, cpu = attend.SHAPES[label], targets.parse("cpu")
+    configs = [
+        {"row_block": r, "queries": q} for r in attend.space(call, cpu)["row_block"][:2] for q in attend.space(call, cpu)["queries"]
+    ]
+    other = build({f"c{i}": (attend, call) for i in range(len(configs))}, cpu, {f"c{i}": c for i, c in enumerate(configs)})
+    rows = [1, 1, 1] if call.phase == "decode" else [50, 3, 7]
+    arrays, symbols = paged_arrays(call, [70, 3, 130], rows, seed=5)
+    expected = run(module, symbol(attend, label), call, arrays, symbols)
+    for i, config in enumerate(configs):
+        np.testing.assert_array_equal(run(other, f"c{i}", call, arrays, symbols), expected, err_msg=str(config))

@@ -44,6 +44,7 @@ def test_reference(name: str) -> None:
         {"tile": (128, 64, 2), "split": 1, "share": 4},
         {"tile": (128, 128, 1), "split": 2, "share": 1, "dependent_launch": False},
         {"tile": (128, 256, 1), "split": 1, "share": 1},
+        {"tile": (128, 16, 2), "split": 6, "share": 1},
     ],
 )
 def test_configurations(name: str, config: dict[str, Any]) -> None:

@@ -42,7 +42,8 @@ class Faulty:
         if fault == "wrong":
             attrs = tuple(sorted({**dict(call.attrs), "activation": "relu"}.items()))
             call = dataclasses.replace(call, attrs=attrs)
-        return linear.build(call, target, {"row_block": config["row_block"]})
+        others = {axis: values[0] for axis, values in linear.space(call, target).items()}
+        return linear.build(call, target, {**others, "row_block": config["row_block"]})
 
     def reference(self, call: KernelCall, *arrays: np.ndarray) -> np.ndarray:
         return linear.reference(call, *arrays)

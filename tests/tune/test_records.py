@@ -34,7 +34,8 @@ def make(seconds: float | None, config: dict[str, Any], call: KernelCall = CALL,
 
 
 def configs(call: KernelCall = CALL) -> list[dict[str, Any]]:
-    return [{"row_block": block} for block in linear.space(call, HOST)["row_block"]]
+    space = linear.space(call, HOST)
+    return [{**{axis: values[0] for axis, values in space.items()}, "row_block": block} for block in space["row_block"]]
 
 
 def read(path: Path) -> R.Records:
@@ -163,7 +164,7 @@ def test_records_of_other_sources_and_machines_are_not_used() -> None:
 
 def test_a_value_that_the_space_no_longer_has_is_not_used() -> None:
     records = R.Records()
-    records.add(make(1.0, {"row_block": 7}))
+    records.add(make(1.0, {**configs()[0], "row_block": 7}))
     records.add(make(2.0, configs()[3]))
     found = records.lookup(linear, CALL, HOST)
     assert found is not None

@@ -80,17 +80,25 @@ def read_tasks(paths: Sequence[Path], parts: Sequence[str], shapes: Sequence[str
 def pack(folder: Path, tasks: Sequence[Task], most: int, known: Path | None, workers: int) -> None:
     """Compile up to ``most`` candidates of each task."""
     from llmc.tune import pack as packing
-    from llmc.tune.extract import candidates
+    from llmc.tune.extract import Chooser
     from llmc.tune.tuner import versions
 
     records, rng = Records(), random.Random(0)
     if known is not None:
         _read(records, known)
+    choose = Chooser(records, rng)
+    chosen = [(task, choose(task, most)) for task in tasks if not _is_measured(task, records, most)]
     problems = packing.write(
-        folder, targets.parse(TARGET), [(task, candidates(task, records, most, rng)) for task in tasks], versions(),
+        folder, targets.parse(TARGET), chosen, versions(),
         lambda done, total, what: print(f"{done} of {total}: {what}", flush=True), workers,
     )  # fmt: skip
     print("\n".join(problems))
+
+
+def _is_measured(task: Task, records: Records, most: int) -> bool:
+    """Whether the records already have so many configurations of the task, or all of them."""
+    of_task = (r for r in records.entries.values() if r.call == task.call and axes(r.config) == task.space.keys())
+    return len({r.config for r in of_task}) >= min(most, math.prod(map(len, task.space.values())))
 
 
 def _read(records: Records, path: Path) -> None:

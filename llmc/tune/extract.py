@@ -13,7 +13,8 @@ from llmc.manifest import FILE_NAME, KernelChoice, read
 from llmc.progress import Progress
 from llmc.schedules.records import Record, Records, append, config_text, machine_class, parse_line
 from llmc.targets.base import Target, folder_name
-from llmc.tune.search import Config
+from llmc.tune.cost_model import CostModel
+from llmc.tune.search import Config, enumerate_space, propose
 from llmc.tune.task import Task, tasks_of
 
 TRIALS = 64
@@ -52,28 +53,40 @@ def _kernels_of_artifact(folder: Path, target: Target) -> list[KernelChoice]:
 
 def pack_offline(folder: Path, target: Target, tasks: Sequence[Task], known: Records, trials: int, progress: Progress) -> list[str]:
     """Pack about ``trials`` candidates into ``folder``, the same number for each task; what did not compile, a line each."""
+    from llmc.runtime.host import default_threads
     from llmc.tune import pack
     from llmc.tune.tuner import versions
 
     rng = random.Random(0)
-    chosen = [(task, candidates(task, known, max(2, trials // len(tasks)), rng)) for task in tasks]
+    choose = Chooser(known, rng)
+    chosen = [(task, choose(task, max(2, trials // len(tasks)))) for task in tasks]
     with progress.phase("candidates", total=sum(len(configs) for _, configs in chosen)) as phase:
-        return pack.write(folder, target, chosen, versions(), phase.callback())
+        return pack.write(folder, target, chosen, versions(), phase.callback(), default_threads())
 
 
-def candidates(task: Task, known: Records, count: int, rng: random.Random) -> list[Config]:
-    """What to carry: the default first, what records say is best, then what the cost model ranks highest and what is unlike it."""
-    from llmc.tune.cost_model import CostModel
-    from llmc.tune.search import enumerate_space, propose
+class Chooser:
+    """What to carry to a machine that cannot search: the default first, what records say is best, then what the cost model ranks
+    highest and what is unlike it."""
 
-    everything = enumerate_space(task.space, rng)
-    found = known.lookup(task.family, task.call, task.target)
-    first = [task.default, *([] if found is None else [{axis: found.config[axis] for axis in task.space}])]
-    model = CostModel(lambda call: task.family.space(call, task.target))
-    model.fit(known.of_family(task.family, machine_class(task.target)))
-    score = (lambda configs: model.score(configs, task.call)) if model.ready else None
-    unique = list({config_text(c): c for c in first}.values())
-    return [*unique, *propose(everything, unique, max(0, count - len(unique)), score, rng)]
+    def __init__(self, known: Records, rng: random.Random) -> None:
+        self.known, self.rng = known, rng
+        self._models: dict[str, CostModel] = {}
+
+    def __call__(self, task: Task, count: int) -> list[Config]:
+        """Up to ``count`` configurations of a task."""
+        everything = enumerate_space(task.space, self.rng)
+        found = self.known.lookup(task.family, task.call, task.target)
+        first = [task.default, *([] if found is None else [{axis: found.config[axis] for axis in task.space}])]
+        model = self._model(task)
+        score = (lambda configs: model.score(configs, task.call)) if model.ready else None
+        unique = list({config_text(c): c for c in first}.values())
+        return [*unique, *propose(everything, unique, max(0, count - len(unique)), score, self.rng)]
+
+    def _model(self, task: Task) -> CostModel:
+        if task.family.NAME not in self._models:
+            model = self._models[task.family.NAME] = CostModel(lambda call: task.family.space(call, task.target))
+            model.fit(self.known.of_family(task.family, machine_class(task.target)))
+        return self._models[task.family.NAME]
 
 
 def import_results(path: Path, folder: Path) -> tuple[int, list[str]]:

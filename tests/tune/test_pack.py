@@ -22,7 +22,7 @@ from llmc.errors import LlmcError, OutputError
 from llmc.schedules.cpu import attend, linear
 from llmc.schedules.records import Records, config_text, load
 from llmc.tune import pack
-from llmc.tune.extract import candidates, import_results
+from llmc.tune.extract import Chooser, import_results
 from llmc.tune.task import Task
 from tests.tune.faulty import FAULTY
 
@@ -48,7 +48,8 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_packed_candidates_run_without_the_compiler_and_come_back_as_records(tmp_path: Path) -> None:
     folder, rng = tmp_path / "pack", random.Random(0)
-    chosen = [(task, candidates(task, Records(), 3, rng)) for task in (LINEAR, ATTEND)]
+    choose = Chooser(Records(), rng)
+    chosen = [(task, choose(task, 3)) for task in (LINEAR, ATTEND)]
     assert [config_text(configs[0]) for _, configs in chosen] == [config_text(t.default) for t in (LINEAR, ATTEND)]
     assert write(folder, *chosen) == []
     done = run(folder)
@@ -69,7 +70,7 @@ def test_packed_candidates_run_without_the_compiler_and_come_back_as_records(tmp
 def test_tasks_of_one_call_share_kernels_and_processes_compile_them(tmp_path: Path) -> None:
     """Also what a process that compiles is told of a task is all that it needs."""
     other = dataclasses.replace(LINEAR, sizes=({"n": 9},), label="other")
-    configs = candidates(LINEAR, Records(), 3, random.Random(0))
+    configs = Chooser(Records(), random.Random(0))(LINEAR, 3)
     folder = tmp_path / "pack"
     assert pack.write(folder, HOST, [(LINEAR, configs), (other, configs[:2])], "test", lambda *_: None, workers=2) == []
     first, second = json.loads((folder / "pack.json").read_text())["tasks"]

@@ -23,6 +23,7 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,24 @@ from llmc.schedules.parts import spaces
 from llmc.schedules.records import Record, Records, axes, call_from_json, call_to_json, config_text, slowdowns
 from llmc.tune.build import family_named
 from llmc.tune.cost_model import CostModel
-from llmc.tune.search import enumerate_space, propose
+from llmc.tune.search import Config, enumerate_space, propose
 from llmc.tune.task import Task, make, tasks_of
+from llmc.tune.tuner import BATCH
 
 TARGET = "cuda:sm_90a"
 MODELS = ("8b", "1b")
 MOST = 32
 """Configurations of a kernel that are packed unless more are asked for."""
 
-WHOLE_AT_LEAST = 8
+WHOLE_AT_LEAST = 20
 """Configurations from which on the search of a kernel is replayed."""
 
-SEEDS = 4
+WAYS = ("random", "cost model", "cost model, other shapes known")
+SEEDS = {WAYS[0]: 64, WAYS[1]: 4, WAYS[2]: 4}
+"""Searches of each kind: a random one costs nothing to replay."""
+
+PARTS = (0.02, 0.04, 0.06, 0.08, 0.1, 0.12, 0.14, 0.16, 0.18, 0.2)
+"""Of a space, for the plot."""
 
 
 def write_calls(path: Path, kernels: str, quant: str | None) -> None:
@@ -128,33 +135,47 @@ def _space(family: Any, record: Record, target: Any) -> dict[str, list[Any]]:
     return next(s for s in spaces(family, record.call, target) if s.keys() == axes(record.config))
 
 
-def search_loss(
-    records: Sequence[Record], others: Sequence[Record], family: Any, target: Any, trials: int, learn: bool, seed: int
-) -> float:
-    """log(time found / best time) of one search of ``trials`` configurations over measured times.
+@dataclass(frozen=True)
+class Replay:
+    """Searches over the measured ``records`` of one kernel; ``others``: records of other calls that a cost model may know."""
 
-    ``others``: records of other calls that the cost model may learn from before it starts.
-    """
-    call = records[0].call
-    times = slowdowns(records)
-    by_config: dict[str, list[Record]] = {}
-    for r in records:
-        by_config.setdefault(r.config, []).append(r)
-    rng = random.Random(seed)
-    space = _space(family, records[0], target)
-    everything = [c for c in enumerate_space(space, rng) if config_text(c) in by_config]
-    default = {axis: values[0] for axis, values in space.items()}
-    if not learn:
-        tried = [default, *rng.sample([c for c in everything if c != default], trials - 1)]
-    else:
-        model = CostModel(lambda c: family.space(c, target))
-        tried = [default]
-        model.fit(others)
+    family: Any
+    target: Any
+    records: Sequence[Record]
+    others: Sequence[Record]
+
+    def curve(self, trials: int, way: str, seed: int) -> list[float]:
+        """log(time found / best time) after every trial of one search. ``way``: one of :data:`WAYS`; all begin with the default."""
+        times, rng = slowdowns(self.records), random.Random(seed)
+        by_config: dict[str, list[Record]] = {}
+        for r in self.records:
+            by_config.setdefault(r.config, []).append(r)
+        space = _space(self.family, self.records[0], self.target)
+        everything = [c for c in enumerate_space(space, rng) if config_text(c) in by_config]
+        tried = [{axis: values[0] for axis, values in space.items()}]
+        if way == "random":
+            tried += rng.sample([c for c in everything if c != tried[0]], trials - 1)
+        else:
+            self._learn(everything, tried, trials, by_config, self.others if way == WAYS[2] else [], rng)
+        losses = [times.get(config_text(c), math.inf) for c in tried]
+        return [min(losses[: i + 1]) for i in range(trials)]
+
+    def _learn(
+        self,
+        everything: list[Config],
+        tried: list[Config],
+        trials: int,
+        by_config: dict[str, list[Record]],
+        known: Sequence[Record],
+        rng: random.Random,
+    ) -> None:
+        model, call = CostModel(lambda c: self.family.space(c, self.target)), self.records[0].call
+        model.fit(known)
         while len(tried) < trials:
             score = (lambda configs: model.score(configs, call)) if model.ready else None
-            tried += propose(everything, tried, min(6, trials - len(tried)), score, rng)
-            model.fit([*others, *(r for c in tried for r in by_config[config_text(c)])])
-    return min(times.get(config_text(c), float("inf")) for c in tried)
+            tried += propose(everything, tried, min(BATCH, trials - len(tried)), score, rng)
+            if len(tried) < trials:
+                model.fit([*known, *(r for c in tried for r in by_config[config_text(c)])])
 
 
 def _shape(call: Any) -> list[int]:
@@ -167,25 +188,67 @@ def _title(name: str, call: Any, part: frozenset[str] = frozenset()) -> str:
     return f"{name} {_shape(call)}" + (f" n={next(iter(part))}" if len(part) == 1 else "")
 
 
-def quality(path: Path) -> None:
-    """A table: for every space packed whole, how much of the best speed searches find in a tenth and a fifth of the trials."""
+def quality(path: Path, plot: Path | None) -> None:
+    """A table: for every space packed whole, how much of the best speed searches find in a tenth and a fifth of the trials.
+
+    ``plot``: a file for the mean over the spaces after each part of the trials, SVG.
+    """
     by_call, target = _load(path)
-    print("| kernel | space | default | trials | random | cost model | cost model, other shapes known |")
+    curves: dict[str, list[list[float]]] = {way: [] for way in WAYS}
+    print(f"| kernel | space | default | trials | {' | '.join(WAYS)} |")
     print("|---|---:|---:|---:|---:|---:|---:|")
     for (name, call, part), records in by_call.items():
         family = family_named(name, target)
         times = slowdowns(records)
         if len(times) < WHOLE_AT_LEAST:
             continue
-        others = [r for (n, c, _), rs in by_call.items() if n == name and c != call for r in rs]
-        default = config_text({axis: values[0] for axis, values in _space(family, records[0], target).items()})
-        first = f"{math.exp(-times[default]):.1%}" if default in times else "failed"
-        for trials in sorted({max(2, round(len(times) / share)) for share in (10, 5)}):
-            shares = []
-            for known, learn in (([], False), ([], True), (others, True)):
-                losses = [search_loss(records, known, family, target, trials, learn, seed) for seed in range(SEEDS)]
-                shares.append(f"{math.exp(-statistics.mean(losses)):.1%} (worst {math.exp(-max(losses)):.1%})")
-            print(f"| {_title(name, call, part)} | {len(times)} | {first} | {trials} | {' | '.join(shares)} |", flush=True)
+        others = [r for (n, c, p), rs in by_call.items() if n == name and p == part and c != call for r in rs]
+        replay, most = Replay(family, target, records, others), max(2, round(len(times) / 5))
+        found = {way: [replay.curve(most, way, seed) for seed in range(SEEDS[way])] for way in WAYS}
+        for way in WAYS:
+            mean = [statistics.fmean(column) for column in zip(*found[way], strict=True)]
+            curves[way].append([mean[min(most, max(1, round(len(times) * p))) - 1] for p in PARTS])
+        default = f"{math.exp(-found[WAYS[0]][0][0]):.1%}"
+        for trials in (max(2, round(len(times) / 10)), most):
+            losses = [[curve[trials - 1] for curve in found[way]] for way in WAYS]
+            shares = " | ".join(f"{math.exp(-statistics.fmean(loss)):.1%} (worst {math.exp(-max(loss)):.1%})" for loss in losses)
+            print(f"| {_title(name, call, part)} | {len(times)} | {default} | {trials} | {shares} |", flush=True)
+    means = {way: [math.exp(-statistics.fmean(column)) for column in zip(*curves[way], strict=True)] for way in WAYS}
+    for way, values in means.items():
+        print(f"{way}: " + ", ".join(f"{p:.0%} of the trials {value:.1%}" for p, value in zip(PARTS, values, strict=True)))
+    if plot is not None:
+        plot.write_text(_svg(means), encoding="utf-8")
+
+
+def _svg(means: dict[str, list[float]]) -> str:
+    """Lines over :data:`PARTS`, from 80 % to 100 % of the best speed."""
+    width, height, left, top = 560, 300, 60, 20
+
+    def x(part: float) -> float:
+        return left + part / PARTS[-1] * width
+
+    def y(share: float) -> float:
+        return top + (1 - share) / 0.2 * height
+
+    font = 'font-size="12" font-family="sans-serif"'
+    lines = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{left + width + 20}" height="{top + height + 60}" {font}>']
+    lines.append('<rect width="100%" height="100%" fill="white"/>')
+    for share in (0.8, 0.85, 0.9, 0.95, 0.97, 1.0):
+        dash = ' stroke-dasharray="4"' if share == 0.97 else ""
+        lines.append(f'<line x1="{left}" x2="{left + width}" y1="{y(share):.1f}" y2="{y(share):.1f}" stroke="#bbb"{dash}/>')
+        lines.append(f'<text x="{left - 8}" y="{y(share) + 4:.1f}" text-anchor="end">{share:.0%}</text>')
+    for part in PARTS:
+        lines.append(f'<text x="{x(part):.1f}" y="{top + height + 18}" text-anchor="middle">{part:.0%}</text>')
+    lines.append(
+        f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">part of the space that was tried</text>'
+    )
+    for i, (way, color) in enumerate(zip(means, ("#888", "#d62", "#26c"), strict=True)):
+        points = " ".join(f"{x(p):.1f},{y(max(0.8, v)):.1f}" for p, v in zip(PARTS, means[way], strict=True))
+        lines.append(f'<polyline points="{points}" fill="none" stroke="{color}" stroke-width="2"/>')
+        lines.append(
+            f'<text x="{left + width - 10}" y="{top + height - 16 * (3 - i)}" text-anchor="end" fill="{color}">{way}</text>'
+        )
+    return "\n".join([*lines, "</svg>", ""])
 
 
 def gains(path: Path) -> None:
@@ -224,6 +287,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=MOST, help=f"pack: configurations of a kernel (default: {MOST})")
     parser.add_argument("--known", type=Path, help="pack: records that the configurations are chosen by")
     parser.add_argument("--workers", type=int, default=1, help="pack: processes that compile (default: 1)")
+    parser.add_argument("--plot", type=Path, help="quality: a file for the plot, SVG")
     options = parser.parse_args()
     if options.action == "calls":
         write_calls(options.path, options.kernels, options.quant)
@@ -232,7 +296,7 @@ def main() -> None:
             parser.error("pack needs --calls")
         pack(options.path, read_tasks(options.calls, options.parts, options.shapes), options.most, options.known, options.workers)
     else:
-        {"quality": quality, "gains": gains}[options.action](options.path)
+        quality(options.path, options.plot) if options.action == "quality" else gains(options.path)
 
 
 if __name__ == "__main__":

@@ -142,7 +142,17 @@ def _code_hash(path: str) -> str:
         body = getattr(node, "body", None)
         if isinstance(body, list):  # a docstring, and the text below an assignment
             node.body = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]  # type: ignore[attr-defined]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    return hashlib.sha256(_dumped(tree).encode()).hexdigest()[:16]
+
+
+def _dumped(node: Any) -> str:
+    """A syntax tree as text that is the same in every version of Python: newer ones give nodes more fields, empty for old code."""
+    if isinstance(node, list):
+        return f"[{','.join(map(_dumped, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = [f"{name}={_dumped(value)}" for name, value in ast.iter_fields(node) if value is not None and value != []]
+    return f"{type(node).__name__}({','.join(fields)})"
 
 
 def _digest(value: dict[str, Any]) -> str:
@@ -285,13 +295,24 @@ class Records:
         exact = [r for r in known if r.call == call]
         exact = [r for r in exact if r.target == target.name] or exact
         if scores := slowdowns(exact):
-            ranked = sorted((slowdown, text) for text, slowdown in scores.items())
-            for _, text in ranked:
-                config = restore(text, space)
-                if config is not None:
-                    best = next(r for r in exact if r.config == text and r.seconds is not None)
-                    return Tuned(config, "record", f"measured on {best.device}, {len(scores)} configurations tried")
+            configs = {text: config for text in scores if (config := restore(text, space)) is not None}
+            if configs:
+                best = _worthwhile({text: scores[text] for text in configs}, space)
+                device = next(r.device for r in exact if r.config == best and r.seconds is not None)
+                return Tuned(configs[best], "record", f"measured on {device}, {len(scores)} configurations tried")
         return _nearest(known, call, space)
+
+
+WORTH = math.log(1.02)
+"""What the default must lose by before another configuration is taken: kernels are measured alone, and a model runs them one behind
+the other, where a percent may turn into its opposite."""
+
+
+def _worthwhile(scores: dict[str, float], space: Space) -> str:
+    """The configuration with the lowest score, or the default if that is hardly higher."""
+    best = min(scores, key=lambda text: (scores[text], text))
+    default = config_text({axis: values[0] for axis, values in space.items()})
+    return default if scores.get(default, math.inf) - scores[best] < WORTH else best
 
 
 def slowdowns(records: Sequence[Record]) -> dict[str, float]:
@@ -324,8 +345,10 @@ UNKNOWN = math.log(1.1)
 
 
 def distance(a: KernelCall, b: KernelCall) -> float:
-    """How far apart the sizes of two calls of one kind are, in octaves; infinite for calls that differ in anything else."""
-    if (a.op, a.phase) != (b.op, b.phase):
+    """How far apart the sizes of two calls of one kind are, in octaves; infinite for calls that differ in anything else: how their
+    weights are stored, or whether they are gated. A bias or another activation makes no difference.
+    """
+    if (a.op, a.phase, a.attr("scheme"), _is_gated(a)) != (b.op, b.phase, b.attr("scheme"), _is_gated(b)):
         return math.inf
     pairs = list(zip(a.args[:2], b.args[:2], strict=True))  # a bias or a residual more or less changes little
     if any(x.dtype != y.dtype or len(x.shape) != len(y.shape) for x, y in pairs):
@@ -339,6 +362,10 @@ def distance(a: KernelCall, b: KernelCall) -> float:
     return math.sqrt(total)
 
 
+def _is_gated(call: KernelCall) -> bool:
+    return str(call.attr("activation", "")).endswith("_gated")
+
+
 def _nearest(known: Sequence[Record], call: KernelCall, space: dict[str, list[Any]]) -> Tuned | None:
     """Kernel regression over calls: each neighbour votes with its slowdowns, weighted by how near it is."""
     by_call: dict[KernelCall, list[Record]] = defaultdict(list)
@@ -350,7 +377,9 @@ def _nearest(known: Sequence[Record], call: KernelCall, space: dict[str, list[An
     configs = {text: restored for _, table in tables for text in table if (restored := restore(text, space)) is not None}
     if not configs:
         return None
-    best = min(configs, key=lambda text: (sum(w * table.get(text, UNKNOWN) for w, table in tables), text))
+    weight = sum(w for w, _ in tables)
+    scores = {text: sum(w * table.get(text, UNKNOWN) for w, table in tables) / weight for text in configs}
+    best = _worthwhile(scores, space)
     shapes = " and ".join(str(list(other.args[1].shape)) for _, _, other in near[:1])
     return Tuned(configs[best], "nearest", f"from records of the nearest call, {near[0][2].op} with {shapes}")
 

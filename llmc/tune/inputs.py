@@ -167,12 +167,19 @@ def expected(family: Any, call: KernelCall, symbols: dict[str, int], arrays: lis
             if spec.shape[0] == call.args[0].shape[0]:
                 array = array[rows]
             if call.op == "llmc.linear" and i > 0:
-                array = array[columns] if i == 1 or array.ndim == 1 else array[:, columns]
+                of_weight = i == 1 or array.ndim == 1
+                array = array[_outputs(call, columns)] if of_weight else array[:, columns]
         parts.append(widen(array, spec.dtype))
     result = family.reference(call, *parts)
     if call.op == "llmc.attend":
         result = result[rows]
     return np.asarray(result if call.op == "llmc.linear" else result[..., columns], np.float32)
+
+
+def _outputs(call: KernelCall, columns: Array) -> Array:
+    """The outputs of the weight that results ``columns`` are of: of a gated layer, those of the gate and of what it gates."""
+    outputs, results = int(call.args[1].shape[0]), int(call.result.shape[-1])
+    return np.concatenate([columns + start for start in range(0, outputs, results)])
 
 
 TOLERANCE = {"float32": 2e-4, "float16": 4e-3, "bfloat16": 2e-2}

@@ -17,7 +17,7 @@ import torch
 from llmc.errors import UnsupportedError
 from llmc.runtime.tensors import storage_dtype
 from llmc.schedules.cpu import attend, linear, rope
-from llmc.schedules.cuda import quantized_hopper
+from llmc.schedules.cuda import linear_call, linear_hopper, quantized_hopper
 from llmc.schedules.gpu import quantized_call
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.tune import inputs
@@ -73,6 +73,15 @@ def test_expected_attention_is_torch(phase: str, symbols: tuple[int, int, int]) 
         out = torch.nn.functional.scaled_dot_product_attention(part, k, v, attn_mask=mask, enable_gqa=True)
         wanted[s * each : (s + 1) * each] = out.permute(1, 0, 2).numpy()
     assert np.allclose(found, wanted[kept], atol=1e-5)
+
+
+def test_expected_gated_linear_is_that_of_the_whole_matrix() -> None:
+    call = linear_call.sample(2 * 650, 40, activation="silu_gated", bias=1, residual=1)
+    arrays = inputs.make(call, {"n": 21})
+    rows, columns = inputs.compared(call, {"n": 21})
+    assert (len(rows), len(columns)) == (inputs.COMPARED_ROWS, inputs.COMPARED_OUTPUTS)
+    whole = linear_hopper.reference(call, *(inputs.widen(a, "bfloat16") for a in arrays))
+    assert np.allclose(inputs.expected(linear_hopper, call, {"n": 21}, arrays), whole[rows][:, columns], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["int4_g128", "int4p_g64", "q4_1", "int8", "fp8_e4m3"])

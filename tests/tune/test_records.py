@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from llmc import targets
 from llmc.errors import OutputError
 from llmc.schedules import records as R
 from llmc.schedules.cpu import linear
+from llmc.schedules.gpu import quantized_call
 from llmc.schedules.protocol import KernelCall
 
 HOST = targets.parse("cpu")
@@ -154,6 +156,27 @@ def test_lookup_without_a_record_asks_the_nearest_calls() -> None:
     assert records.lookup(linear, dataclasses.replace(CALL, phase="decode"), HOST) is None
 
 
+def test_the_default_stays_unless_another_is_faster_by_more_than_what_models_change() -> None:
+    for gain, at in ((1.01, 0), (1.05, 2)):
+        records = R.Records()
+        for i, config in enumerate(configs()):
+            records.add(make({0: 1.0, 2: 1.0 / gain}.get(i, 1.5), config))
+        found = records.lookup(linear, CALL, HOST)
+        near = records.lookup(linear, linear._call(48, 72), HOST)
+        assert found is not None
+        assert near is not None
+        assert (found.origin, near.origin) == ("record", "nearest")
+        assert found.config == near.config == configs()[at]
+
+
+def test_calls_that_store_weights_in_another_way_or_gate_are_never_near() -> None:
+    a, b = quantized_call.make(4096, 4096, "int4_g128"), quantized_call.make(4096, 2048, "int4_g128")
+    assert R.distance(a, b) == pytest.approx(1.0, abs=0.5)
+    assert R.distance(a, quantized_call.make(4096, 2048, "int8")) == math.inf
+    assert R.distance(a, quantized_call.make(4096, 4096, "int4_g128", activation="silu_gated")) == math.inf
+    assert R.distance(a, quantized_call.make(4096, 4096, "int4_g128", activation="silu", residual=1)) == 0.0
+
+
 def test_records_of_other_sources_and_machines_are_not_used() -> None:
     records = R.Records()
     records.add(make(1.0, configs()[1], source="0" * 16))
@@ -179,6 +202,13 @@ def test_source_hash_sees_code_and_not_comments(tmp_path: Path) -> None:
         path.write_text(text)
         hashes.append(R._code_hash(str(path)))
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_source_hash_is_of_the_code_and_not_of_the_python_that_reads_it(tmp_path: Path) -> None:
+    """A function has fields in Python 3.12 that it has not in 3.11; both find the same shipped records."""
+    path = tmp_path / "m.py"
+    path.write_text("def f(a, *b, c=None):\n    return f'{a!r:>4} {b}' if a is not None else [*b]\n\n\nclass C(int):\n    pass\n")
+    assert R._code_hash(str(path)) == "74c7fbd675eb7192"
 
 
 def test_shipped_records_are_whole_and_of_known_families() -> None:

@@ -319,6 +319,7 @@ def lower_model(
         calibration=settings.calibration,
         records=records,
         unfused=settings.unfused,
+        chunks=settings.chunks,
     )
     return lower(imported.mod, imported.params, target, options, dump_ir, phase.callback())
 

@@ -42,6 +42,7 @@ class Settings:
     max_batch: int
     page_size: int
     unfused: frozenset[str] = DEFAULT.unfused
+    chunks: int = DEFAULT.chunks
     choices: str = "default"
     calibration: Calibration | None = None
 
@@ -126,7 +127,9 @@ def with_choices(
     if choices is None and len(chosen) == 1:  # several targets share their pages, and nothing was measured for all of them together
         choices, origin = find(records, whole_model(source, settings), chosen[0])
     choices = choices or DEFAULT
-    return replace(settings, page_size=page_size or choices.page_size, unfused=choices.unfused, choices=origin)
+    return replace(
+        settings, page_size=page_size or choices.page_size, unfused=choices.unfused, chunks=choices.chunks, choices=origin
+    )
 
 
 def described(settings: Settings) -> dict[str, Any]:
@@ -136,6 +139,8 @@ def described(settings: Settings) -> dict[str, Any]:
         options["choices"] = settings.choices
     if settings.unfused != DEFAULT.unfused:
         options["unfused"] = sorted(settings.unfused)
+    if settings.chunks != DEFAULT.chunks:
+        options["chunks"] = settings.chunks
     return options
 
 
@@ -156,5 +161,6 @@ def settings_from(m: Manifest) -> Settings:
         m.limits.max_batch,
         m.kv.page_size,
         frozenset(m.options.get("unfused", DEFAULT.unfused)),
+        m.options.get("chunks", DEFAULT.chunks),
         m.options.get("choices", "default"),
     )

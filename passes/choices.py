@@ -1,4 +1,4 @@
-"""Decisions for a whole model that no rule makes well: how many positions a KV page has, and what is fused.
+"""Decisions for a whole model that no rule makes well: how many positions a KV page has, what is fused, how work is dealt out.
 
 Each costs or gains by the model, the batch and the machine: a wide page is read in longer runs and wasted by short sequences; a
 fused kernel saves a round through memory and may keep a plain one from using all threads. ``llmc tune --whole`` measures them
@@ -25,18 +25,22 @@ class Choices:
     """``page_size``: positions of a KV page. Fused into one kernel: ``gated``, both halves of a gated feed-forward layer with its
     activation (:mod:`~llmc.passes.fuse_gated`); ``append``, rotation and append (:mod:`~llmc.passes.fuse_append`); ``norm``, a
     norm and the linear layers behind it (:mod:`~llmc.passes.fold_norm`); ``step``, all kernels of a step on a CPU
-    (:mod:`~llmc.passes.one_region`)."""
+    (:mod:`~llmc.passes.one_region`). ``early``: a kernel starts while the one before it ends, on NVIDIA GPUs that can
+    (:mod:`llmc.targets.dependent_launch`). ``chunks``: pieces of a kernel for each thread of a step on a CPU; more keep threads
+    busy that are held up, and cost an atomic addition each."""
 
     page_size: int = 16
     gated: bool = True
     append: bool = True
     norm: bool = False
     step: bool = True
+    early: bool = True
+    chunks: int = 6
 
     @property
     def unfused(self) -> frozenset[str]:
-        """What stays in kernels of its own."""
-        return frozenset(axis for axis in ("gated", "append", "norm", "step") if not getattr(self, axis))
+        """What stays apart: in kernels of its own, or after the end of the kernel before."""
+        return frozenset(axis for axis in ("gated", "append", "norm", "step", "early") if not getattr(self, axis))
 
 
 DEFAULT = Choices()
@@ -50,9 +54,12 @@ def model_call(hidden: int, vocab: int, layers: int, storage: str) -> KernelCall
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """The axes of :class:`Choices`, defaults first; those that mean nothing to the target have one value."""
-    step = [True, False] if target.kind == "cpu" else [True]
-    norm = [False, True] if target.kind == "cuda" else [False]
-    return {"page_size": [16, 32, 64], "gated": [True, False], "append": [True, False], "norm": norm, "step": step}
+    step, chunks = ([True, False], [6, 3, 12]) if target.kind == "cpu" else ([True], [6])
+    norm, early = ([False, True], [True, False]) if target.kind == "cuda" else ([False], [True])
+    return {
+        "page_size": [16, 32, 64], "gated": [True, False], "append": [True, False], "norm": norm, "step": step, "early": early,
+        "chunks": chunks,
+    }  # fmt: skip
 
 
 def find(records: Records, call: KernelCall, target: Target) -> tuple[Choices, str]:

@@ -51,11 +51,15 @@ class _Kernel:
 class KernelLibrary:
     """Builds kernels on demand, one per distinct call, and remembers how often each phase runs them.
 
-    ``records``: what was measured; a call that they say nothing of gets its family's default configuration.
+    ``records``: what was measured; a call that they say nothing of gets its family's default configuration. Without ``early`` no
+    kernel starts before the end of the one before it.
     """
 
-    def __init__(self, target: Target, families: Sequence[Any], functions: PrimFuncs, records: Records | None = None) -> None:
+    def __init__(
+        self, target: Target, families: Sequence[Any], functions: PrimFuncs, records: Records | None = None, early: bool = True
+    ) -> None:
         self.target, self.families, self.functions, self.records = target, families, functions, records or Records()
+        self.early = early
         self.counts: Counter[tuple[str, KernelCall]] = Counter()
         self._kernels: dict[KernelCall, _Kernel] = {}
 
@@ -73,9 +77,11 @@ class KernelLibrary:
 
     def _config(self, family: Any, call: KernelCall) -> tuple[dict[str, Any], str]:
         """The configuration of a call, and where it is from."""
-        if (found := self.records.lookup(family, call, self.target)) is not None:
-            return found.config, f"{found.origin}: {found.why}"
-        return {axis: values[0] for axis, values in family.space(call, self.target).items()}, "default"
+        found = self.records.lookup(family, call, self.target)
+        config = found.config if found else {axis: values[0] for axis, values in family.space(call, self.target).items()}
+        if not self.early and "dependent_launch" in config:
+            config = {**config, "dependent_launch": False}
+        return config, f"{found.origin}: {found.why}" if found else "default"
 
     def choices(self) -> list[KernelChoice]:
         """One record per phase and kernel, in the order of first use."""
@@ -149,10 +155,11 @@ def lower_kernels(
     families: Sequence[Any],
     tvm_target: tvm.target.Target,
     records: Records | None = None,
+    early: bool = True,
 ) -> tuple[tvm.IRModule, KernelLibrary]:
     """All phases in one module of ``call_tir`` and PrimFuncs (not fused yet), and the record of the kernels chosen."""
     functions = PrimFuncs()
-    library, legalizer = KernelLibrary(target, families, functions, records), Legalizer(functions)
+    library, legalizer = KernelLibrary(target, families, functions, records, early), Legalizer(functions)
     with tvm_target:
         for graph in graphs:
             _lower_graph(graph, library, legalizer)

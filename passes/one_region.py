@@ -56,14 +56,15 @@ class _Step:
         return offset
 
 
-def one_region(module: tvm.IRModule, name: str, target: Target, few_rows: bool) -> tvm.IRModule:
+def one_region(module: tvm.IRModule, name: str, target: Target, few_rows: bool, chunks: int) -> tvm.IRModule:
     """Function ``name`` of a planned and scheduled module with all of its kernels in one; the module as it is if the function
-    does anything that is no kernel on tensors, or the target has no team. ``few_rows``: of a step's rows, as in decode."""
+    does anything that is no kernel on tensors, or the target has no team. ``few_rows``: of a step's rows, as in decode; ``chunks``
+    of a kernel for each thread."""
     if not team.has_team(target):
         return module
     function = module[name]
     kernels: dict[str, TeamKernel] = {}
-    step = _read(module, function, name, kernels, few_rows)
+    step = _read(module, function, name, kernels, few_rows, chunks)
     if step is None:
         return module
     slots = sum(kernel.phases or 1 for kernel, _ in step.calls)
@@ -80,7 +81,7 @@ def one_region(module: tvm.IRModule, name: str, target: Target, few_rows: bool) 
 
 
 def _read(
-    module: tvm.IRModule, function: relax.Function, name: str, kernels: dict[str, TeamKernel], few_rows: bool
+    module: tvm.IRModule, function: relax.Function, name: str, kernels: dict[str, TeamKernel], few_rows: bool, chunks: int
 ) -> _Step | None:
     """The function as a :class:`_Step`, its kernels added to ``kernels``; None if it is not made of kernels on tensors."""
     step = _Step(list(function.params))
@@ -102,7 +103,7 @@ def _read(
             if not all(a in step.places for a in value.args):
                 return None
             if kernel_name not in kernels:
-                kernels[kernel_name] = team_kernel(f"{kernel_name}_team_{name}", module[value.op], few_rows)
+                kernels[kernel_name] = team_kernel(f"{kernel_name}_team_{name}", module[value.op], few_rows, chunks)
             if _symbols_of(kernels[kernel_name], value.args) is None:
                 return None
             step.calls.append((kernels[kernel_name], list(value.args)))

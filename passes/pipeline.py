@@ -52,6 +52,7 @@ from llmc.passes.verify_dialect import Verifier
 from llmc.passes.widen import widen
 from llmc.schedules.records import Records
 from llmc.schedules.registry import takes
+from llmc.targets import dependent_launch
 from llmc.targets.base import Target
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Options:
 
     ``page_size``: positions in a page; ``kv_dtype``: of stored keys and values; ``context``: most positions of a sequence;
     ``max_batch``: sequences in a step; ``max_rows``: tokens in an extend step; ``max_logit_rows``: rows with logits in one;
-    ``quantization``: how weights are stored; ``unfused``: what not to fuse (:class:`llmc.passes.choices.Choices`);
+    ``quantization``: how weights are stored; ``unfused``, ``chunks``: as :class:`llmc.passes.choices.Choices` has them;
     ``calibration``: the text that methods other than rounding to nearest look at;
     ``records``: the measurements that kernels get their configurations from.
     """
@@ -82,6 +83,7 @@ class Options:
     calibration: Calibration | None = None
     records: Records | None = None
     unfused: frozenset[str] = DEFAULT.unfused
+    chunks: int = DEFAULT.chunks
 
     def upper_bounds(self, phase: str) -> dict[str, int]:
         """The most that each symbolic dimension of ``phase`` can be."""
@@ -180,7 +182,8 @@ def _fold_norm(s: _State) -> None:
 def _lower_kernels(s: _State) -> None:
     module = targets.module_for(s.target)
     s.tvm_target = module.tvm_target(s.target)
-    s.module, s.library = lower_kernels(s.graphs, s.target, module.families(s.target), s.tvm_target, s.options.records)
+    early = "early" not in s.options.unfused
+    s.module, s.library = lower_kernels(s.graphs, s.target, module.families(s.target), s.tvm_target, s.options.records, early)
 
 
 def _sampling(s: _State) -> None:
@@ -227,10 +230,15 @@ def _plan_memory(s: _State) -> None:
 def _one_region(s: _State) -> None:
     if "step" not in s.options.unfused:
         for name in PHASES:
-            s.module = one_region(s.module, name, s.target, few_rows=name == "decode")
+            s.module = one_region(s.module, name, s.target, few_rows=name == "decode", chunks=s.options.chunks)
 
 
 def _lower_vm(s: _State) -> None:
+    if "early" in s.options.unfused:
+        late = {
+            var: f.with_attr(dependent_launch.OFF, True) for var, f in s.module.functions.items() if isinstance(f, tirx.PrimFunc)
+        }
+        s.module.update(tvm.IRModule(late))
     s.module = lower_vm(s.module, s.tvm_target)
 
 

@@ -44,8 +44,9 @@ class TeamKernel:
     phases: int | None
 
 
-def team_kernel(name: str, kernel: tirx.PrimFunc, few_rows: bool = True) -> TeamKernel:
-    """``kernel`` for a team, as ``name``. ``few_rows``: loops that are parallel for many rows only are not worth a team."""
+def team_kernel(name: str, kernel: tirx.PrimFunc, few_rows: bool, chunks: int) -> TeamKernel:
+    """``kernel`` for a team, as ``name``. ``few_rows``: loops that are parallel for many rows only are not worth a team; ``chunks``
+    of a loop for each thread."""
     phases = _phases(_statements(kernel.body), few_rows)
     # In both cases a copy: no two functions may share a variable. tvm.ir.load_json would write the text anew in Python first, in
     # case that it was another TVM's.
@@ -60,7 +61,7 @@ def team_kernel(name: str, kernel: tirx.PrimFunc, few_rows: bool = True) -> Team
         # Not noalias: other threads write what this one reads, which no pointer of this function does.
         T.func_attr({"global_symbol": name, "calling_conv": DIRECT_CALL, "tirx.is_scheduled": True})
         T.func_ret(tvm.ir.PrimType("int32"))  # -1 where memory for a large local buffer is missing
-        emitter = _Emitter(buffers, shared, symbols, phases)
+        emitter = _Emitter(buffers, shared, symbols, phases, chunks)
         emitter.emit(body)
         T.add_to_parent(tirx.stmt.Return(tirx.const(0, "int32")))
     return TeamKernel(name, builder.get(), tuple(buffers), tuple(shared), tuple(symbols), phases)
@@ -69,14 +70,16 @@ def team_kernel(name: str, kernel: tirx.PrimFunc, few_rows: bool = True) -> Team
 class _Emitter:
     """Writes the function into the current builder."""
 
-    def __init__(self, buffers: Sequence[Any], shared: Sequence[Any], symbols: Sequence[Any], phases: int | None) -> None:
+    def __init__(
+        self, buffers: Sequence[Any], shared: Sequence[Any], symbols: Sequence[Any], phases: int | None, chunks: int
+    ) -> None:
         pointers = [T.arg(f"p{i}", T.handle(str(b.ty.dtype))) for i, b in enumerate((*buffers, *shared))]
         for symbol in symbols:
             T.arg(str(symbol.name), symbol)
         if phases is not None:
             self.slots = T.arg("slots", T.handle("int32"))
             self.threads = T.arg("threads", T.int32())
-        self.phases, self.next = phases, 0
+        self.phases, self.chunks, self.next = phases, chunks, 0
         for buffer, pointer in zip((*buffers, *shared), pointers, strict=True):
             T.add_to_parent(tirx.DeclBuffer(buffer, data=pointer))
 
@@ -129,7 +132,7 @@ class _Emitter:
             start, count = tirx.Cast(dtype, low), tirx.Cast(dtype, high - low)
             T.add_to_parent(tirx.For(loop.loop_var, start, count, tirx.stmt.ForKind.SERIAL, loop.body))
 
-        team.share(self._slot(), tirx.Cast("int32", loop.extent), self.threads, body)
+        team.share(self._slot(), tirx.Cast("int32", loop.extent), self.threads, self.chunks, body)
 
 
 def _statements(s: Stmt) -> list[Stmt]:

@@ -16,6 +16,9 @@ from tvm import tirx
 from tvm.script import tirx as T
 from tvm_ffi.structural import structural_equal, structural_walk
 
+OFF = "llmc.late"
+"""Attribute of a function whose kernels are to wait for the end of the one before."""
+
 LAUNCH_PARAMETERS = "tirx.kernel_launch_params"
 DEPENDENT = "tirx.use_programtic_dependent_launch"
 _DEVICE_KERNEL = 2
@@ -34,7 +37,9 @@ def request(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
         return module
 
     def ask(function: Any) -> Any:
-        return function.with_attr(LAUNCH_PARAMETERS, [DEPENDENT]) if isinstance(function, tirx.PrimFunc) else function
+        if not isinstance(function, tirx.PrimFunc) or OFF in function.attrs:
+            return function
+        return function.with_attr(LAUNCH_PARAMETERS, [DEPENDENT])
 
     return tvm.IRModule({var: ask(function) for var, function in module.functions.items()}, attrs=module.attrs)
 

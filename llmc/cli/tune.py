@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     budget.add_argument("--kernels", default="*", metavar="PATTERN", help="only kernels or families that fit, such as 'gemv*'")
     budget.add_argument("--resume", action="store_true", help="do not try again what this machine's records already have")
     budget.add_argument(
-        "--whole", action="store_true", help="tune what concerns the whole model instead: page size, fusion; compiles it for each"
+        "--whole",
+        action="store_true",
+        help="tune what concerns the whole model instead: page size, fusion, early starts, pieces of work; compiles it for each",
     )
     budget.add_argument("--records", type=Path, metavar="DIR", help="folder for the records (default: records in llmc's cache)")
     elsewhere = parser.add_argument_group("a machine without a compiler or a network")

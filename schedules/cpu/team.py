@@ -23,8 +23,6 @@ from llmc.targets.base import Target
 Expr = Any
 SLOT = 64
 """Bytes of a phase's counters: a cache line."""
-CHUNKS = 6
-"""Chunks of a phase for each thread: the last one to finish is late by at most a chunk."""
 SPINS = 4000
 
 _PAUSE = {"x86_64": "declare void @llvm.x86.sse2.pause()", "aarch64": "declare void @llvm.aarch64.hint(i32)"}
@@ -84,11 +82,11 @@ def add(counter: Expr, value: Expr) -> Expr:
     return tirx.call_extern("int32", "llmc_team_add", counter, value)
 
 
-def share(slot: Expr, extent: Expr, threads: Expr, body: Callable[[Expr, Expr], None]) -> None:
+def share(slot: Expr, extent: Expr, threads: Expr, chunks: int, body: Callable[[Expr, Expr], None]) -> None:
     """Emit a phase over ``extent`` (int32) iterations: ``body(low, high)`` runs a chunk of them on one of the threads that come
-    here, and behind the phase all of them are done."""
+    here, and behind the phase all of them are done. With more ``chunks`` for each thread the last to finish is late by less."""
     extent = bind(extent)
-    chunk = bind(tirx.max(tirx.floordiv(extent, threads * CHUNKS), tirx.const(1, "int32")))
+    chunk = bind(tirx.max(tirx.floordiv(extent, threads * chunks), tirx.const(1, "int32")))
     first = T.alloc_buffer((1,), "int32")
     T.buffer_store(first, add(slot, chunk), [0])
     with T.While(first[0] < extent):

@@ -50,6 +50,8 @@ def emulate(
         (quantized_gemv, make(48, 1360, "int4_g64", bias=1), 3, 0.0, {}),
         (quantized_gemv, make(33, 352, "q4_1", residual=1), 8, 1.0, {"warps": 1}),
         (quantized_gemv, make(64, 136, "int8", activation="silu_gated"), 9, 0.0, {"columns": 16}),
+        (gemv, linear_call.sample(56, 328), 29, 0.0, {"columns": 32, "tiles": 2, "depth": 2}),
+        (quantized_gemv, make(56, 392, "int4_g128"), 27, 1.0, {"columns": 32, "tiles": 2, "depth": 2}),
     ],
     ids=lambda value: getattr(value, "NAME", None),
 )

@@ -57,7 +57,7 @@ def test_records_are_those_of_the_linear() -> None:
     known.add(
         R.Record(
             linear_hopper.NAME, linear, (("n", 16),), TARGET.name, R.machine_class(TARGET), "a GPU", R.config_text({"9-16": other}),
-            1e-6, 0.0, "", R.source_hash(linear_hopper), "llmc test",
+            1e-6, 0.0, "", R.source_hash(linear_hopper, R.config_text({"9-16": other})), "llmc test",
         )
     )  # fmt: skip
     found = known.lookup(family, case, TARGET)

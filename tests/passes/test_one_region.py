@@ -52,14 +52,14 @@ def family_kernel(family: Any, call: KernelCall) -> Any:
 
 
 def test_kernels_for_one_thread_and_for_a_team_are_told_apart() -> None:
-    parallel = team_kernel("a", family_kernel(linear, linear.SHAPES["square_576"]))
+    parallel = team_kernel("a", family_kernel(linear, linear.SHAPES["square_576"]), True, 6)
     assert parallel.phases == 1 and not parallel.shared
-    rounded = team_kernel("b", family_kernel(quantized_linear, quantized_linear.SHAPES["qkv_960x576_q4_1"]))
+    rounded = team_kernel("b", family_kernel(quantized_linear, quantized_linear.SHAPES["qkv_960x576_q4_1"]), True, 6)
     assert rounded.phases == 3 and len(rounded.shared) == 3  # rows rounded by all threads or by one, then the panels
-    assert team_kernel("c", family_kernel(attend, attend.SHAPES["smollm2_decode"])).phases == 1
+    assert team_kernel("c", family_kernel(attend, attend.SHAPES["smollm2_decode"]), True, 6).phases == 1
     norm = family_kernel(rms_norm, rms_norm.SHAPES["smollm2"])
-    assert team_kernel("d", norm).phases is None
-    assert team_kernel("e", norm, few_rows=False).phases == 2  # with many rows on all threads, else on one
+    assert team_kernel("d", norm, True, 6).phases is None
+    assert team_kernel("e", norm, False, 6).phases == 2  # with many rows on all threads, else on one
 
 
 def test_machines_without_the_means_keep_their_kernels_apart() -> None:

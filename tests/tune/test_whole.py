@@ -11,6 +11,8 @@ import llmc.tvm_setup  # (first: prepares the import of tvm)
 # isort: split
 import numpy as np
 import pytest
+import tvm
+from tvm.script import tirx as T
 
 import llmc
 from llmc import targets
@@ -18,13 +20,20 @@ from llmc.cli.main import main
 from llmc.errors import LlmcError
 from llmc.manifest import read
 from llmc.passes import choices as family
+from llmc.passes.legalize import PrimFuncs
+from llmc.passes.lower_kernels import KernelLibrary
 from llmc.progress import SilentProgress
 from llmc.schedules import records as R
+from llmc.schedules.cuda import gemv
+from llmc.settings import settings_from
+from llmc.targets import dependent_launch
+from llmc.targets.cuda import tvm_target
 from llmc.tune import whole
 from tests.support.tiny_models import build
 
 HOST = targets.parse("cpu")
 CALL = family.model_call(64, 256, 2, "float32")
+REST = {"norm": False, "early": True, "chunks": 6}
 
 
 def time_of(choices: dict[str, Any]) -> whole.Times:
@@ -58,22 +67,22 @@ def search(tmp_path: Path, machine: _Machine, known: R.Records) -> whole.Outcome
 
 def test_each_axis_is_tried_from_the_best_so_far_and_records_give_the_winner(tmp_path: Path) -> None:
     found = search(tmp_path, _Machine(), R.Records())
-    assert found.best == {"page_size": 32, "gated": False, "append": True, "norm": False, "step": True}
-    assert len(found.times) == 1 + 2 + 1 + 1 + 1
+    assert found.best == {"page_size": 32, "gated": False, "append": True, "step": True, **REST}
+    assert len(found.times) == 1 + 2 + 1 + 1 + 1 + 2
     records = R.load([tmp_path])
     assert records.notes == []
     chosen, origin = family.find(records, CALL, HOST)
     assert chosen == family.Choices(page_size=32, gated=False)
-    assert origin == "record: measured on a machine, 6 configurations tried"
+    assert origin == "record: measured on a machine, 8 configurations tried"
     assert chosen.unfused == {"gated", "norm"}
     assert family.find(records, family.model_call(64, 256, 2, "int4_g32"), HOST)[0] == family.DEFAULT
     assert "<- best" in found.table()
 
 
 def test_a_choice_that_fails_is_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
-    broken = {"page_size": 32, "gated": True, "append": True, "norm": False, "step": True}
+    broken = {"page_size": 32, "gated": True, "append": True, "step": True, **REST}
     found = search(tmp_path, _Machine(broken), R.Records())
-    assert found.best == {"page_size": 16, "gated": False, "append": True, "norm": False, "step": True}
+    assert found.best == {"page_size": 16, "gated": False, "append": True, "step": True, **REST}
     assert found.failed == {R.config_text(broken): "it crashed"}
     failed = [r for r in R.load([tmp_path]).entries.values() if r.seconds is None]
     assert {r.error for r in failed} == {"it crashed"}
@@ -81,7 +90,7 @@ def test_a_choice_that_fails_is_recorded_and_the_search_goes_on(tmp_path: Path) 
 
 def test_a_model_that_does_not_run_at_all(tmp_path: Path) -> None:
     with pytest.raises(LlmcError, match="with llmc's defaults it does not run: it crashed"):
-        search(tmp_path, _Machine({"page_size": 16, "gated": True, "append": True, "norm": False, "step": True}), R.Records())
+        search(tmp_path, _Machine({"page_size": 16, "gated": True, "append": True, "step": True, **REST}), R.Records())
 
 
 def test_nothing_fused_computes_the_same_and_the_manifest_says_so(tmp_path: Path) -> None:
@@ -89,7 +98,7 @@ def test_nothing_fused_computes_the_same_and_the_manifest_says_so(tmp_path: Path
     build("llama", folder, dtype="float32")
     for name, chosen in (
         ("plain", family.Choices(page_size=32, gated=False, append=False, norm=False, step=False)),
-        ("fused", family.DEFAULT),
+        ("fused", family.Choices(chunks=2)),
     ):
         llmc.compile(str(folder), out=tmp_path / name, dtype="float32", choices=chosen, max_batch=2)
         with llmc.load(tmp_path / name) as model:
@@ -98,9 +107,29 @@ def test_nothing_fused_computes_the_same_and_the_manifest_says_so(tmp_path: Path
         info = read(tmp_path / name)
         assert info.kv.page_size == chosen.page_size
         assert info.options.get("unfused", sorted(family.DEFAULT.unfused)) == sorted(chosen.unfused)
+        assert settings_from(info).chunks == chosen.chunks
         kernels.append(sum(k.count for k in info.variants[0].kernels if k.function == "decode"))
     np.testing.assert_allclose(logits[0], logits[1], atol=2e-5)
     assert kernels[0] > kernels[1]
+
+
+def test_kernels_that_wait_for_the_one_before() -> None:
+    """On NVIDIA GPUs starting early is a choice, of kernels in PTX by their configuration, of all others by an attribute."""
+    hopper, call = targets.parse("cuda:sm_90a"), gemv.SHAPES["even_64x256"]
+    assert family.space(CALL, hopper)["early"] == [True, False]
+    for early in (True, False):
+        library = KernelLibrary(hopper, (gemv,), PrimFuncs(), early=early)
+        library.kernel("decode", call)
+        assert library.choices()[0].config["dependent_launch"] is early
+
+    @T.prim_func(s_tir=True)
+    def plain(a: T.Buffer((4,), "float32")) -> None:
+        a[0] = T.float32(1)
+
+    module = tvm.IRModule({"now": plain, "late": plain.with_attr(dependent_launch.OFF, True)})
+    asked = dependent_launch.request(module, tvm_target(hopper))
+    assert dependent_launch.LAUNCH_PARAMETERS in asked["now"].attrs
+    assert dependent_launch.LAUNCH_PARAMETERS not in asked["late"].attrs
 
 
 def test_whole_is_not_for_other_machines_or_kernels(capsys: pytest.CaptureFixture[str]) -> None:

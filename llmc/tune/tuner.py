@@ -128,6 +128,7 @@ class Tuner:
         limits: Limits = measure(tasks[0].target)
         self.states = [State(t, enumerate_space(t.space, self.rng), [limits.seconds(t, s) for s in t.sizes]) for t in tasks]
         self._worker: tuple[Task, Worker] | None = None
+        self._device = ""
 
     def run(self) -> None:
         """Search until the budget is spent or every space is exhausted, then time the winners against the defaults.
@@ -172,8 +173,7 @@ class Tuner:
 
     def _first(self, state: State) -> list[Config]:
         """The default, and what compiling would take from the records there are."""
-        worker = self._worker_for(state)
-        state.device = worker.device
+        state.device = self._device = self._device or self._worker_for(state).device
         if self.resume:
             self._recall(state)
         task = state.task

@@ -5,7 +5,7 @@ Tensors are held as :func:`llmc.runtime.tensors.storage_dtype` says: bfloat16 as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,12 +72,17 @@ def widen(array: Array, dtype: str) -> Array:
     return array.astype(np.float32) if dtype in ("float16", "float32") else array
 
 
-def make(call: KernelCall, symbols: dict[str, int], seed: int = 0) -> list[Array]:
-    """The operands of the call. Raises UnsupportedError for an op that it does not know."""
-    maker = _MAKERS.get(call.op)
+def make(call: KernelCall, symbols: dict[str, int], seed: int = 0, packed: Sequence[Array] = ()) -> list[Array]:
+    """The operands of the call. ``packed``: what :func:`packed_parts` gave where there was a compiler, for machines without one.
+
+    Raises UnsupportedError for an op that it does not know.
+    """
+    maker, rng = _MAKERS.get(call.op), np.random.default_rng(seed)
+    if call.op == "llmc.quantized_linear":
+        return _quantized_linear(call, symbols, rng, packed or packed_parts(call))
     if maker is None:
         raise UnsupportedError(f"tuning knows no inputs for {call.op}: leave it out with --kernels")
-    return maker(call, symbols, np.random.default_rng(seed))
+    return maker(call, symbols, rng)
 
 
 def _linear(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator) -> list[Array]:
@@ -109,15 +114,21 @@ def _codes(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator) 
     return pages
 
 
-def _quantized_linear(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator) -> list[Array]:
-    """Any codes and scales where the layout keeps them apart; else a weight packed as compiling does it, by the compiler."""
-    if call.attr("layout") == SEPARATE_LAYOUT:
-        return [_part(call, i, spec, symbols, rng) for i, spec in enumerate(call.args)]
+def packed_parts(call: KernelCall) -> tuple[Array, ...]:
+    """The parts of a quantized weight as the compiler packs them; none of calls that need no compiler for their inputs."""
+    if call.op != "llmc.quantized_linear" or call.attr("layout") == SEPARATE_LAYOUT:
+        return ()
     from llmc.tune.packed import packed_weight
 
-    parts = packed_weight(call)
-    x, *others = (random(spec, symbols, rng) for i, spec in enumerate(call.args) if not 1 <= i <= len(parts))
-    return [x, *parts, *others]
+    return packed_weight(call)
+
+
+def _quantized_linear(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator, packed: Sequence[Array]) -> list[Array]:
+    """Any codes and scales where the layout keeps them apart; else the packed weight."""
+    if call.attr("layout") == SEPARATE_LAYOUT:
+        return [_part(call, i, spec, symbols, rng) for i, spec in enumerate(call.args)]
+    x, *others = (random(spec, symbols, rng) for i, spec in enumerate(call.args) if not 1 <= i <= len(packed))
+    return [x, *packed, *others]
 
 
 SEPARATE_LAYOUT = "gpu.mma"
@@ -139,7 +150,6 @@ def _part(call: KernelCall, i: int, spec: TensorSpec, symbols: dict[str, int], r
 _MAKERS: dict[str, Callable[[KernelCall, dict[str, int], np.random.Generator], list[Array]]] = {
     "llmc.linear": _linear,
     "llmc.attend": _attend,
-    "llmc.quantized_linear": _quantized_linear,
 }
 
 

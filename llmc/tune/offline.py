@@ -80,9 +80,9 @@ def _child(folder: Path, number: int, skipped: set[int], rounds: int) -> None:
     pack = json.loads((folder / "pack.json").read_text(encoding="utf-8"))
     task = pack["tasks"][number]
     call, sizes = call_from_json(task["call"]), task["sizes"]
-    arrays = [inputs.make(call, symbols) for symbols in sizes]
     with np.load(folder / f"task{number:03}.npz") as saved:
-        wanted = [saved[name] for name in saved.files]
+        packed, wanted = ([saved[name] for name in saved.files if name.startswith(kind)] for kind in ("packed", "wanted"))
+    arrays = [inputs.make(call, symbols, packed=packed) for symbols in sizes]
     device = open_device(pack["kind"])
     sys.stdin.readline()
     bench = Bench(device, call, sizes, arrays, wanted)

@@ -4,7 +4,7 @@
 
     run.py            python run.py: checks and times everything, writes results.jsonl; needs numpy, tvm_ffi and the TVM runtime
     pack.json         tasks: call, family, sizes, and for every candidate its library, symbol and configuration
-    task000.npz       the results expected of the task, computed here by the family's reference
+    task000.npz       the results expected of the task, computed here by the family's reference, and weights packed here
     kernels000.so     compiled candidates of one call, sixteen at most
     llmc/             the few modules of llmc that the runner imports
 
@@ -74,14 +74,18 @@ class _Compile(_Job):
 
 @dataclass(frozen=True)
 class _Expect(_Job):
-    """Save the results expected of a task."""
+    """Save the results expected of a task, and the parts of its weight that only the compiler can pack."""
 
     task: Task
     path: Path
 
     def run(self) -> None:
         task = self.task
-        np.savez(self.path, *[inputs.expected(task.family, task.call, s, inputs.make(task.call, s)) for s in task.sizes])
+        packed = inputs.packed_parts(task.call)
+        arrays = (inputs.make(task.call, s, packed=packed) for s in task.sizes)
+        wanted = [inputs.expected(task.family, task.call, s, a) for s, a in zip(task.sizes, arrays, strict=True)]
+        named = {f"packed{i}": part for i, part in enumerate(packed)} | {f"wanted{i}": w for i, w in enumerate(wanted)}
+        np.savez(self.path, **named)
 
 
 def _done(jobs: Sequence[_Job], workers: int) -> Iterator[tuple[_Job, Any]]:

@@ -19,7 +19,7 @@ import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 # isort: split
 from llmc import targets
 from llmc.errors import LlmcError, OutputError
-from llmc.schedules.cpu import attend, linear
+from llmc.schedules.cpu import attend, linear, quantized_linear
 from llmc.schedules.records import Records, config_text, load
 from llmc.tune import pack
 from llmc.tune.extract import Chooser, import_results
@@ -28,6 +28,7 @@ from tests.tune.faulty import FAULTY
 
 HOST = targets.parse("cpu")
 LINEAR = Task(linear, linear._call(40, 72, bias=1), HOST, 1, 1, ({"n": 5}, {"n": 40}), "linear")
+QUANTIZED = Task(quantized_linear, quantized_linear.SHAPES["odd_33x70_int8"], HOST, 1, 0, ({"n": 4},), "quantized")
 ATTEND = Task(
     attend, attend._call(4, 2, 16, page_size=8), HOST, 0, 1,
     ({"n": 20, "b": 1, "b+1": 2, "m": 4, "num_pages": 4, "context": 30},), "attend",
@@ -49,19 +50,19 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 def test_packed_candidates_run_without_the_compiler_and_come_back_as_records(tmp_path: Path) -> None:
     folder, rng = tmp_path / "pack", random.Random(0)
     choose = Chooser(Records(), rng)
-    chosen = [(task, choose(task, 3)) for task in (LINEAR, ATTEND)]
-    assert [config_text(configs[0]) for _, configs in chosen] == [config_text(t.default) for t in (LINEAR, ATTEND)]
+    chosen = [(task, choose(task, 3)) for task in (LINEAR, ATTEND, QUANTIZED)]
+    assert [config_text(configs[0]) for _, configs in chosen] == [config_text(t.default) for t in (LINEAR, ATTEND, QUANTIZED)]
     assert write(folder, *chosen) == []
     done = run(folder)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "2 of 2 tasks timed" in done.stdout
+    assert "3 of 3 tasks timed" in done.stdout
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "llmc.tune.bench" in imported
     assert not {"tvm", "torch.nn", "xgboost", "filelock"} & imported
     count, notes = import_results(folder / "results.jsonl", tmp_path / "records")
-    assert (count, notes) == (3 * 2 + 3, [])
+    assert (count, notes) == (3 * 2 + 3 + 3, [])
     known = load([tmp_path / "records"])
-    for task in (LINEAR, ATTEND):
+    for task in (LINEAR, ATTEND, QUANTIZED):
         found = known.lookup(task.family, task.call, HOST)
         assert found is not None
         assert found.origin == "record"

@@ -235,10 +235,7 @@ def _one_region(s: _State) -> None:
 
 def _lower_vm(s: _State) -> None:
     if "early" in s.options.unfused:
-        late = {
-            var: f.with_attr(dependent_launch.OFF, True) for var, f in s.module.functions.items() if isinstance(f, tirx.PrimFunc)
-        }
-        s.module.update(tvm.IRModule(late))
+        s.module = dependent_launch.forbid(s.module)
     s.module = lower_vm(s.module, s.tvm_target)
 
 

@@ -31,6 +31,15 @@ def supported(arch: str) -> bool:
     return number is not None and int(number[1]) >= 90
 
 
+def forbid(module: tvm.IRModule) -> tvm.IRModule:
+    """The module with kernels that :func:`request` leaves alone."""
+    late = module.clone()
+    for var, function in module.functions.items():
+        if isinstance(function, tirx.PrimFunc):
+            late.update_func(var, function.with_attr(OFF, True))
+    return late
+
+
 def request(module: tvm.IRModule, target: tvm.target.Target) -> tvm.IRModule:
     """Before host and device code are split: the kernels' launches are dependent ones, if the target has them."""
     if not supported(str(target.attrs["arch"])):

@@ -93,9 +93,9 @@ def test_every_iteration_runs_once_and_phases_follow_each_other(threads: int) ->
 
         with T.attr(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(team.intrinsics(TARGET))):
             count, extent = tirx.const(threads, "int32"), tirx.const(rows, "int32")
-            team.share(slots.data, extent, count, one)
+            team.share(slots.data, extent, count, 6, one)
             team.once(team.at(slots.data, team.SLOT), lambda: T.buffer_store(first, first[0] + 7, [0]))
-            team.share(team.at(slots.data, 2 * team.SLOT), extent, count, two)
+            team.share(team.at(slots.data, 2 * team.SLOT), extent, count, 6, two)
     run = tvm.tirx.build(tvm.IRModule({"main": builder.get()}), target=cpu.tvm_target(TARGET), pipeline=PIPELINE)["main"]
     for _ in range(20):
         arrays = [tvm.runtime.tensor(np.zeros(n, np.int32)) for n in (rows, rows, 64)]

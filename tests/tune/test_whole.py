@@ -126,10 +126,10 @@ def test_kernels_that_wait_for_the_one_before() -> None:
     def plain(a: T.Buffer((4,), "float32")) -> None:
         a[0] = T.float32(1)
 
-    module = tvm.IRModule({"now": plain, "late": plain.with_attr(dependent_launch.OFF, True)})
-    asked = dependent_launch.request(module, tvm_target(hopper))
-    assert dependent_launch.LAUNCH_PARAMETERS in asked["now"].attrs
-    assert dependent_launch.LAUNCH_PARAMETERS not in asked["late"].attrs
+    module = tvm.IRModule({"plain": plain})
+    for now, early in ((module, True), (dependent_launch.forbid(module), False)):
+        asked = dependent_launch.request(now, tvm_target(hopper))
+        assert (dependent_launch.LAUNCH_PARAMETERS in asked["plain"].attrs) is early
 
 
 def test_whole_is_not_for_other_machines_or_kernels(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,15 +17,16 @@ def without(known: Sequence[str]) -> Iterator[None]:
     writes is not held up."""
     sys.stderr.flush()
     python, saved = sys.stderr, os.dup(STDERR)
+    own = sys.__stderr__ if python is sys.__stderr__ else None  # not what a test put in its place
     with tempfile.TemporaryFile() as held, os.fdopen(saved, "wb", buffering=0) as real:
-        if python is sys.__stderr__:
-            sys.stderr = open(os.dup(saved), "w", encoding=python.encoding, errors=python.errors, buffering=1)  # noqa: SIM115
+        if own is not None:
+            sys.stderr = open(os.dup(saved), "w", encoding=own.encoding, errors=own.errors, buffering=1)  # noqa: SIM115
         os.dup2(held.fileno(), STDERR)
         try:
             yield
         finally:
             os.dup2(saved, STDERR)
-            if sys.stderr is not python and python is sys.__stderr__:
+            if own is not None and sys.stderr is not own:
                 sys.stderr.close()
                 sys.stderr = python
             held.seek(0)

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, TextIO
 
+from llmc import interrupt
+
 if TYPE_CHECKING:
     from rich.progress import Progress as RichBars
     from rich.progress import TaskID
@@ -143,6 +145,7 @@ class Clock:
 
     @contextmanager
     def phase(self, title: str, total: int | None = None, unit: str = "") -> Iterator[Phase]:
+        interrupt.check()
         start = time.perf_counter()
         with self.progress.phase(title, total, unit) as phase:
             yield phase

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from llmc import interrupt
 from llmc.cli import session
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ def _converse(model: Model, args: argparse.Namespace) -> None:
             except KeyboardInterrupt:
                 if not sys.stdin.isatty():
                     raise
+                interrupt.forget()
             print(flush=True)
             messages.append({"role": "assistant", "content": completion.text})
             if not args.quiet:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from types import FrameType
 
+from llmc import interrupt
 from llmc.cli.parser import Parser
 from llmc.errors import InternalError, LlmcError
 from llmc.version import __version__
@@ -66,7 +67,12 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def _run(argv: Sequence[str]) -> int:
     command = next((a for a in argv if not a.startswith("-")), None)
     args = build_parser(command).parse_args(argv)
-    status: int = args.action(args)
+    try:
+        status: int = args.action(args)
+    except Exception as error:
+        if interrupt.heard():  # the error is what a library made of it
+            raise KeyboardInterrupt from error
+        raise
     sys.stdout.flush()
     return status
 
@@ -74,6 +80,7 @@ def _run(argv: Sequence[str]) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (default: the process's) and return its exit status. Prints errors, raises none."""
     signal.signal(signal.SIGTERM, _terminate)
+    interrupt.listen()
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         return _run(sys.argv[1:] if argv is None else argv)
@@ -109,7 +116,7 @@ def entry() -> None:
     (every dataclass has such code); so an interrupted process ends here, once what was registered to run at exit has run.
     """
     status = main()
-    if status == INTERRUPTED:
+    if status == INTERRUPTED or interrupt.heard():
         atexit._run_exitfuncs()
         with contextlib.suppress(OSError):
             sys.stdout.flush()

@@ -97,21 +97,31 @@ def page_shapes(m: Manifest, num_pages: int) -> list[tuple[int, int, int]]:
 
 
 class _Buffer:
-    """An aligned array that step arguments are copied into, large enough for any step: its address never changes."""
+    """An aligned array that step arguments are copied into, large enough for any step: its address never changes. The tensor over
+    it is kept as long as its shape stays, as it does from one decode step to the next."""
 
     def __init__(self, count: int, dtype: str) -> None:
         self._dtype = dtype
         self._flat = zeros((count,), dtype)
+        self._latest = self.view((0,))
+        self._tensor = tensor(self._latest, dtype)
 
     def view(self, shape: tuple[int, ...]) -> np.ndarray:
         """The start of the buffer in ``shape``."""
         return self._flat[: prod(shape)].reshape(shape)
 
+    def shaped(self, shape: tuple[int, ...]) -> tuple[np.ndarray, Any]:
+        """The start of the buffer in ``shape``, as an array and as a tensor."""
+        if self._latest.shape != shape:
+            self._latest = self.view(shape)
+            self._tensor = tensor(self._latest, self._dtype)
+        return self._latest, self._tensor
+
     def fill(self, values: np.ndarray) -> Any:
         """The start of the buffer, holding ``values``, as a tensor."""
-        view = self.view(values.shape)
-        view[...] = values
-        return tensor(view, self._dtype)
+        array, filled = self.shaped(values.shape)
+        array[...] = values
+        return filled
 
 
 class TvmExecutor:
@@ -161,10 +171,10 @@ class TvmExecutor:
     def run(self, step: Step) -> np.ndarray:
         """See :meth:`Executor.run`."""
         rows = step.seq_lens if step.logit_rows is None else step.logit_rows
-        out = self._out.view((len(rows), self._vocab))
+        out, logits = self._out.shaped((len(rows), self._vocab))
         buffers = self._buffers
         arguments = [
-            tensor(out, "float32"),
+            logits,
             buffers["input_ids"].fill(step.input_ids),
             buffers["positions"].fill(step.positions),
             buffers["slot_mapping"].fill(step.slot_mapping),

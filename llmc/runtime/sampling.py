@@ -125,10 +125,14 @@ class Sampler:
 
     def sample(self, logits: np.ndarray, position: int) -> int:
         """The token at ``position`` of the sequence, given its ``logits`` [vocab] float32, which are left as they are."""
-        if not np.isfinite(logits.max()):
+        greedy = self._params.temperature == 0
+        # the largest by one pass where it is the answer, too; NumPy takes NaN for the largest
+        token = int(logits.argmax()) if greedy and self.counts is None else -1
+        if not np.isfinite(logits.max() if token < 0 else logits[token]):
             raise not_finite(position)
-        logits = self._penalized(logits)
-        token = int(logits.argmax()) if self._params.temperature == 0 else self._draw(logits, position)
+        if token < 0:
+            logits = self._penalized(logits)
+            token = int(logits.argmax()) if greedy else self._draw(logits, position)
         self.note(token)
         return token
 

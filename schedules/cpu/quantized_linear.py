@@ -10,7 +10,7 @@ block's codes are unpacked into registers once for a tile of rows, whose activat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from typing import Any
 
@@ -48,8 +48,10 @@ from llmc.targets.base import Target
 Expr = Any
 NAME = "cpu.quantized_linear"
 OP = "llmc.quantized_linear"
-AHEAD = 2048
-"""Bytes before they are needed that weights are asked for: a panel is too much arithmetic for the processor to look that far."""
+AHEAD = 4096
+"""Bytes before they are needed that weights of few bits are asked for: the processor does not look beyond a page by itself."""
+UNROLLED = 2
+"""Blocks that share a scale and are written out one after the other; more are a loop."""
 CACHE = 192 << 10
 """Bytes of rounded activations that a row block may have: part of a second-level cache."""
 
@@ -102,12 +104,21 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """``rows``: rows of a register tile. ``row_block``: rows that share one pass over a panel. ``ahead``: bytes before they are
-    needed that a single row asks for weights (0: never)."""
+    needed that a single row asks for weights (0: never). ``streams``: see :func:`_streams`."""
     at = _geometry(call)
     tiles = [12, 8, 16, 4, 6] if Simd(target).registers >= 32 else [2, 4, 6, 3, 1] if at.bits == 8 else [4, 2, 6, 3, 5]
     fits = min(max(1, CACHE // at.columns // tiles[0]) * tiles[0], 480)
     blocks = [fits, *(b for b in (24, 48, 96, 192, 480) if b != fits)]
-    return {"rows": tiles, "row_block": blocks, "ahead": [AHEAD, 0, 512, 1024, 4096, 8192]}
+    ahead = [0, AHEAD, 512, 1024, 2048, 8192] if at.bits == 8 else [AHEAD, 0, 512, 1024, 2048, 8192]
+    streams = [2, 1, 4] if call.phase == "decode" else [1]
+    return {"rows": tiles, "row_block": blocks, "ahead": ahead, "streams": streams}
+
+
+def _streams(call: KernelCall, config: dict[str, Any]) -> int:
+    """Panels, far from each other in memory, that a task reads side by side for a single row: one stream of addresses at a time
+    leaves a core waiting at the end of every memory page."""
+    wanted = int(config["streams"])
+    return wanted if _geometry(call).panels % wanted == 0 else 1
 
 
 def _geometry(call: KernelCall) -> Panels:
@@ -123,17 +134,20 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         n = symbols.dim(call.args[0].shape[0])
         tile = _tile(call, target, simd, buffers, n, int(config["ahead"]))
 
+        streams = _streams(call, config)
+        tasks = at.panels // streams
+
         def task(t: Expr) -> None:
-            low = bind(tirx.floordiv(t, at.panels) * block)
+            low = bind(tirx.floordiv(t, tasks) * block)
             high = bind(tirx.min(low + block, n))
-            panel = bind(tirx.floormod(t, at.panels))
+            panels = [bind(tirx.floormod(t, tasks) + s * tasks) for s in range(streams)]
             for count in sorted({int(config["rows"]), min(int(config["rows"]), 4), 1}, reverse=True):
                 tiles = bind(tirx.floordiv(high - low, count))
                 with T.serial(0, tiles) as i:
-                    tile.emit(panel, bind(low + i64(i) * count), count)
+                    tile.emit(panels, bind(low + i64(i) * count), count)
                 low = bind(low + tiles * count)
 
-        with T.parallel(0, ceildiv(n, block) * at.panels) as t:
+        with T.parallel(0, ceildiv(n, block) * tasks) as t:
             task(i64(t))
     return done()
 
@@ -154,7 +168,7 @@ def rows_kernel(call: KernelCall, target: Target, x: Expr, out: Expr, n: Expr) -
     tile = _tile(call, target, Simd(target), {"x": x, "out": out}, n, AHEAD)
 
     def of(weight: dict[str, Expr]) -> Callable[[Expr, Expr, int], None]:
-        return tile.over(weight).emit
+        return lambda panel, first, count: tile.over(weight).emit([panel], first, count)
 
     return RowsKernel(_geometry(call).panels, of)
 
@@ -176,27 +190,35 @@ class _Tile:
         other.buffers = {**self.buffers, **weight}
         return other
 
-    def emit(self, panel: Expr, first: Expr, count: int) -> None:
-        """One row streams the panel as it lies. Several take one vector of weight rows at a time: its codes fit the registers."""
+    def emit(self, panels: Sequence[Expr], first: Expr, count: int) -> None:
+        """The products of ``count`` rows from ``first`` on. One row streams all panels side by side as they lie. Several take a
+        panel after the other, and one vector of weight rows at a time: its codes fit the registers."""
         parts = range(self.dot.parts)
-        for some in [parts] if count == 1 else [range(part, part + 1) for part in parts]:
-            self._parts(some, panel, first, count)
+        if count == 1:
+            self._parts([(panel, part) for panel in panels for part in parts], first, count)
+            return
+        for panel in panels:
+            for part in parts:
+                self._parts([(panel, part)], first, count)
 
-    def _parts(self, parts: range, panel: Expr, first: Expr, count: int) -> None:
+    def _parts(self, vectors: Sequence[tuple[Expr, int]], first: Expr, count: int) -> None:
+        """``vectors``: of weight rows, each a panel and which of its vectors."""
         at, dot = self.at, self.dot
-        acc = {part: [self._cleared() for _ in range(count)] for part in parts}
+        acc = [[self._cleared() for _ in range(count)] for _ in vectors]
         # With several blocks to a scale, a group's sum is kept apart until it is complete.
-        group = acc if at.blocks == 1 else {part: [self._cleared() for _ in range(count)] for part in parts}
+        group = acc if at.blocks == 1 else [[self._cleared() for _ in range(count)] for _ in vectors]
         with T.serial(0, at.records) as r:
             record = bind(i64(r) * at.record_bytes)
-            if count == 1 and self.ahead:
-                prefetch(self.buffers["panels"], panel, record + self.ahead, at.record_bytes)
-            for part in parts:
+            for v, (panel, part) in enumerate(vectors):
+                if count == 1 and self.ahead and part == 0:
+                    prefetch(self.buffers["panels"], panel, record + self.ahead, at.record_bytes)
                 scales = [bind(self._scales(panel, record, part, s)) for s in range(at.sets)]
                 offsets = [self._offsets(panel, record, part, s) for s in range(at.sets)]
 
                 def block(
                     b: Expr,
+                    v: int = v,
+                    panel: Expr = panel,
                     part: int = part,
                     record: Expr = record,
                     r: Expr = r,
@@ -206,19 +228,24 @@ class _Tile:
                     codes = dot.codes(self.buffers["panels"], panel, record + b * at.block_bytes, part)
                     column = bind(i64(r) * at.blocks + b)
                     for i in range(count):
-                        self._row(codes, first + i, column, scales, offsets, acc[part][i], group[part][i])
+                        self._row(codes, first + i, column, scales, offsets, acc[v][i], group[v][i])
 
                 if at.blocks == 1:
                     block(i64(0))
                     continue
-                with T.serial(0, at.blocks) as b:
-                    block(i64(b))
+                if at.blocks <= UNROLLED:
+                    for number in range(at.blocks):
+                        block(i64(number))
+                else:
+                    with T.serial(0, at.blocks) as b:
+                        block(i64(b))
                 for i in range(count):
-                    total, part_sum = acc[part][i], group[part][i]
+                    total, part_sum = acc[v][i], group[v][i]
                     self._put(total, self.simd.fma(self._get(part_sum), scales[0], self._get(total)))
                     self._put(part_sum, self.simd.splat(0.0, self.lanes))
-        for i in range(count):
-            self._finish({part: self._get(acc[part][i]) for part in parts}, first + i, panel)
+        for v, (panel, part) in enumerate(vectors):
+            for i in range(count):
+                self._finish(self._get(acc[v][i]), part, first + i, panel)
 
     def _row(
         self, codes: list[Expr], row: Expr, column: Expr, scales: list[Expr], offsets: list[Expr], acc: Expr, group: Expr
@@ -285,20 +312,19 @@ class _Tile:
         raw = read(self.buffers["panels"], panel, start, lanes=self.at.scale_bytes * self.lanes)
         return self.simd.widen(tirx.reinterpret(vector(self.at.scale_dtype, self.lanes), raw), self.at.scale_dtype, self.lanes)
 
-    def _finish(self, values: dict[int, Expr], row: Expr, panel: Expr) -> None:
-        """Bias, activation, residual and the store; of the last panel only the rows that exist."""
+    def _finish(self, value: Expr, part: int, row: Expr, panel: Expr) -> None:
+        """Bias, activation, residual and the store of vector ``part``; of the last panel only the rows that exist."""
         rest = self.at.o % ROWS
 
         def whole() -> None:
-            for part, value in values.items():
-                self._store(value, row, panel * ROWS + part * self.lanes, self.lanes)
+            self._store(value, row, panel * ROWS + part * self.lanes, self.lanes)
 
         def short() -> None:
             for start, width in elements(rest, self.lanes):
-                part, lane = divmod(start, self.lanes)
-                if part not in values:
+                of, lane = divmod(start, self.lanes)
+                if of != part:
                     continue
-                piece = values[part] if width == self.lanes else shuffle([values[part]], range(lane, lane + width))
+                piece = value if width == self.lanes else shuffle([value], range(lane, lane + width))
                 self._store(piece, row, panel * ROWS + start, width)
 
         if rest == 0:

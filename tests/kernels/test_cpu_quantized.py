@@ -201,10 +201,15 @@ def test_take_gives_the_dequantized_rows(label: str) -> None:
     ],
 )
 def test_every_instruction_set_has_its_dot_product(spec: str, instruction: str) -> None:
-    """Eight bits, where the ways differ; and weights are asked for before they are needed."""
+    """Eight bits, where the ways differ."""
     module = build({"linear": (quantized_linear, quantized_linear.SHAPES["odd_33x70_int8"])}, targets.parse(spec))
     assembly = module.inspect_source("asm")
     found = {name for name in ("mla", "sdot", "vpsignb", "vpdpbusd") if re.search(rf"\b{name}\b", assembly)}
     assert found - {"mla"} == {instruction} - {"mla"} and instruction in found
     assert ("{vex}" in assembly) == ("avxvnni" in spec)
-    assert re.search(r"\bprefetch|\bprfm", assembly)
+
+
+@pytest.mark.parametrize("spec", ["cpu:x86-64-v3", "cpu:aarch64+neon"])
+def test_weights_of_few_bits_are_asked_for_before_they_are_needed(spec: str) -> None:
+    module = build({"linear": (quantized_linear, quantized_linear.SHAPES["qkv_960x576_q4_1"])}, targets.parse(spec))
+    assert re.search(r"\bprefetch|\bprfm", module.inspect_source("asm"))

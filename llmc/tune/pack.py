@@ -85,7 +85,7 @@ class _Expect(_Job):
         arrays = (inputs.make(task.call, s, packed=packed) for s in task.sizes)
         wanted = [inputs.expected(task.family, task.call, s, a) for s, a in zip(task.sizes, arrays, strict=True)]
         named = {f"packed{i}": part for i, part in enumerate(packed)} | {f"wanted{i}": w for i, w in enumerate(wanted)}
-        np.savez(self.path, **named)
+        np.savez(self.path, **named)  # type: ignore[arg-type]  # no name is "allow_pickle"
 
 
 def _done(jobs: Sequence[_Job], workers: int) -> Iterator[tuple[_Job, Any]]:

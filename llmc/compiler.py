@@ -334,7 +334,7 @@ def _copy_runtime(target: Target, root: Path) -> None:
     from llmc.runtime.platforms import platform_of
 
     system = platform_of(target.triple)
-    if system is None or sys.platform != "linux" or not target.triple.startswith(platform.machine()):
+    if system is None or sys.platform != "linux" or target.triple != f"{platform.machine()}-linux-gnu":
         return  # this machine's libraries would not run there; `llmc package` fetches the right ones
     (root / "runtime").mkdir(exist_ok=True)
     for name in system.libraries(target.kind):

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from tvm import tirx
 
-from llmc.schedules.cuda.emit import Symbols, arguments, bind, flat, function, i64, store
+from llmc.schedules.gpu.emit import Symbols, arguments, bind, flat, function, i64, store
 from llmc.schedules.protocol import KernelCall, TensorSpec
-from llmc.targets.base import Target
+from llmc.targets.base import GpuTarget, Target
 
 NAME = "cuda.advance"
 OP = "llmc.advance"
@@ -35,7 +35,7 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     return {}
 
 
-def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
+def build(call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
     """Arguments: tokens, input_ids, positions, seq_lens, block_table, and the result slot_mapping."""
     symbols, page_size = Symbols(), int(call.attr("page_size"))
     names = ("tokens", "input_ids", "positions", "seq_lens", "block_table")
@@ -55,7 +55,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             page = bind(tirx.min(tirx.floordiv(position, page_size), last))
             store(slots, table[i, i64(page)] * page_size + tirx.floormod(position, page_size), i)
 
-        flat(symbols.dim("n"), step)
+        flat(target, symbols.dim("n"), step)
     return done()
 
 

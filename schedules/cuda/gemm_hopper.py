@@ -18,7 +18,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from llmc.schedules.cuda import hopper, linear_call
-from llmc.schedules.cuda.emit import WIDTH
+from llmc.schedules.gpu.emit import WIDTH
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 

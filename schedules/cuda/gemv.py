@@ -20,9 +20,9 @@ from typing import Any
 from tvm.script import tirx as T
 
 from llmc.schedules.cuda import gemv_finish, hopper, linear_call
-from llmc.schedules.cuda.emit import WIDTH
 from llmc.schedules.cuda.input_norm import InputNorm, plain
 from llmc.schedules.cuda.math import ACTIVATIONS
+from llmc.schedules.gpu.emit import WIDTH
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 

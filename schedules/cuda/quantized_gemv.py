@@ -16,11 +16,11 @@ from typing import Any
 from tvm.script import tirx as T
 
 from llmc.schedules.cuda import gemv, gemv_finish, hopper, linear_call, quantized_codes
-from llmc.schedules.cuda.emit import WIDTH
 from llmc.schedules.cuda.gemm_hopper import MULTIPROCESSORS
 from llmc.schedules.cuda.input_norm import InputNorm, plain
 from llmc.schedules.cuda.math import ACTIVATIONS
 from llmc.schedules.gpu import layout_mma, quantized_call
+from llmc.schedules.gpu.emit import WIDTH
 from llmc.schedules.gpu.layout_mma import BLOCK, LANES, UNIT
 from llmc.schedules.gpu.quantized_call import make
 from llmc.schedules.protocol import KernelCall

@@ -25,8 +25,8 @@ from typing import Any
 from tvm.script import tirx as T
 
 from llmc.schedules.cuda import gemv, gemv_finish, hopper, linear_call
-from llmc.schedules.cuda.emit import WIDTH
 from llmc.schedules.cuda.input_norm import InputNorm, plain
+from llmc.schedules.gpu.emit import WIDTH
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 

@@ -16,12 +16,9 @@ from tvm.tirx.script import builder as T
 
 from llmc.schedules.gpu import linear_call
 from llmc.schedules.gpu.emit import (
-    Symbols,
-    arguments,
     bind,
     ceildiv,
     each,
-    function,
     i64,
     launch,
     load,
@@ -66,19 +63,13 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 
 
 def build(call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
-    symbols, k = Symbols(), int(call.args[1].shape[1])
-    specs = dict(zip(linear_call.operand_names(call), (*call.args, call.result), strict=True))
-    with function(f"gemm_{call.args[1].shape[0]}x{k}") as done:
-        buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
-        weight = Floats(target, buffers["weight"], k, padded=False)
-        emit(call, target, buffers, weight, k, symbols.dim(call.args[0].shape[0]), config)
-    return done()
+    return linear_call.build("gemm", emit, call, target, config)
 
 
 def emit(
     call: KernelCall, target: GpuTarget, buffers: dict[str, Expr], weight: Operand, k: int, n: Expr, config: dict[str, Any]
 ) -> None:
-    """The kernel for weights that ``weight`` reads; ``buffers`` has x and what :func:`.linear_call.finish` wants."""
+    """See :data:`.linear_call.Emit`."""
     rows, columns, square = config["tile"]
     threads, down_count = rows * columns // square**2, rows // square
     gated, results = linear_call.activation(call)[1], int(call.result.shape[1])

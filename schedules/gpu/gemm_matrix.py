@@ -17,12 +17,9 @@ from tvm.tirx.script import builder as T
 from llmc.schedules.gpu import linear_call
 from llmc.schedules.gpu.emit import (
     WIDTH,
-    Symbols,
-    arguments,
     bind,
     ceildiv,
     each,
-    function,
     i64,
     launch,
     load,
@@ -89,19 +86,13 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 
 
 def build(call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
-    symbols, k = Symbols(), int(call.args[1].shape[1])
-    specs = dict(zip(linear_call.operand_names(call), (*call.args, call.result), strict=True))
-    with function(f"gemm_matrix_{call.args[1].shape[0]}x{k}") as done:
-        buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
-        weight = Floats(target, buffers["weight"], k, padded=False)
-        emit(call, target, buffers, weight, k, symbols.dim(call.args[0].shape[0]), config)
-    return done()
+    return linear_call.build("gemm_matrix", emit, call, target, config)
 
 
 def emit(
     call: KernelCall, target: GpuTarget, buffers: dict[str, Expr], weight: Operand, k: int, n: Expr, config: dict[str, Any]
 ) -> None:
-    """The kernel for weights that ``weight`` reads; ``buffers`` has x and what :func:`.linear_call.finish` wants."""
+    """See :data:`.linear_call.Emit`."""
     _Product(call, target, buffers, weight, k, n, config["tile"]).emit()
 
 

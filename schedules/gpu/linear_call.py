@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from llmc.dialect.linear import GATED, is_gated
-from llmc.schedules.gpu.emit import WIDTH, bind, common_lanes, load, storable, store_all
+from llmc.schedules.gpu.emit import WIDTH, Symbols, arguments, bind, common_lanes, function, load, storable, store_all
 from llmc.schedules.gpu.math import ACTIVATIONS, activate
+from llmc.schedules.gpu.operand import Floats, Operand
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import GpuTarget, Target
 
 Expr = Any
+Emit = Callable[[KernelCall, GpuTarget, dict[str, Expr], Operand, int, Expr, dict[str, Any]], None]
+"""``emit(call, target, buffers, weight, k, n, config)``: a template of a product; ``weight`` reads the matrix [o, k], ``buffers``
+has x and what :func:`finish` wants."""
+
 OP = "llmc.linear"
 
 
 def make_call(
-    o: int, k: int, dtype: str = "float32", weight: str = "", phase: str = "extend", out: str = "", **attrs: Any
+    o: int,
+    k: int,
+    dtype: str = "float32",
+    weight: str = "",
+    phase: str = "extend",
+    out: str = "",
+    bias_dtype: str = "",
+    **attrs: Any,
 ) -> KernelCall:
-    """A call for ``SHAPES``: x [n, k], weight [o, k], and bias and residual where the attributes ask for them."""
+    """A call for ``SHAPES``: x [n, k], weight [o, k], and bias and residual where the attributes ask for them; ``attrs`` are those
+    of the op that are not its defaults."""
     full = {"activation": "none", "bias": 0, "residual": 0, **attrs}
     count = o // 2 if is_gated(full["activation"]) else o
     args = [TensorSpec(("n", k), dtype), TensorSpec((o, k), weight or dtype)]
     if full["bias"]:
-        args.append(TensorSpec((o,), weight or dtype))
+        args.append(TensorSpec((o,), bias_dtype or weight or dtype))
     if full["residual"]:
         args.append(TensorSpec(("n", count), dtype))
     return KernelCall(OP, tuple(args), TensorSpec(("n", count), out or dtype), tuple(sorted(full.items())), phase)
@@ -48,6 +61,17 @@ def operand_names(call: KernelCall) -> list[str]:
     """The kernel's arguments in order; bias and residual only where the call has them."""
     optional = [name for name in ("bias", "residual") if call.attr(name)]
     return ["x", "weight", *optional, "out"]
+
+
+def build(name: str, emit: Emit, call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
+    """The kernel ``name`` of a template that takes any operand, over a matrix of floats."""
+    symbols, (o, k) = Symbols(), (int(d) for d in call.args[1].shape)
+    specs = dict(zip(operand_names(call), (*call.args, call.result), strict=True))
+    with function(f"{name}_{o}x{k}") as done:
+        buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
+        weight = Floats(target, buffers["weight"], k, padded=False)
+        emit(call, target, buffers, weight, k, symbols.dim(call.args[0].shape[0]), config)
+    return done()
 
 
 def finish(

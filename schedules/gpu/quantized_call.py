@@ -10,8 +10,10 @@ from llmc.dialect.linear import is_gated
 from llmc.dialect.linear import reference as linear_reference
 from llmc.passes.quantize.scheme import Scheme, scheme
 from llmc.schedules.gpu import layout_mma, linear_call
-from llmc.schedules.gpu.emit import STORAGE
+from llmc.schedules.gpu.emit import STORAGE, Symbols, arguments, function
 from llmc.schedules.gpu.math import ACTIVATIONS
+from llmc.schedules.gpu.operand import Codes
+from llmc.schedules.gpu.quantized_units import Units
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import GpuTarget
 
@@ -50,6 +52,18 @@ def how(call: KernelCall) -> Scheme:
 def specs(call: KernelCall) -> dict[str, TensorSpec]:
     """Operands and result by name."""
     return dict(zip(operand_names(call), (*call.args, call.result), strict=True))
+
+
+def build(name: str, emit: linear_call.Emit, call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
+    """The kernel ``name`` of a template that takes any operand, over codes."""
+    symbols, scheme_of, o, k = Symbols(), how(call), int(call.attr("o")), int(call.attr("k"))
+    named = specs(call)
+    with function(f"{name}_{scheme_of.name}_{o}x{k}") as done:
+        buffers = dict(zip(named, arguments(symbols, **named), strict=True))
+        units = Units(scheme_of, o, k, {part: buffers[part] for part in part_names(call)})
+        weight = Codes(target, units, k, call.args[0].dtype)
+        emit(call, target, buffers, weight, k, symbols.dim(call.args[0].shape[0]), config)
+    return done()
 
 
 def is_ours(call: KernelCall, target: Any) -> bool:

@@ -8,10 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmc.schedules.gpu import gemm, quantized_call
-from llmc.schedules.gpu.emit import Symbols, arguments, function
-from llmc.schedules.gpu.operand import Codes
 from llmc.schedules.gpu.quantized_call import make
-from llmc.schedules.gpu.quantized_units import Units
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import GpuTarget, Target
 
@@ -34,15 +31,7 @@ space = gemm.space
 
 
 def build(call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
-    symbols, how = Symbols(), quantized_call.how(call)
-    o, k = int(call.attr("o")), int(call.attr("k"))
-    specs = quantized_call.specs(call)
-    with function(f"quantized_gemm_{how.name}_{o}x{k}") as done:
-        buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
-        units = Units(how, o, k, {name: buffers[name] for name in quantized_call.part_names(call)})
-        weight = Codes(target, units, k, call.args[0].dtype)
-        gemm.emit(call, target, buffers, weight, k, symbols.dim(call.args[0].shape[0]), config)
-    return done()
+    return quantized_call.build("quantized_gemm", gemm.emit, call, target, config)
 
 
 reference, roofline = quantized_call.reference, quantized_call.roofline

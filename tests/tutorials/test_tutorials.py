@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.support import quantized_checkpoints as made
 
 FOLDER = Path(__file__).parent.parent.parent / "tutorials"
@@ -44,5 +46,14 @@ def test_quantized_checkpoints(tiny_model_dir: Callable[..., Path], tmp_path: Pa
     assert "4 matrices are stored by int4p_g32" in printed and "'quant_method': 'gptq'" in printed
 
 
+# Slow: three targets for a model.
+@pytest.mark.slow
+def test_many_targets(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    printed = run("03_many_targets.py", tiny_model_dir("llama", max_position_embeddings=640), tmp_path)
+    assert "opencl:generic, rocm:gfx942: " in printed and "Dockerfile, example.c" in printed
+
+
 def test_every_tutorial_has_a_test() -> None:
-    assert {path.name for path in FOLDER.glob("*.py")} == {"01_compile_and_run.py", "02_quantized_checkpoints.py"}
+    assert {path.name for path in FOLDER.glob("*.py")} == {
+        "01_compile_and_run.py", "02_quantized_checkpoints.py", "03_many_targets.py",
+    }  # fmt: skip

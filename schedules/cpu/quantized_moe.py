@@ -17,6 +17,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.dialect.quantized_moe import OP, STACKS
+from llmc.passes.quantize.scheme import Scheme
 from llmc.schedules import quantized_experts
 from llmc.schedules.cpu import layout_panel, layout_plain, quantized_linear, quantized_linear_plain
 from llmc.schedules.cpu.emit import Simd, Symbols, arguments, bind, each_vector, f32, function, i64, local, read, shuffle, store
@@ -32,9 +33,12 @@ LAYOUTS = (layout_panel, layout_plain)
 KERNELS: dict[str, Any] = {layout_panel.NAME: quantized_linear, layout_plain.NAME: quantized_linear_plain}
 
 
-def _call(*sizes: Any, **attrs: Any) -> KernelCall:
-    layout_for: Any = lambda how: layout_panel if how.kind == "int" else layout_plain  # noqa: E731
-    return quantized_experts.sample(*sizes, layout_for, "float32", activations="int8", **attrs)
+def _layout_for(how: Scheme) -> Any:
+    return layout_panel if how.kind == "int" else layout_plain
+
+
+def _call(h: int, i: int, experts: int, top_k: int, up: str, down: str, **attrs: Any) -> KernelCall:
+    return quantized_experts.sample(h, i, experts, top_k, up, down, _layout_for, "float32", activations="int8", **attrs)
 
 
 SHAPES: dict[str, KernelCall] = {

@@ -39,6 +39,7 @@ SHAPES: dict[str, KernelCall] = {
     "odd_19x57_q4_1_f16": make(19, 57, "q4_1", "float16", bias=1, residual=1, activation="silu"),
     "wide_9x600_zero_point_f32": make(9, 600, "int4p_g128", "float32", activation="gelu"),
     "one_int8": make(1, 3, "int8"),
+    "half_block_24x64_int8": make(24, 64, "int8", out="float32"),
     "edges_40x200_fp8": make(40, 200, "fp8_e4m3", out="float32"),
     "gated_96x264_int4": make(96, 264, "int4", activation="silu_gated", bias=1),
 }

@@ -31,8 +31,8 @@ def groups_that_fit(target: GpuTarget) -> list[int]:
 
 
 def padded(units: Units, k: int) -> bool:
-    """Whether a chunk reads columns of x that there are none of."""
-    return k % units.at.chunk != 0
+    """Whether columns are read that x does not have: a matrix is padded to whole blocks, with codes that need not stand for 0."""
+    return units.at.columns != k
 
 
 class TileProducts:

@@ -50,6 +50,8 @@ NAME = "cpu.quantized_linear"
 OP = "llmc.quantized_linear"
 AHEAD = 4096
 """Bytes before they are needed that weights of few bits are asked for: the processor does not look beyond a page by itself."""
+MANY_PANELS = 64
+"""From so many panels on, a single row's tasks take two at a time and still can be dealt out evenly."""
 UNROLLED = 2
 """Blocks that share a scale and are written out one after the other; more are a loop."""
 CACHE = 192 << 10
@@ -109,8 +111,10 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     tiles = [12, 8, 16, 4, 6] if Simd(target).registers >= 32 else [2, 4, 6, 3, 1] if at.bits == 8 else [4, 2, 6, 3, 5]
     fits = min(max(1, CACHE // at.columns // tiles[0]) * tiles[0], 480)
     blocks = [fits, *(b for b in (24, 48, 96, 192, 480) if b != fits)]
-    ahead = [0, AHEAD, 512, 1024, 2048, 8192] if at.bits == 8 else [AHEAD, 0, 512, 1024, 2048, 8192]
-    streams = [2, 1, 4] if call.phase == "decode" else [1]
+    many = at.panels >= MANY_PANELS
+    first = 0 if at.bits == 8 else AHEAD if many else AHEAD // 2
+    ahead = [first, *(bytes_ for bytes_ in (0, 512, 1024, 2048, 4096, 8192) if bytes_ != first)]
+    streams = [1] if call.phase != "decode" else [2, 1, 4] if many else [1, 2, 4]
     return {"rows": tiles, "row_block": blocks, "ahead": ahead, "streams": streams}
 
 

@@ -114,8 +114,8 @@ def machine_class(target: Any) -> str:
 
 
 def source_hash(family: Any, config: str) -> str:
-    """Hash of the code of the module that a family lives in, and of those of the kernels it picks from; comments and docstrings do
-    not count.
+    """Hash of the code of the module that a family lives in, and of those of the kernels it picks from; comments, docstrings and
+    imports do not count: what a module imports is not in its hash, so where it is found must not be either.
 
     Of a part (:mod:`llmc.schedules.parts`) it is the code of the one kernel that ``config`` (:func:`config_text`) names: another
     kernel's change, or another space to pick from, makes no difference to what was measured. Empty for a kernel there is no more.
@@ -140,9 +140,16 @@ def _code_hash(path: str) -> str:
     tree = ast.parse(Path(path).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        if isinstance(body, list):  # a docstring, and the text below an assignment
-            node.body = [s for s in body if not (isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant))]  # type: ignore[attr-defined]
+        if isinstance(body, list):
+            node.body = [s for s in body if not _is_aside(s)]  # type: ignore[attr-defined]
     return hashlib.sha256(_dumped(tree).encode()).hexdigest()[:16]
+
+
+def _is_aside(statement: ast.stmt) -> bool:
+    """An import, a docstring, or the text below an assignment."""
+    if isinstance(statement, ast.Import | ast.ImportFrom):
+        return True
+    return isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
 
 
 def _dumped(node: Any) -> str:

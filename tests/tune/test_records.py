@@ -194,8 +194,8 @@ def test_a_value_that_the_space_no_longer_has_is_not_used() -> None:
     assert found.config == configs()[3]
 
 
-def test_source_hash_sees_code_and_not_comments(tmp_path: Path) -> None:
-    texts = ['"""Doc."""\nX = 1\n"""About X."""\n', "# comment\nX = 1  # one\n", "X = 2\n"]
+def test_source_hash_sees_code_and_neither_comments_nor_imports(tmp_path: Path) -> None:
+    texts = ['"""Doc."""\nX = 1\n"""About X."""\n', "from a import b\n# comment\nX = 1  # one\n", "X = 2\n"]
     hashes = []
     for i, text in enumerate(texts):
         path = tmp_path / f"m{i}.py"

@@ -304,7 +304,7 @@ class Records:
         if scores := slowdowns(exact):
             configs = {text: config for text in scores if (config := restore(text, space)) is not None}
             if configs:
-                best = _worthwhile({text: scores[text] for text in configs}, space)
+                best = worthwhile({text: scores[text] for text in configs}, default_text(space))
                 device = next(r.device for r in exact if r.config == best and r.seconds is not None)
                 return Tuned(configs[best], "record", f"measured on {device}, {len(scores)} configurations tried")
         return _nearest(known, call, space)
@@ -315,10 +315,14 @@ WORTH = math.log(1.02)
 the other, where a percent may turn into its opposite."""
 
 
-def _worthwhile(scores: dict[str, float], space: Space) -> str:
-    """The configuration with the lowest score, or the default if that is hardly higher."""
+def default_text(space: Space) -> str:
+    """A space's default, the first value of every axis, as :func:`config_text`."""
+    return config_text({axis: values[0] for axis, values in space.items()})
+
+
+def worthwhile(scores: dict[str, float], default: str) -> str:
+    """The configuration with the lowest score (the logarithm of a time), or the default if that is hardly higher."""
     best = min(scores, key=lambda text: (scores[text], text))
-    default = config_text({axis: values[0] for axis, values in space.items()})
     return default if scores.get(default, math.inf) - scores[best] < WORTH else best
 
 
@@ -386,7 +390,7 @@ def _nearest(known: Sequence[Record], call: KernelCall, space: dict[str, list[An
         return None
     weight = sum(w for w, _ in tables)
     scores = {text: sum(w * table.get(text, UNKNOWN) for w, table in tables) / weight for text in configs}
-    best = _worthwhile(scores, space)
+    best = worthwhile(scores, default_text(space))
     shapes = " and ".join(str(list(other.args[1].shape)) for _, _, other in near[:1])
     return Tuned(configs[best], "nearest", f"from records of the nearest call, {near[0][2].op} with {shapes}")
 

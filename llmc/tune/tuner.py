@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmc.schedules.records import Record, Records, append, axes, config_text, machine_class, source_hash
+from llmc.schedules.records import Record, Records, append, axes, config_text, machine_class, source_hash, worthwhile
 from llmc.tune.cost_model import CostModel
 from llmc.tune.limits import Limits, measure
 from llmc.tune.offline import spread
@@ -64,6 +64,11 @@ class State:
         return min(self.seconds, key=self.cost, default=None)
 
     @property
+    def taken(self) -> str | None:
+        """The configuration that compiles take of those measured (:func:`~llmc.schedules.records.worthwhile`)."""
+        return worthwhile({text: self.cost(text) for text in self.seconds}, self.default) if self.seconds else None
+
+    @property
     def tried(self) -> list[Config]:
         return [c for c in self.candidates if config_text(c) in self.seconds or config_text(c) in self.failed]
 
@@ -74,9 +79,9 @@ class State:
 
     @property
     def gain(self) -> float:
-        """How many times as fast the best is as the default, over all sizes."""
-        best = self.best
-        return math.exp(self.cost(self.default) - self.cost(best)) if best and self.default in self.seconds else 1.0
+        """How many times as fast what compiles take is as the default, over all sizes."""
+        taken = self.taken
+        return math.exp(self.cost(self.default) - self.cost(taken)) if taken and self.default in self.seconds else 1.0
 
     @property
     def excess(self) -> float:
@@ -156,8 +161,8 @@ class Tuner:
                 "kernel": s.task.label,
                 "family": s.task.family.NAME,
                 "sizes": list(s.task.sizes),
-                "config": None if s.best is None else json.loads(s.best),
-                "seconds": None if s.best is None else s.seconds[s.best],
+                "config": None if s.taken is None else json.loads(s.taken),
+                "seconds": None if s.taken is None else s.seconds[s.taken],
                 "default_seconds": s.seconds.get(s.default),
                 "roofline_seconds": s.roofline,
                 "gain": s.gain,

@@ -9,6 +9,7 @@ import pytest
 
 from llmc.cli.main import main
 from llmc.manifest import read
+from llmc.schedules.records import load
 from tests.support.tiny_models import build
 
 
@@ -35,8 +36,9 @@ def test_tune_then_compile(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert chosen.config == kernel["config"]
     assert choices["extend", "llmc.linear"].tuned == "default"
     capsys.readouterr()
-    assert main(["tune", str(out), *common[3:], "--trials", "3", "--json", "--resume"]) == 0  # of the artifact, and nothing is left
-    assert json.loads(capsys.readouterr().out)["kernels"][0]["trials"] == 0
+    assert main(["tune", str(out), *common[3:], "--trials", "3", "--json", "--resume"]) == 0  # of the artifact: the same kernel
+    assert json.loads(capsys.readouterr().out)["kernels"][0]["trials"] == 3
+    assert len({record.config for record in load([records]).entries.values()}) == 6  # nothing was tried twice
 
 
 def test_offline(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -40,10 +41,10 @@ _DTYPES: dict[str, tuple[np.dtype, int, int]] = {
 }
 
 
-class _DLTensor(ctypes.Structure):
+class TensorHeader(ctypes.Structure):
     """The start of dlpack.h's DLManagedTensor, as far as the dtype."""
 
-    _fields_ = (
+    _fields_: ClassVar[Sequence[tuple[str, Any]]] = (
         ("data", ctypes.c_void_p),
         ("device_type", ctypes.c_int32),
         ("device_id", ctypes.c_int32),
@@ -81,7 +82,7 @@ def tensor(array: np.ndarray, dtype: str) -> Any:
     if array.ctypes.data % ALIGNMENT and array.size:
         raise ValueError(f"a tensor's memory must be aligned to {ALIGNMENT} bytes, and this array's is not")
     capsule = array.__dlpack__()
-    header = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
+    header = TensorHeader.from_address(_capsule_pointer(capsule, b"dltensor"))
     header.code, header.bits = code, bits
     return import_ffi().from_dlpack(capsule)
 

@@ -20,7 +20,7 @@ import numpy as np
 
 from llmc.errors import ArtifactError, InternalError, MissingExtraError
 from llmc.runtime.library import find_cudart
-from llmc.runtime.tensors import dtype_code, storage_dtype
+from llmc.runtime.tensors import TensorHeader, dtype_code, storage_dtype
 
 DL_CUDA = 2
 _HOST_TO_DEVICE, _DEVICE_TO_HOST, _DEVICE_TO_DEVICE = 1, 2, 3
@@ -28,17 +28,10 @@ _NON_BLOCKING_STREAM, _CAPTURE_RELAXED, _NO_TIMING = 1, 2, 2
 _UPLOAD_BYTES, _UPLOAD_THREADS = 8 << 20, 8
 
 
-class _ManagedTensor(ctypes.Structure):
+class _ManagedTensor(TensorHeader):
     """dlpack.h's DLManagedTensor."""
 
     _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
         ("shape", ctypes.POINTER(ctypes.c_int64)),
         ("strides", ctypes.POINTER(ctypes.c_int64)),
         ("byte_offset", ctypes.c_uint64),

@@ -156,8 +156,9 @@ static uintptr_t swz128(uintptr_t a) { return a ^ (((a >> 7) & 7) << 4); }
 static uintptr_t swz64(uintptr_t a) { return a ^ (((a >> 7) & 3) << 4); }
 static uintptr_t swz32(uintptr_t a) { return a ^ (((a >> 7) & 1) << 4); }
 static uintptr_t swzn(uintptr_t a, int s) { return s == 3 ? swz128(a) : s == 2 ? swz64(a) : s == 1 ? swz32(a) : a; }
-void emu_tma_load(uint32_t dst, const void* tm_, const int* co, int rank, uint32_t mbar) {
-  const CUtensorMap& tm = *(const CUtensorMap*)tm_;
+// Calls f(in shared memory, in global memory, whether outside of the tensor) for each element of the box at co.
+template <typename F>
+static void each_of_box(const CUtensorMap& tm, const int* co, int rank, uint32_t shared, F f) {
   long n = 1;
   for (int i = 0; i < rank; i++) n *= tm.box[i];
   for (long e = 0; e < n; e++) {
@@ -170,31 +171,26 @@ void emu_tma_load(uint32_t dst, const void* tm_, const int* co, int rank, uint32
       if (c < 0 || c >= tm.dim[i]) oob = true;
       off += c * (i == 0 ? tm.esz : tm.stride[i - 1]);
     }
-    uintptr_t a = swzn((uintptr_t)dst + e * tm.esz, tm.swz);
-    if (oob)
-      memset((void*)a, 0, tm.esz);
-    else
-      memcpy((void*)a, tm.base + off, tm.esz);
+    f((void*)swzn((uintptr_t)shared + e * tm.esz, tm.swz), tm.base + off, oob);
   }
-  emu_mb_tx(mbar, n * tm.esz);
+}
+void emu_tma_load(uint32_t dst, const void* tm_, const int* co, int rank, uint32_t mbar) {
+  const CUtensorMap& tm = *(const CUtensorMap*)tm_;
+  long bytes = 0;
+  each_of_box(tm, co, rank, dst, [&](void* here, const void* there, bool oob) {
+    if (oob)
+      memset(here, 0, tm.esz);
+    else
+      memcpy(here, there, tm.esz);
+    bytes += tm.esz;
+  });
+  emu_mb_tx(mbar, bytes);
 }
 void emu_tma_store(const void* tm_, const int* co, int rank, uint32_t src) {
   const CUtensorMap& tm = *(const CUtensorMap*)tm_;
-  long n = 1;
-  for (int i = 0; i < rank; i++) n *= tm.box[i];
-  for (long e = 0; e < n; e++) {
-    long r = e;
-    bool oob = false;
-    long off = 0;
-    for (int i = 0; i < rank; i++) {
-      long c = co[i] + r % tm.box[i];
-      r /= tm.box[i];
-      if (c < 0 || c >= tm.dim[i]) oob = true;
-      off += c * (i == 0 ? tm.esz : tm.stride[i - 1]);
-    }
-    uintptr_t a = swzn((uintptr_t)src + e * tm.esz, tm.swz);
-    if (!oob) memcpy(tm.base + off, (void*)a, tm.esz);
-  }
+  each_of_box(tm, co, rank, src, [&](const void* here, void* there, bool oob) {
+    if (!oob) memcpy(there, here, tm.esz);
+  });
 }
 // wgmma, bf16/f16, K-major or MN-major SW128 operands via descriptors
 struct Desc {

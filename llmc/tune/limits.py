@@ -15,10 +15,14 @@ from llmc.tune.task import Task
 DENSE_FLOPS = {"sm_80": 312e12, "sm_86": 150e12, "sm_89": 165e12, "sm_90": 989e12, "sm_90a": 989e12, "sm_100a": 2250e12}
 """Multiply-adds of 16-bit numbers per second, times two, of the largest GPU of an architecture (NVIDIA's data sheets)."""
 
+INTEGER = {"vnni": 4.0, "sdot": 4.0, "bytes": 2.0}
+"""Products of bytes in the time of one of float32, by :attr:`llmc.schedules.cpu.quantized_dot.Dot.how`: an instruction multiplies
+four times as many numbers, and without VNNI or dotprod another one adds them up. 1 for other ways."""
+
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes per second from memory, floating-point operations per second."""
+    """Bytes per second from memory, floating-point operations per second (of float32 on a CPU)."""
 
     bandwidth: float
     flops: float
@@ -26,7 +30,21 @@ class Limits:
     def seconds(self, task: Task, symbols: dict[str, int]) -> float:
         """The time of a perfect kernel for the task's call."""
         moved, flops = task.family.roofline(task.call, **symbols)
-        return float(max(moved / self.bandwidth, flops / self.flops))
+        return float(max(moved / self.bandwidth, flops / (self.flops * _integer_speed(task))))
+
+
+def _integer_speed(task: Task) -> float:
+    """Operations in the time of one of float32: more for the CPU's products of integers."""
+    from llmc.schedules.cpu import layout_panel
+
+    attrs = dict(task.call.attrs)
+    if task.target.kind != "cpu" or attrs.get("layout") != layout_panel.NAME:
+        return 1.0
+    from llmc.passes.quantize.scheme import scheme
+    from llmc.schedules.cpu.emit import Simd
+    from llmc.schedules.cpu.quantized_dot import Dot
+
+    return INTEGER.get(Dot(Simd(task.target), task.target, scheme(attrs["scheme"]).bits).how, 1.0)
 
 
 @cache

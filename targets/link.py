@@ -22,6 +22,9 @@ from typing import Any
 from llmc.errors import InternalError, MissingExtraError
 from llmc.targets.base import Target
 
+LIBRARY = "lib.so"
+"""What a library is called while it is linked: on macOS its name is part of it."""
+
 
 def linker(target: Target) -> Callable[..., None]:
     """A linker in the form ``export_library(fcompile=...)`` takes. Raises MissingExtraError if there is none for ``target``."""
@@ -30,13 +33,32 @@ def linker(target: Target) -> Callable[..., None]:
     def link(output: str, objects: str | Sequence[str], options: Sequence[str] | None = None, **_: Any) -> None:
         files = [objects] if isinstance(objects, str) else list(objects)
         with tempfile.TemporaryDirectory(prefix="llmc-link-") as folder:
-            if "-windows-" in target.triple:
+            windows = "-windows-" in target.triple
+            if windows:
                 files.append(import_library(Path(folder), target.triple))
-            _run([*command, "-o", output, *files, *(options or []), *libraries], target.triple)
+            # What a linker writes beside a library, such as a library to link with it, goes with the folder.
+            library = Path(folder) / LIBRARY
+            _run([*command, "-o", str(library), *files, *(options or []), *libraries], target.triple)
+            if windows:
+                _clear_time(library)
+            shutil.move(library, output)
 
     link.output_format = "so"  # type: ignore[attr-defined]
     link.get_target_triple = lambda: target.triple  # type: ignore[attr-defined]
     return link
+
+
+def _clear_time(library: Path) -> None:
+    """Zero the time of linking in the header of a Windows library (PE format: four bytes, eight behind the signature that the word
+    at 0x3c points to)."""
+    with library.open("r+b") as file:
+        file.seek(0x3C)
+        header = int.from_bytes(file.read(4), "little")
+        file.seek(header)
+        if file.read(4) != b"PE\0\0":
+            raise InternalError(f"the linker made no Windows library: no PE signature at byte {header}")
+        file.seek(header + 8)
+        file.write(bytes(4))
 
 
 def _run(command: Sequence[str], triple: str) -> None:
@@ -95,9 +117,11 @@ def _command(target: Target) -> list[str]:
         # Symbols of the TVM runtime are looked up in the process, as they are on Linux; no SDK is needed for that.
         version = system.removeprefix("apple-macos")
         arch = {"arm64": "aarch64"}.get(machine, machine)
-        return [*zig, "cc", "-target", f"{arch}-macos.{version}", "-shared", "-Wl,-undefined,dynamic_lookup"]
+        name = f"-Wl,-install_name,@rpath/{LIBRARY}"
+        return [*zig, "cc", "-target", f"{arch}-macos.{version}", "-shared", "-Wl,-undefined,dynamic_lookup", name]
     if system.endswith("android"):
         # zig has no C library of Android: the library is left to find it in the process. Pages of 16 KB work with 4 KB too.
         return [*zig, "ld.lld", "-shared", "-z", "max-page-size=16384"]
-    # zig's names of targets have no vendor.
-    return [*zig, "cc", "-target", target.triple.replace("-pc-", "-"), "-shared"]
+    # zig's names of targets have no vendor. Without -s a Windows library gets a file of debugging data, with a number that changes.
+    strip = ["-s"] if "-windows-" in system else []
+    return [*zig, "cc", "-target", target.triple.replace("-pc-", "-"), "-shared", *strip]

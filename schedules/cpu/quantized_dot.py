@@ -25,7 +25,7 @@ from typing import Any
 from tvm import tirx
 
 from llmc.schedules.cpu.emit import Simd, bind, read, vector
-from llmc.schedules.cpu.layout_panel import PLANES, ROWS
+from llmc.schedules.cpu.layout_panel import PLANES, QUADS, ROWS
 from llmc.targets.base import Target
 
 Expr = Any
@@ -77,11 +77,20 @@ class Dot:
             quads = [q ^ _bytes(self.bias, width) for q in quads]
         return [bind(q) for q in quads]
 
+    @property
+    def step(self) -> int:
+        """Quads that :meth:`products` takes best at a time: more of them only where it adds several before it widens."""
+        return min(QUADS, self._narrow_steps()) if self.how == "bytes" else 1
+
     def products(self, start: Expr, quads: Sequence[Expr], codes: Expr, at: Expr) -> Expr:
         """``start`` (int32) + the sum over ``quads`` of their products with the activations int8 ``codes[at:]``."""
         xs = [_broadcast(codes, at + 4 * i, self.lanes) for i in range(len(quads))]
         return {"vnni": self._vnni, "bytes": self._madd_bytes, "signs": self._madd_signs, "words": self._madd_words,
                 "sdot": self._sdot, "multiply": self._multiply}[self.how](start, quads, xs)  # fmt: skip
+
+    def _narrow_steps(self) -> int:
+        """Quads whose products with 7-bit activations add up in 16 bits."""
+        return int(32767 // (2 * 127 * ((1 << self.bits) - 1)))
 
     def _vnni(self, total: Expr, quads: Sequence[Expr], xs: Sequence[Expr]) -> Expr:
         for q, x in zip(quads, xs, strict=True):
@@ -90,7 +99,7 @@ class Dot:
 
     def _madd_bytes(self, total: Expr, quads: Sequence[Expr], xs: Sequence[Expr]) -> Expr:
         words, name = 2 * self.lanes, MADD_BYTES[self.lanes]
-        steps = min(len(quads), 32767 // (2 * 127 * ((1 << self.bits) - 1)))
+        steps = min(len(quads), self._narrow_steps())
         ones = tirx.Broadcast(tirx.const(1, "int16"), words)
         for first in range(0, len(quads), steps):
             pairs = [

@@ -207,72 +207,85 @@ class _Tile:
 
     def _parts(self, vectors: Sequence[tuple[Expr, int]], first: Expr, count: int) -> None:
         """``vectors``: of weight rows, each a panel and which of its vectors."""
-        at, dot = self.at, self.dot
+        at = self.at
         acc = [[self._cleared() for _ in range(count)] for _ in vectors]
         # With several blocks to a scale, a group's sum is kept apart until it is complete.
         group = acc if at.blocks == 1 else [[self._cleared() for _ in range(count)] for _ in vectors]
         with T.serial(0, at.records) as r:
             record = bind(i64(r) * at.record_bytes)
-            for v, (panel, part) in enumerate(vectors):
+            for (panel, part), total, part_sum in zip(vectors, acc, group, strict=True):
                 if count == 1 and self.ahead and part == 0:
                     prefetch(self.buffers["panels"], panel, record + self.ahead, at.record_bytes)
-                scales = [bind(self._scales(panel, record, part, s)) for s in range(at.sets)]
-                offsets = [self._offsets(panel, record, part, s) for s in range(at.sets)]
-
-                def block(
-                    b: Expr,
-                    v: int = v,
-                    panel: Expr = panel,
-                    part: int = part,
-                    record: Expr = record,
-                    r: Expr = r,
-                    scales: list[Expr] = scales,
-                    offsets: list[Expr] = offsets,
-                ) -> None:
-                    codes = dot.codes(self.buffers["panels"], panel, record + b * at.block_bytes, part)
-                    column = bind(i64(r) * at.blocks + b)
-                    for i in range(count):
-                        self._row(codes, first + i, column, scales, offsets, acc[v][i], group[v][i])
-
-                if at.blocks == 1:
-                    block(i64(0))
-                    continue
-                if at.blocks <= UNROLLED:
-                    for number in range(at.blocks):
-                        block(i64(number))
-                else:
-                    with T.serial(0, at.blocks) as b:
-                        block(i64(b))
-                for i in range(count):
-                    total, part_sum = acc[v][i], group[v][i]
-                    self._put(total, self.simd.fma(self._get(part_sum), scales[0], self._get(total)))
-                    self._put(part_sum, self.simd.splat(0.0, self.lanes))
-        for v, (panel, part) in enumerate(vectors):
+                self._record(panel, part, record, i64(r), first, total, part_sum)
+        for (panel, part), total in zip(vectors, acc, strict=True):
             for i in range(count):
-                self._finish(self._get(acc[v][i]), part, first + i, panel)
+                self._finish(self._get(total[i]), part, first + i, panel)
 
-    def _row(
-        self, codes: list[Expr], row: Expr, column: Expr, scales: list[Expr], offsets: list[Expr], acc: Expr, group: Expr
+    def _record(
+        self, panel: Expr, part: int, record: Expr, number: Expr, first: Expr, acc: Sequence[Expr], group: Sequence[Expr]
     ) -> None:
-        """One row of x times one block: its scaled products to ``group`` and what the weights' minima add to ``acc``."""
-        at, rows, simd = self.at, self.rows, self.simd
-        block = bind(row * (at.columns // BLOCK) + column)
-        scale = simd.splat(bind(read(rows.scales, block)), self.lanes)
+        """The record ``number`` at byte ``record`` of a panel times the rows from ``first`` on, one for each of ``acc``."""
+        at = self.at
+        scales = [bind(self._scales(panel, record, part, s)) for s in range(at.sets)]
+        offsets = [self._offsets(panel, record, part, s) for s in range(at.sets)]
+
+        def block(b: Expr) -> None:
+            codes = self.dot.codes(self.buffers["panels"], panel, record + b * at.block_bytes, part)
+            self._block(codes, first, bind(number * at.blocks + b), scales, offsets, acc, group)
+
+        if at.blocks == 1:
+            block(i64(0))
+            return
+        if at.blocks <= UNROLLED:
+            for b in range(at.blocks):
+                block(i64(b))
+        else:
+            with T.serial(0, at.blocks) as b:
+                block(i64(b))
+        for total, part_sum in zip(acc, group, strict=True):
+            self._put(total, self.simd.fma(self._get(part_sum), scales[0], self._get(total)))
+            self._put(part_sum, self.simd.splat(0.0, self.lanes))
+
+    def _block(
+        self,
+        codes: list[Expr],
+        first: Expr,
+        column: Expr,
+        scales: list[Expr],
+        offsets: list[Expr],
+        acc: Sequence[Expr],
+        group: Sequence[Expr],
+    ) -> None:
+        """Rows of x times the block of columns ``column``. The rows take turns at every few quads: an instruction that adds to a
+        sum waits for the one before, and the other rows' need not."""
+        at, rows, dot = self.at, self.rows, self.dot
+        blocks = [bind((first + i) * (at.columns // BLOCK) + column) for i in range(len(acc))]
+        quads = QUADS // at.sets
         for s in range(at.sets):
-            quads = QUADS // at.sets
-            start = tirx.const(0, "int32") if rows.starts is None else read(rows.starts, block * at.sets + s)
-            where = block * BLOCK + s * 4 * quads
-            integers = self.dot.products(tirx.Broadcast(start, self.lanes), codes[s * quads : (s + 1) * quads], rows.codes, where)
-            value = bind(tirx.Cast(vector("float32", self.lanes), integers))
-            offset = None if rows.offsets is None else simd.splat(read(rows.offsets, block * at.sets + s), self.lanes)
-            if self.scheme.offset == "zero_point":
-                value = bind(simd.fma(offsets[s], offset, value))
-            if at.blocks == 1:
-                self._put(acc, simd.fma(value, bind(scales[s] * scale), self._get(acc)))
-            else:
-                self._put(group, simd.fma(value, scale, self._get(group)))
-            if self.scheme.offset == "minimum":
-                self._put(acc, simd.fma(offsets[s], offset, self._get(acc)))
+            zero = tirx.const(0, "int32")
+            starts = [zero if rows.starts is None else read(rows.starts, block * at.sets + s) for block in blocks]
+            sums = [tirx.Broadcast(start, self.lanes) for start in starts]
+            for low in range(s * quads, (s + 1) * quads, dot.step):
+                taken = codes[low : min(low + dot.step, (s + 1) * quads)]
+                for i, block in enumerate(blocks):
+                    sums[i] = dot.products(sums[i], taken, rows.codes, block * BLOCK + 4 * low)
+            for i, block in enumerate(blocks):
+                scale = self.simd.splat(bind(read(rows.scales, block)), self.lanes)
+                offset = None if rows.offsets is None else self.simd.splat(read(rows.offsets, block * at.sets + s), self.lanes)
+                self._add(sums[i], scale, offset, scales[s], offsets[s], acc[i], group[i])
+
+    def _add(self, integers: Expr, scale: Expr, offset: Expr | None, scales: Expr, offsets: Expr, acc: Expr, group: Expr) -> None:
+        """Scaled products to ``group``, and to ``acc`` what the weights' minima add."""
+        simd = self.simd
+        value = bind(tirx.Cast(vector("float32", self.lanes), integers))
+        if self.scheme.offset == "zero_point":
+            value = bind(simd.fma(offsets, offset, value))
+        if self.at.blocks == 1:
+            self._put(acc, simd.fma(value, bind(scales * scale), self._get(acc)))
+        else:
+            self._put(group, simd.fma(value, scale, self._get(group)))
+        if self.scheme.offset == "minimum":
+            self._put(acc, simd.fma(offsets, offset, self._get(acc)))
 
     def _cleared(self) -> Expr:
         register = local(self.lanes)

@@ -5,7 +5,8 @@ columns are exact integers; block sums are scaled and added in float32, in the o
 the number of rows nor on the tile it falls into.
 
 The work is cut into (row block × panel) tasks. With few rows a task streams its panel once from memory; with many rows a
-block's codes are unpacked into registers once for a tile of rows, whose activations come as broadcasts from the caches.
+block's codes are unpacked into registers once for a tile of rows, whose activations come as broadcasts from the first-level
+cache: a row block fits it, and passes over as many panels as the second-level cache holds before the next one does.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from llmc.schedules.cpu.emit import (
     elements,
     function,
     i64,
+    keep,
     local,
     prefetch,
     read,
@@ -54,8 +56,10 @@ MANY_PANELS = 64
 """From so many panels on, a single row's tasks take two at a time and still can be dealt out evenly."""
 UNROLLED = 2
 """Blocks that share a scale and are written out one after the other; more are a loop."""
-CACHE = 192 << 10
-"""Bytes of rounded activations that a row block may have: part of a second-level cache."""
+ROWS_CACHE = 28 << 10
+"""Bytes of rounded activations that a row block of more than 24 rows has at most: most of a first-level cache."""
+PANELS_CACHE = 384 << 10
+"""Bytes of panels that one row block after the other passes over: part of a second-level cache."""
 
 
 def _call(o: int, k: int, name: str, phase: str = "extend", **attrs: Any) -> KernelCall:
@@ -109,7 +113,7 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     needed that a single row asks for weights (0: never). ``streams``: see :func:`_streams`."""
     at = _geometry(call)
     tiles = [12, 8, 16, 4, 6] if Simd(target).registers >= 32 else [2, 4, 6, 3, 1] if at.bits == 8 else [4, 2, 6, 3, 5]
-    fits = min(max(1, CACHE // at.columns // tiles[0]) * tiles[0], 480)
+    fits = min(max(24, ROWS_CACHE // at.columns) // tiles[0] * tiles[0], 480)
     blocks = [fits, *(b for b in (24, 48, 96, 192, 480) if b != fits)]
     many = at.panels >= MANY_PANELS
     first = 0 if at.bits == 8 else AHEAD if many else AHEAD // 2
@@ -123,6 +127,14 @@ def _streams(call: KernelCall, config: dict[str, Any]) -> int:
     leaves a core waiting at the end of every memory page."""
     wanted = int(config["streams"])
     return wanted if _geometry(call).panels % wanted == 0 else 1
+
+
+def _group(call: KernelCall, at: Panels, tasks: int) -> int:
+    """Of ``tasks`` panels, how many a row block passes over before the next one does: all of them for a step of few rows, whose
+    panels are read once; else a divisor that the cache has room for."""
+    if call.phase == "decode":
+        return tasks
+    return max(g for g in range(1, tasks + 1) if tasks % g == 0 and (g == 1 or g * at.panel_bytes <= PANELS_CACHE))
 
 
 def _geometry(call: KernelCall) -> Panels:
@@ -141,17 +153,23 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         streams = _streams(call, config)
         tasks = at.panels // streams
 
+        blocks = bind(ceildiv(n, block))
+        group = _group(call, at, tasks)
+
         def task(t: Expr) -> None:
-            low = bind(tirx.floordiv(t, tasks) * block)
+            # Kept, so that TVM's analyses of every address do not go into a division by a variable.
+            turn = keep(tirx.floordiv(t, group))
+            low = keep(tirx.floormod(turn, blocks) * block)
             high = bind(tirx.min(low + block, n))
-            panels = [bind(tirx.floormod(t, tasks) + s * tasks) for s in range(streams)]
+            first = keep(tirx.floordiv(turn, blocks) * group + tirx.floormod(t, group))
+            panels = [bind(first + s * tasks) for s in range(streams)]
             for count in sorted({int(config["rows"]), min(int(config["rows"]), 4), 1}, reverse=True):
                 tiles = bind(tirx.floordiv(high - low, count))
                 with T.serial(0, tiles) as i:
                     tile.emit(panels, bind(low + i64(i) * count), count)
                 low = bind(low + tiles * count)
 
-        with T.parallel(0, ceildiv(n, block) * tasks) as t:
+        with T.parallel(0, blocks * tasks) as t:
             task(i64(t))
     return done()
 

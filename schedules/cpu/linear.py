@@ -72,7 +72,11 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 
     ``k_block``: bytes of a weight row that stay in the first-level cache, for rows that are longer.
     """
-    tiles = [[t.rows, t.outputs] for t in tile_shapes(Simd(target))]
+    simd, narrow = Simd(target), WIDTH[call.args[1].dtype] < 4
+    tiles = [[t.rows, t.outputs] for t in tile_shapes(simd)]
+    if narrow and simd.registers >= 32:
+        # A weight is widened once for all rows of a tile: few outputs of many rows.
+        tiles.sort(key=lambda t: t != [6, 4])
     row_bytes = int(call.args[1].shape[1]) * WIDTH[call.args[1].dtype]
     blocks = [b for i, b in enumerate(K_BLOCKS) if i == 0 or min(b, K_BLOCKS[0]) < row_bytes]
     return {"row_block": [96, 48, 192, 24], "tile": tiles, "k_block": blocks}

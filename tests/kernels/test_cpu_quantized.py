@@ -15,7 +15,14 @@ from llmc.schedules.cpu import layout_panel, quantized_linear, quantized_rows, q
 from llmc.schedules.protocol import KernelCall
 from tests.kernels.harness import build, error, run
 
-LEVELS = {"x86-64": "cpu:x86-64", "avx2": "cpu:x86-64-v3", "avx512": "cpu:skylake-avx512", "host": "cpu"}
+LEVELS = {
+    "x86-64": "cpu:x86-64",
+    "avx2": "cpu:x86-64-v3",
+    "avx_vnni": "cpu:x86-64-v3+avxvnni",
+    "avx512": "cpu:skylake-avx512",
+    "avx512_vnni": "cpu:cascadelake",
+    "host": "cpu",
+}
 SCHEMES = (
     "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "int8", "int2_g32", "int3_g64", "int4_g128",
     "int4p_g32", "int6_g16", "int7_g32", "int4z_g64_bf16",
@@ -169,6 +176,18 @@ def test_the_tile_does_not_change_the_bits(module: Any, config: dict[str, int]) 
     arrays = arrays_of(call, 40, seed=8, exact=False)
     other = build({"other": (quantized_linear, call)}, targets.parse("cpu"), {"other": config})
     np.testing.assert_array_equal(run(other, "other", call, arrays, {"n": 40}), run(module, label, call, arrays, {"n": 40}))
+
+
+@pytest.mark.parametrize("n", [1, 24, 61])
+def test_panels_in_turns_are_the_same_bits(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    """Groups of two of six panels, over row blocks of which the last is short."""
+    call = quantized_linear._call(96, 64, "q4_1")
+    arrays = arrays_of(call, n, seed=n, exact=False)
+    config = {"one": {"row_block": 24}}
+    together = run(build({"one": (quantized_linear, call)}, targets.parse("cpu"), config), "one", call, arrays, {"n": n})
+    monkeypatch.setattr(quantized_linear, "PANELS_CACHE", 2 * layout_panel.geometry(scheme("q4_1"), 96, 64).panel_bytes)
+    in_turns = run(build({"one": (quantized_linear, call)}, targets.parse("cpu"), config), "one", call, arrays, {"n": n})
+    np.testing.assert_array_equal(in_turns, together)
 
 
 def test_rows_of_zeros_and_of_large_values_stay_finite(module: Any) -> None:

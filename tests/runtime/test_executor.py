@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from llmc.compiler import compile as compile_model
 from llmc.errors import ArtifactError, InternalError, RequestError
 from llmc.runtime import load
 from llmc.runtime.artifact import open_artifact
@@ -171,3 +174,14 @@ def test_a_process_without_compiler_runs_the_same(text_artifact: Path) -> None:
     with load(text_artifact) as model:
         assert model.generate([1, 2, 3], max_tokens=5).token_ids == tokens
         assert model.score([1, 2, 3]).total == pytest.approx(score)
+
+
+def test_threads_sleep_when_nothing_runs(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
+    """Between two answers no thread looks for work: a second of rest takes next to no processor time."""
+    compile_model(str(tiny_model_dir("llama")), out=tmp_path / "artifact", dtype="float32")
+    with load(tmp_path / "artifact", threads=2) as model:
+        model.generate([3, 1, 4], max_tokens=4, ignore_eos=True)
+        time.sleep(0.1)  # what still spins may go to sleep
+        before = time.process_time()
+        time.sleep(1.0)
+        assert time.process_time() - before < 0.1

@@ -18,6 +18,7 @@ from llmc.errors import InternalError, RequestError
 from llmc.runtime.draws import MOST, pack, token_counts
 
 _HEAD = 1024
+_STRIDE = 32
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,14 @@ class Sampler:
 
     def sample(self, logits: np.ndarray, position: int) -> int:
         """The token at ``position`` of the sequence, given its ``logits`` [vocab] float32, which are left as they are."""
-        greedy = self._params.temperature == 0
-        # the largest by one pass where it is the answer, too; NumPy takes NaN for the largest
-        token = int(logits.argmax()) if greedy and self.counts is None else -1
-        if not np.isfinite(logits.max() if token < 0 else logits[token]):
+        logits = self._penalized(logits)
+        if self._params.temperature == 0:
+            token = int(logits.argmax())  # NumPy takes NaN for the largest
+            finite = bool(np.isfinite(logits[token]))
+        else:
+            token, finite = self._draw(logits, position)
+        if not finite:
             raise not_finite(position)
-        if token < 0:
-            logits = self._penalized(logits)
-            token = int(logits.argmax()) if greedy else self._draw(logits, position)
         self.note(token)
         return token
 
@@ -156,25 +157,30 @@ class Sampler:
         penalized: np.ndarray = logits - p.presence_penalty * (generated > 0) - p.frequency_penalty * generated
         return penalized.astype(np.float32)
 
-    def _draw(self, logits: np.ndarray, position: int) -> int:
+    def _draw(self, logits: np.ndarray, position: int) -> tuple[int, bool]:
+        """A token, and whether the logits have a finite largest one (without one the token is any)."""
         ids, weights = candidates(logits, self._params)
         total = np.cumsum(weights, dtype=np.float64)
         # in the order of token ids, where rounding in the logits moves the bounds least
         place = np.searchsorted(total, uniform(self._seed, self._stream, position) * total[-1], side="right")
-        return int(ids[min(int(place), len(ids) - 1)])
+        return int(ids[min(int(place), len(ids) - 1)]), bool(total[-1] > 0)
 
 
 def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:
     """The tokens that may be drawn, in ascending order, and their weights (float32, the largest 1, not normalized).
 
     They are all those at least as probable as some token: which of equals are kept depends on no order, so that another sampler
-    finds the same ones by a threshold. Temperature must not be 0. At least the most probable token remains.
+    finds the same ones by a threshold. Temperature must not be 0. At least the most probable token remains. Where the largest logit
+    is not finite there is one token, of weight NaN.
     """
-    ids = np.arange(logits.size)
     if 0 < params.top_k < logits.size:
-        ids = np.flatnonzero(logits >= np.partition(logits, -params.top_k)[-params.top_k])
+        ids, top = most_probable(logits, params.top_k)
         logits = logits[ids]
-    weights = np.exp((logits - logits.max()) / np.float32(params.temperature))
+    else:
+        ids, top = np.arange(logits.size), logits.max()
+    if not np.isfinite(top):
+        return np.zeros(1, np.int64), np.full(1, np.nan, np.float32)
+    weights = np.exp((logits - top) / np.float32(params.temperature))
     if params.min_p > 0:
         # the most probable token survives top-k, so the order of the two does not matter
         kept = np.flatnonzero(weights >= params.min_p)
@@ -185,15 +191,39 @@ def candidates(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, 
     return ids, weights
 
 
+def most_probable(logits: np.ndarray, count: int) -> tuple[np.ndarray, np.float32]:
+    """Indices, ascending, of the ``count`` largest logits and of those equal to the last; the largest (NaN if there is one).
+
+    The vocabulary is read once, for the maxima of its strides: ``count`` of these are bounds from below for as many elements, so
+    only strides whose maximum reaches the last of them can hold one that is asked for.
+    """
+    strides = logits.size // _STRIDE
+    whole = strides * _STRIDE
+    if strides < 2 * count:
+        strides, whole = logits.size, logits.size
+    table = logits[:whole].reshape(-1, strides)
+    maxima = table.max(axis=0)
+    top = np.maximum(maxima.max(), logits[whole:].max(initial=-np.inf))
+    kept = np.flatnonzero(maxima >= np.partition(maxima, -count)[-count])
+    ids = np.concatenate([np.add.outer(np.arange(len(table)) * strides, kept).ravel(), np.arange(whole, logits.size)])
+    found = logits[ids]
+    if len(ids) >= count:  # fewer with NaN among them
+        ids = ids[found >= np.partition(found, -count)[-count]]
+    return np.sort(ids), top
+
+
 def nucleus(weights: np.ndarray, share: float) -> np.ndarray:
     """Indices, ascending, of the fewest largest ``weights`` that add up to ``share`` of their sum, and of those equal to the
     last."""
     limit = share * weights.sum(dtype=np.float64)
-    head = np.arange(weights.size)
-    if weights.size > _HEAD:
+    head, count = np.arange(weights.size), _HEAD
+    while count < weights.size:
         # sorting a whole vocabulary takes milliseconds, and the nucleus is nearly always among the largest few
-        large = np.flatnonzero(weights >= np.partition(weights, -_HEAD)[-_HEAD])
-        head = large if weights[large].sum(dtype=np.float64) >= limit else head
+        large = np.flatnonzero(weights >= np.partition(weights, -count)[-count])
+        if weights[large].sum(dtype=np.float64) >= limit:
+            head = large
+            break
+        count *= 8
     order = head[np.argsort(-weights[head], kind="stable")]
     before = np.cumsum(weights[order], dtype=np.float64) - weights[order]
     return np.flatnonzero(weights >= weights[order[before < limit][-1]])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llmc.errors import InternalError, RequestError
-from llmc.runtime.sampling import Sampler, SamplingParams, candidates, log_softmax, nucleus, uniform
+from llmc.runtime.sampling import Sampler, SamplingParams, candidates, log_softmax, most_probable, nucleus, uniform
 
 LOGITS = np.array([1.0, 2.5, -0.7, 2.5, 0.0, -3.0, 1.9], np.float32)
 
@@ -85,6 +85,19 @@ def test_the_nucleus_of_a_large_vocabulary_is_that_of_a_full_sort(scale: float, 
     assert found == [i for i in range(5000) if weights[i] >= weights[want[-1]]]
 
 
+@pytest.mark.parametrize("size", [5, 64, 1000, 49152, 50001])
+@pytest.mark.parametrize("count", [1, 4, 40, 300])
+def test_the_most_probable_are_those_of_a_full_sort(size: int, count: int) -> None:
+    """Among logits of few distinct values, so that the last place is shared, and with some that are ruled out."""
+    logits = np.random.default_rng(size + count).integers(-300, 300, size).astype(np.float32)
+    logits[::3] = -np.inf
+    count = min(count, size - 1)
+    ids, top = most_probable(logits, count)
+    last = np.sort(logits)[-count]
+    np.testing.assert_array_equal(ids, np.flatnonzero(logits >= last))
+    assert top == logits.max()
+
+
 def test_draws_follow_the_distribution() -> None:
     params = SamplingParams(temperature=0.9, top_k=5, top_p=0.95, seed=7)
     sampler = Sampler(params, [], len(LOGITS))
@@ -131,11 +144,13 @@ def test_greedy_takes_the_lowest_of_equal_tokens_and_needs_no_seed() -> None:
     assert Sampler(SamplingParams(), [], len(LOGITS)).sample(LOGITS, 0) == 1
 
 
-def test_not_a_number_is_reported() -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.7}, {"temperature": 0.7, "top_k": 2, "top_p": 0.9, "min_p": 0.1}])
+def test_logits_that_are_not_finite_are_reported(value: float, how: dict[str, Any]) -> None:
     bad = LOGITS.copy()
-    bad[3] = np.nan
-    with pytest.raises(InternalError, match="position 9"):
-        Sampler(SamplingParams(), [], len(LOGITS)).sample(bad, 9)
+    bad[3] = value
+    with np.errstate(all="ignore"), pytest.raises(InternalError, match="position 9"):
+        Sampler(SamplingParams(**how), [], len(LOGITS)).sample(bad, 9)
 
 
 def test_log_softmax_is_normalized_far_from_zero() -> None:

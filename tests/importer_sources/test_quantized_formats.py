@@ -73,6 +73,12 @@ CASES: dict[str, tuple[made.Packer, dict[str, Any], str, tuple[int, int]]] = {
         "fp8_e4m3_b128",
         (200, 150),
     ),
+    "fp8_one_block": (
+        made.fp8("block", "weight_scale_inv"),
+        {**FP8, "weight_block_size": [128, 128]},
+        "fp8_e4m3_b128",
+        (100, 128),
+    ),
     "fp8_tensor": (made.fp8("tensor"), FP8, "fp8_e4m3_t", (11, 50)),
     "fbgemm": (made.fp8("channel"), {"quant_method": "fbgemm_fp8"}, "fp8_e4m3", (11, 50)),
     "modelopt": (made.fp8("tensor"), {"quant_method": "modelopt", "quant_algo": "FP8"}, "fp8_e4m3_t", (11, 50)),

@@ -165,7 +165,7 @@ def nf4(*, nested: bool = True) -> Packer:
         codes = rng.integers(0, 16, o * k).astype(np.uint8)
         blocks = o * k // 64
         state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [o, k]}
-        parts = {"weight": torch.from_numpy((codes[0::2] << 4) | codes[1::2])[:, None], "weight.quant_map": NF4}
+        parts = {"weight": torch.from_numpy((codes[0::2] << 4) | codes[1::2])[:, None], "weight.quant_map": NF4.clone()}
         if nested:
             stored = torch.from_numpy(rng.integers(0, 256, blocks).astype(np.uint8))
             table = torch.linspace(-1, 1, 256)

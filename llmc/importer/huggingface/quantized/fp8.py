@@ -18,12 +18,13 @@ from llmc.importer.huggingface.quantized.modules import Modules, QuantizedWeight
 from llmc.passes.quantize.scheme import QuantizedTensor, scheme
 
 BLOCK = 128
+INVERSE = "weight_scale_inv"
 NAN = 0x7F  # and 0xFF: the only codes of E4M3 (fn) that are no number
 
 
 def read(modules: Modules, config: dict[str, Any]) -> None:
     """Replace every layer that has a ``weight_scale_inv`` or a ``weight_scale``."""
-    for part in ("weight_scale_inv", "weight_scale"):
+    for part in (INVERSE, "weight_scale"):
         for module in modules.having(part):
             modules.add(f"{module}.weight", weight(modules, module, part))
 
@@ -45,12 +46,13 @@ def weight(modules: Modules, module: str, scale_part: str) -> QuantizedWeight:
         raise modules.refusal(codes.describe(), f"as {codes.dtype} {list(codes.shape)} with a {scale_part}")
     o, k = codes.shape
     blocks = (-(-o // BLOCK), -(-k // BLOCK))
-    if scales.shape in ((), (1,), (1, 1)):
+    if scales.shape == blocks and (scale_part == INVERSE or max(blocks) > 1):
+        # also a matrix of one block: it is stored as its neighbours are, with which it may be merged
+        name = "fp8_e4m3_b128"
+    elif scales.shape in ((), (1,), (1, 1)):
         name = "fp8_e4m3_t"
     elif scales.shape in ((o,), (o, 1)):
         name = "fp8_e4m3"
-    elif scales.shape == blocks:
-        name = "fp8_e4m3_b128"
     else:
         raise modules.refusal(codes.describe(), f"to 8 bits with scales {list(scales.shape)} for a matrix {list(codes.shape)}")
     return QuantizedWeight(codes.describe(), (o, k), name, partial(_load, codes, scales, name))

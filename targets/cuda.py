@@ -20,12 +20,12 @@ import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 
 # isort: split
 import tvm
-from tvm import relax, s_tir, tirx  # noqa: F401  (s_tir registers its pipeline)
+from tvm import relax, tirx
 from tvm.tirx.compilation_pipeline import get_tir_pipeline, register_tir_pipeline
 
 from llmc.errors import UsageError
 from llmc.runtime.device import PTX, cuda_devices
-from llmc.targets import cuda_tools, dependent_launch
+from llmc.targets import cuda_tools, dependent_launch, gpu_pipeline
 from llmc.targets.base import GpuTarget, Target
 from llmc.targets.gpu import compute_dtype, layouts, schedule
 from llmc.targets.limits import MMA
@@ -137,7 +137,7 @@ def _mixed_pipeline() -> tuple[Any, Any, Any]:
     They differ in how thread bindings and buffers are read; after the split into host and device functions they are alike.
     The first kind gets its programmatic dependent launches here.
     """
-    s_tir_passes, finalize_host, finalize_device = get_tir_pipeline("s_tir")
+    s_tir_passes, finalize_host, finalize_device = get_tir_pipeline(gpu_pipeline.PIPELINE)
     tirx_passes, _, _ = get_tir_pipeline("tirx")
 
     @tvm.transform.module_pass(opt_level=0)

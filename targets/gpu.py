@@ -11,12 +11,11 @@ import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 
 # isort: split
 import tvm
-from tvm import relax, s_tir  # noqa: F401  (s_tir registers its pipeline)
+from tvm import relax
 
 from llmc.errors import UsageError
 from llmc.targets.base import GpuTarget, Target
-
-PIPELINE = "s_tir"
+from llmc.targets.gpu_pipeline import PIPELINE
 
 
 def parse(spec: str, table: Mapping[str, Mapping[str, Any]], triple: str) -> GpuTarget:

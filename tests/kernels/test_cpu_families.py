@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from llmc import targets
-from llmc.schedules.cpu import append, attend, linear, moe, rope, rope_append
+from llmc.schedules.cpu import append, attend, linear, moe, rope, rope_append, topk
 from llmc.schedules.cpu.norm import layer_norm, rms_norm
 from tests.kernels.harness import build, error, page_error, paged_arrays, random_arrays, run, tensor
 
 ROWWISE = [linear, rms_norm, layer_norm, rope]
-FAMILIES = [*ROWWISE, append, rope_append, attend, moe]
+FAMILIES = [*ROWWISE, append, rope_append, attend, moe, topk]
 CASES = [(family, label) for family in FAMILIES for label in family.SHAPES]
 
 
@@ -134,6 +134,16 @@ def test_moe_reads_only_the_routed_experts(module: Any) -> None:
     for weights in arrays[3:5]:
         weights[[0, 2, 3, 4, 5, 7]] = np.nan
     assert np.isfinite(run(module, symbol(moe, "two_of_eight"), call, arrays, {"n": 3})).all()
+
+
+@cases(topk)
+def test_topk_takes_the_first_of_equals(module: Any, family: Any, label: str) -> None:
+    call = family.SHAPES[label]
+    (x,) = random_arrays(call, {"n": 4}, seed=4)
+    x[1], x[2], x[3, ::2] = np.round(x[1]), x[2, 0], -np.inf
+    ids = tensor(np.full(call.result.bind({"n": 4}), -1, np.int32))
+    module[symbol(family, label)](tensor(x), ids)
+    np.testing.assert_array_equal(ids.numpy(), family.reference(call, x))
 
 
 @cases(*ROWWISE)

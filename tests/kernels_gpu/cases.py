@@ -17,8 +17,8 @@ PAGES = 6
 TAKEN = 5
 """Rows of an embedding."""
 
-SLOTS = {append.NAME: 2, rope_append.NAME: 3}
-"""Families that write pages -> the operand that says where to."""
+SLOTS = {append.OP: 2, rope_append.OP: 3}
+"""Operators that write pages -> the operand that says where to."""
 
 
 def rows_of(family: Any, call: KernelCall) -> int:
@@ -40,11 +40,11 @@ def operands(family: Any, call: KernelCall, n: int, seed: int = 3) -> tuple[list
         return _take_operands(call, seed), {"n": TAKEN}
     symbols, rng = {"n": n, "num_pages": PAGES}, np.random.default_rng(seed)
     arrays = random_arrays(call, symbols, seed)
-    if family.NAME in SLOTS:
+    if call.op in SLOTS:
         slots = rng.permutation(PAGES * call.attr("page_size"))[:n].astype(np.int32)
         slots[n // 2 : n // 2 + (n > 1)] = -1  # a row of padding has no slot
-        arrays[SLOTS[family.NAME]] = slots
-    if family is moe:
+        arrays[SLOTS[call.op]] = slots
+    if call.op == moe.OP:
         experts = call.args[3].shape[0]
         arrays[1] = np.stack([rng.permutation(experts)[: call.attr("top_k")] for _ in range(n)]).astype(np.int32)
     return arrays, symbols
@@ -65,15 +65,15 @@ def result_buffer(call: KernelCall, symbols: dict[str, int]) -> np.ndarray:
 
 def arguments(family: Any, call: KernelCall, arrays: list[np.ndarray], symbols: dict[str, int]) -> list[np.ndarray]:
     """What the kernel is called with: the operands, and room for a result that is not one of them."""
-    return arrays if family is append else [*arrays, result_buffer(call, symbols)]
+    return arrays if call.op == append.OP else [*arrays, result_buffer(call, symbols)]
 
 
 def errors(family: Any, call: KernelCall, arrays: list[np.ndarray], after: list[np.ndarray]) -> dict[str, float]:
     """For the dtype of each result its error (:func:`tests.kernels.harness.error`) after the kernel changed its arguments."""
     expected = family.reference(call, *arrays)
-    if family is append:
+    if call.op == append.OP:
         return {call.result.dtype: page_error(after[3], expected)}
-    if family is rope_append:
+    if call.op == rope_append.OP:
         queries, pages = expected
         untouched = pages == arrays[4]
         assert np.array_equal(after[4][untouched], arrays[4][untouched]), "the kernel wrote beside its slots"

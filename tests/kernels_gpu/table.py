@@ -1,4 +1,4 @@
-"""Writes docs/targets.md: each portable kernel with each kind of limits, how it is checked, and its worst error.
+"""Writes docs/targets.md: each kernel with each kind of limits or instruction set, how it is checked, and its worst error.
 
 ``python -m tests.kernels_gpu.table > docs/targets.md``
 """
@@ -15,6 +15,7 @@ from llmc import targets
 from llmc.schedules import cuda
 from llmc.schedules.gpu import FAMILIES
 from llmc.targets.limits import METAL, OPENCL, ROCM
+from tests.kernels import cpu_table
 from tests.kernels_cuda.emulated import TOLERANCE
 from tests.kernels_gpu.cases import arguments, errors, operands, rows_of
 from tests.kernels_gpu.test_portable import LARGE
@@ -115,6 +116,7 @@ def main() -> None:
     everything = [task for of_cell in work.values() for task in of_cell]
     with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:
         found = dict(zip(everything, pool.map(measured, everything), strict=True))
+        cpu = cpu_table.section(pool)
     print(HEAD.format(targets="Targets: " + ", ".join(names) + "."))
     print(f"| kernel | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}")
     for place, family in enumerate(FAMILIES):
@@ -123,6 +125,7 @@ def main() -> None:
     print(CUDA_HEAD.format(**TOLERANCE))
     print("| kernel | tests in `tests/kernels_cuda` |\n|---|---|")
     print("\n".join(cuda_rows()))
+    print(cpu)
 
 
 if __name__ == "__main__":

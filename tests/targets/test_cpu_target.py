@@ -149,8 +149,9 @@ def test_libraries_for_other_systems(spec: str, head: bytes, tmp_path: Path) -> 
     assert (tmp_path / "lib.so").read_bytes().startswith(head)
 
 
-# Slow: the first link for Windows has ziglang build its C runtime, for a minute.
+# Slow: the first link for Windows has ziglang build its C runtime, for a minute or more.
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_library_for_windows_names_the_one_it_imports_from(tmp_path: Path) -> None:
     library(targets.parse("cpu:x86-64-v3@windows"), tmp_path / "lib.so")
     code = (tmp_path / "lib.so").read_bytes()

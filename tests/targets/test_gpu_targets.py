@@ -21,6 +21,7 @@ from llmc.errors import InternalError, UsageError
 from llmc.schedules.gpu import FAMILIES, quantized_gemv
 from llmc.targets import code_object
 from llmc.targets.base import GpuTarget
+from llmc.targets.gpu_pipeline import PIPELINE
 from llmc.targets.limits import METAL, OPENCL, ROCM
 from tests.support.metal import check
 
@@ -99,7 +100,7 @@ def test_every_portable_kernel_is_legal_amd_assembly_without_scratch(arch: str, 
             functions[name] = family.build(call, target, config).with_attr("global_symbol", name)
     tvm_target = targets.module_for(target).tvm_target(target)
     with tvm_target:
-        module = tvm.tirx.build(tvm.IRModule(functions), target=tvm_target, pipeline="s_tir")
+        module = tvm.tirx.build(tvm.IRModule(functions), target=tvm_target, pipeline=PIPELINE)
     text = module.imports[0].inspect_source("asm")
     assert set(re.findall(r"\.private_segment_fixed_size: (\d+)", text)) == {"0"}
     assert set(re.findall(r"\.[vs]gpr_spill_count: (\d+)", text)) == {"0"}
@@ -142,7 +143,7 @@ def device_source(family: Any, target: GpuTarget) -> str:
         functions[label] = family.build(call, target, config).with_attr("global_symbol", f"k_{label}")
     tvm_target = targets.module_for(target).tvm_target(target)
     with tvm_target:
-        module = tvm.tirx.build(tvm.IRModule(functions), target=tvm_target, pipeline="s_tir")
+        module = tvm.tirx.build(tvm.IRModule(functions), target=tvm_target, pipeline=PIPELINE)
     return str(module.imports[0].inspect_source())
 
 

@@ -28,7 +28,7 @@ HEAD = """
 # Kernels of CPU targets
 
 Targets: {targets}, and every processor that LLVM knows. The instruction sets below are those that kernels differ by. x86-64
-ran on its hardware; 64-bit Arm under qemu's user mode, where SmolLM2 also gives this processor's tokens (`pytest -m slow tests/slow`).
+ran on its hardware; 64-bit Arm under qemu's user mode, where SmolLM2 gives the same tokens too (`pytest -m slow tests/slow`).
 Libraries for macOS, Windows and Android are linked and their headers checked; none has run there. i8mm is accepted and has no
 kernels of its own.
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,10 +48,44 @@ def smollm2_gguf() -> Path:
 
 
 @pytest.fixture(scope="session")
-def smollm2_artifact(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct compiled for this machine in float32, once a session."""
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """``made_once(name, make)``: a folder that ``make(folder)`` writes, once for all the processes that run tests. ``make`` leaves
+    nothing behind when it fails, as a compile does. Do not change the folder."""
+    own = tmp_path_factory.getbasetemp()
+    root = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder = root / f"made-{name}"
+        with FileLock(root / f"made-{name}.lock"):
+            if not folder.exists():
+                make(folder)
+        return folder
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def smollm2_artifact(smollm2_gguf: Path, made_once: MadeOnce) -> Path:
+    """SmolLM2-135M-Instruct compiled for this machine in float32."""
     from llmc.compiler import compile as compile_model
 
-    out = tmp_path_factory.mktemp("smollm2") / "artifact"
-    compile_model(str(smollm2_gguf), out=out, dtype="float32")
-    return out
+    return made_once("smollm2", lambda out: compile_model(str(smollm2_gguf), out=out, dtype="float32"))
+
+
+@pytest.fixture(scope="session")
+def llama_artifact(tiny_model_dir: Callable[..., Path], made_once: MadeOnce) -> Path:
+    """The tiny llama in bfloat16 with a context of 64 for cpu:x86-64-v3."""
+    from llmc.compiler import compile as compile_model
+
+    model = str(tiny_model_dir("llama"))
+    make = lambda out: compile_model(model, out=out, target="cpu:x86-64-v3", dtype="bfloat16", context=64)  # noqa: E731
+    return made_once("llama", make)
+
+
+@pytest.fixture(scope="session")
+def llama_for_three(tiny_model_dir: Callable[..., Path], made_once: MadeOnce) -> Path:
+    """The same for cpu:x86-64-v3, cuda:sm_80 and cuda:sm_90a at once."""
+    from llmc.compiler import compile as compile_model
+
+    model, targets = str(tiny_model_dir("llama")), ["cpu:x86-64-v3", "cuda:sm_80,sm_90a"]
+    return made_once("three", lambda out: compile_model(model, out=out, target=targets, dtype="bfloat16", context=64))

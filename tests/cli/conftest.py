@@ -82,12 +82,14 @@ def llmc_here(cli_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Llmc:
 
 
 @pytest.fixture(scope="session")
-def tiny_artifact(llmc: Llmc, tiny_model_dir: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_artifact(llmc: Llmc, tiny_model_dir: Callable[..., Path], made_once: Callable[..., Path]) -> Path:
     """A small model compiled for this machine by the command line, in float32 with a context of 96. Do not change it."""
-    out = tmp_path_factory.mktemp("tiny") / "artifact"
-    done = llmc("compile", tiny_model_dir("llama"), "-o", out, "--dtype", "float32", "--context", "96")
-    assert done.returncode == 0, done.stderr
-    return out
+
+    def make(out: Path) -> None:
+        done = llmc("compile", tiny_model_dir("llama"), "-o", out, "--dtype", "float32", "--context", "96")
+        assert done.returncode == 0, done.stderr
+
+    return made_once("tiny", make)
 
 
 def make_manifest(files: dict[str, bytes]) -> Manifest:

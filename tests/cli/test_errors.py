@@ -111,17 +111,15 @@ def test_read_only_output(llmc_here: Llmc, tiny_model_dir: MakeModel) -> None:
     check(llmc_here("compile", tiny_model_dir("llama"), "-o", "/sys/llmc-test"), 6, "/sys/llmc-test")
 
 
-def test_disk_full(tiny_model_dir: MakeModel, tmp_path: Path) -> None:
+def test_disk_full(llmc_here: Llmc, tiny_model_dir: MakeModel, tmp_path: Path) -> None:
     """A limit on file sizes stands for the full disk: both refuse the write in the middle of a file."""
-    out = tmp_path / "out"
-    done = subprocess.run(
-        [sys.executable, "-m", "llmc.cli.main", "compile", str(tiny_model_dir("llama")), "-o", str(out)],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=240,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, 2 << 20)),
-    )
+    model, out = tiny_model_dir("llama"), tmp_path / "out"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, before[1]))
+    try:
+        done = llmc_here("compile", model, "-o", out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
     check(done, 6, str(out), "no room")
     assert {p.name for p in tmp_path.iterdir()} <= {".out.lock"}
 

@@ -90,11 +90,10 @@ def tasks() -> dict[tuple[int, str], list[tuple[int, str, str]]]:
 
 
 def cell(place: int, done: Mapping[tuple[int, str, str], float]) -> str:
-    worst = {True: 0.0, False: 0.0}
+    worst: dict[bool, list[float]] = {True: [], False: []}
     for (_, label, _), found in done.items():
-        wide = FAMILIES[place].SHAPES[label].result.dtype in ("float32", "int32")
-        worst[wide] = max(worst[wide], found)
-    return f"{worst[True]:.1e} / {worst[False]:.1e}" if done else "no matrix instruction"
+        worst[FAMILIES[place].SHAPES[label].result.dtype in ("float32", "int32")].append(found)
+    return " / ".join(f"{max(w):.1e}" if w else "none" for w in worst.values()) if done else "no matrix instruction"
 
 
 def cuda_rows() -> list[str]:

@@ -6,13 +6,11 @@ import importlib.util
 import re
 import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from llmc import targets
-from llmc.compiler import compile as compile_model
+from llmc import manifest, targets
 from llmc.errors import InternalError, MissingExtraError, UsageError
 from llmc.runtime.device import CudaDevice
 from llmc.targets import cuda, cuda_tools
@@ -91,18 +89,17 @@ def test_ptx_comes_with_code_that_newer_gpus_may_run(monkeypatch: pytest.MonkeyP
     assert b".target sm_" not in cuda_tools._run_nvcc(nvcc, kernel, "sm_90a")
 
 
-def test_a_model_compiled_without_a_gpu(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
-    out = tmp_path / "artifact"
-    report = compile_model(str(tiny_model_dir("llama")), out=out, target="cuda:sm_90a", dtype="bfloat16", context=64)
-    (variant,) = report.manifest.variants
+def test_a_model_compiled_without_a_gpu(llama_for_three: Path) -> None:
+    out, made = llama_for_three, manifest.read(llama_for_three)
+    (variant,) = [v for v in made.variants if v.target == "cuda:sm_90a"]
     assert (variant.kind, variant.mcpu, variant.name) == ("cuda", "sm_90a", "cuda-sm_90a")
     library = (out / variant.library).read_bytes()
     # machine code (nvcc's fatbin, or NVRTC's ELF of EM_CUDA), and neither source nor PTX to compile at load
     assert b"\x50\xed\x55\xba" in library or b"\x7fELF\x02\x01\x01\x41" in library
     assert b"__global__" not in library and b".version " not in library and not re.search(rb"\.target sm_", library)
     assert {p.name for p in (out / "runtime").iterdir()} == {"libtvm_runtime.so", "libtvm_runtime_cuda.so"}
-    assert report.manifest.kv.dtype == "bfloat16"
-    assert {t.dtype for t in report.manifest.tensors.values()} == {"bfloat16", "float32"}  # float32: rope's frequencies
+    assert made.kv.dtype == "bfloat16"
+    assert {t.dtype for t in made.tensors.values()} == {"bfloat16", "float32"}  # float32: rope's frequencies
     dialect = {k.op: k.shape for k in variant.kernels if k.op != "relax"}
     sampling = {"llmc.sample_stats", "llmc.sample", "llmc.advance"}
     assert set(dialect) - sampling == {"llmc.linear", "llmc.attend", "llmc.rope_append", "llmc.rms_norm"}

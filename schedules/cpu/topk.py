@@ -52,7 +52,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             store(last_index, tirx.const(-1, "int32"), zero)
             with T.serial(0, k) as j:
                 store(best_value, f32(float("-inf")), zero)
-                store(best_index, tirx.const(0, "int32"), zero)
+                store(best_index, tirx.const(-1, "int32"), zero)
                 with T.serial(0, elements) as e:
                     value = bind(x[i, e])
                     index = tirx.Cast("int32", e)
@@ -62,10 +62,11 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         store(best_value, value, zero)
                         store(best_index, index, zero)
 
-                    when(tirx.all(after, value > best_value[zero]), take)
+                    # The first that comes after is taken whatever it is: no value is larger than minus infinity, if that is all.
+                    when(tirx.all(after, tirx.any(value > best_value[zero], best_index[zero] < 0)), take)
                 store(last_value, best_value[zero], zero)
                 store(last_index, best_index[zero], zero)
-                store(ids, best_index[zero], i, j)
+                store(ids, tirx.max(best_index[zero], 0), i, j)  # a row of NaN has none, and an index must be one
 
         parallel_if(symbols.dim(call.args[0].shape[0]), k * elements, row)
     return done()

@@ -76,6 +76,9 @@ def errors(family: Any, call: KernelCall, arrays: list[np.ndarray], after: list[
     if call.op == rope_append.OP:
         queries, pages = expected
         untouched = pages == arrays[4]
+        if pages.dtype == np.uint8:  # a code may be what was there before, and next to a tie round to another
+            opposite = ~arrays[4]
+            untouched &= family.reference(call, *arrays[:4], opposite, *arrays[5:])[1] == opposite
         assert np.array_equal(after[4][untouched], arrays[4][untouched]), "the kernel wrote beside its slots"
         found = {call.args[4].dtype: page_error(after[4], pages)}
         found[call.result.dtype] = max(error(after[-1], queries), found.get(call.result.dtype, 0.0))

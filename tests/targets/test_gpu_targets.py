@@ -18,7 +18,7 @@ import tvm
 from llmc import targets
 from llmc.compiler import compile as compile_model
 from llmc.errors import InternalError, UsageError
-from llmc.schedules.gpu import FAMILIES, quantized_gemv
+from llmc.schedules.gpu import FAMILIES, quantized_gemv, rope_append
 from llmc.targets import code_object
 from llmc.targets.base import GpuTarget
 from llmc.targets.gpu_pipeline import PIPELINE
@@ -145,6 +145,19 @@ def device_source(family: Any, target: GpuTarget) -> str:
     with tvm_target:
         module = tvm.tirx.build(tvm.IRModule(functions), target=tvm_target, pipeline=PIPELINE)
     return str(module.imports[0].inspect_source())
+
+
+@pytest.mark.parametrize("spec", ["metal:apple7", "opencl:generic"])
+def test_numbers_of_more_than_seven_digits_reach_the_source(spec: str) -> None:
+    """1.5 · 2^23, which rounds codes of keys, is 12582912; TVM would write 1.258291e+07."""
+    target = targets.parse(spec)
+    assert isinstance(target, GpuTarget)
+    call = rope_append.SHAPES["int8_9x3x64"]
+    function = rope_append.build(call, target, {}).with_attr("global_symbol", "k")
+    tvm_target = targets.module_for(target).tvm_target(target)
+    with tvm_target:
+        text = str(tvm.tirx.build(tvm.IRModule({"k": function}), target=tvm_target, pipeline=PIPELINE).imports[0].inspect_source())
+    assert "1.258291e+07" not in text and str(0x4B400000) in text
 
 
 def test_the_check_of_metal_finds_what_is_wrong() -> None:

@@ -176,7 +176,7 @@ class Layers:
         where = {
             "table": table, "lens": torch.full((n,), CONTEXT, device="cuda", dtype=torch.int32),
             "starts": torch.arange(n + 1, device="cuda", dtype=torch.int32),
-            "slots": (table[:, -1] * PAGE + PAGE - 1).int(), "gain": bf16(model.hidden),
+            "slots": (table[:, -1] * PAGE + PAGE - 1).int(), "gain": torch.ones(model.hidden, device="cuda").bfloat16(),
             "cos": torch.rand(n, model.d, device="cuda"), "sin": torch.rand(n, model.d, device="cuda"),
             "x": bf16(n, model.hidden), "y": bf16(n, model.hidden), "z": bf16(n, model.hidden), "normed": bf16(n, model.hidden),
             "qkv": bf16(n, model.linears["qkv"][0]), "q": bf16(n, model.heads, model.d), "heads": bf16(n, model.heads, model.d),
@@ -198,7 +198,7 @@ class Layers:
         v = self.v
         for i, own in enumerate(self.views):
             x = v["x"] if i == 0 else v["z"]
-            first, second = ((v["normed"],),) * 2 if "norm" in kernels else ((x, v["gain"]), (v["y"], v["gain"]))
+            first, second = ((v["normed"],),) * 2 if "norm" in kernels else ((x,), (v["y"],))
             calls = [
                 ("norm", (x, v["gain"], v["normed"])), ("qkv", (*first, *own["qkv"], v["qkv"])),
                 ("rope_append", (v["qkv"], v["cos"], v["sin"], v["slots"], own["pages"], v["q"])),

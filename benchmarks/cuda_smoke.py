@@ -132,6 +132,9 @@ def fill_weights(folder: Path) -> None:
                 if name.startswith("__pad"):
                     file.write(bytes(left))
                     continue
+                if name.startswith("llmc.ones."):  # what is left of a norm's weight
+                    file.write(np.ones(left // 4, np.float32).tobytes())
+                    continue
                 scheme, vector = tensors[name]["scheme"], len(entry["shape"]) == 1
                 if entry["dtype"] == "F32" and scheme == "float32":  # rope's frequencies, the one tensor that is not free to choose
                     count = left // 4
@@ -205,9 +208,12 @@ class TorchDecoder:
         (name,) = [n for n in self.weights if all(word in n for word in words)]
         return self.weights[name]
 
-    def _norm(self, x: Any, weight: Any) -> Any:
+    def _norm(self, x: Any, *words: str) -> Any:
+        """The norm whose weight's name has ``words``; it has none if the compiler put it into the layers behind the norm."""
         wide = x.float()
-        return (wide * self.torch.rsqrt((wide * wide).mean(-1, keepdim=True) + EPS)).to(self.dtype) * weight
+        normal = (wide * self.torch.rsqrt((wide * wide).mean(-1, keepdim=True) + EPS)).to(self.dtype)
+        weight = [w for name, w in self.weights.items() if all(word in name for word in words)]
+        return normal * weight[0] if weight else normal
 
     def logits(self, ids: list[int]) -> np.ndarray:
         """float32 [len(ids), vocab]."""
@@ -224,16 +230,16 @@ class TorchDecoder:
 
         for layer in range(c["num_hidden_layers"]):
             of = f"layers.{layer}."
-            y = self._norm(x, self._weight(of, "input_layernorm")) @ self._weight(of, "q_proj+k_proj+v_proj").T
+            y = self._norm(x, of, "input_layernorm") @ self._weight(of, "q_proj+k_proj+v_proj").T
             q, k, v = (t.view(n, -1, d) for t in y.split([heads * d, groups * d, groups * d], -1))
             q, k, v = (t.transpose(0, 1)[None] for t in (turn(q), turn(k), v))
             k, v = (t.repeat_interleave(heads // groups, 1) for t in (k, v))
             a = f.scaled_dot_product_attention(q, k, v, is_causal=True)[0].transpose(0, 1).reshape(n, heads * d)
             x = x + a @ self._weight(of, "o_proj").T
-            gate, up = (self._norm(x, self._weight(of, "post_attention")) @ self._weight(of, "gate_proj+up_proj").T).chunk(2, -1)
+            gate, up = (self._norm(x, of, "post_attention") @ self._weight(of, "gate_proj+up_proj").T).chunk(2, -1)
             x = x + (f.silu(gate) * up) @ self._weight(of, "down_proj").T
         head = embed if c["tie_word_embeddings"] else self._weight("lm_head")
-        found: np.ndarray = (self._norm(x, self._weight("model.norm")) @ head.T).float().cpu().numpy()
+        found: np.ndarray = (self._norm(x, "model.norm") @ head.T).float().cpu().numpy()
         return found
 
 

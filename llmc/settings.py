@@ -122,11 +122,15 @@ def with_choices(
     choices: Choices | None,
     page_size: int | None,
 ) -> Settings:
-    """The settings with what is fused and the page size: as asked, else as records have it for the model."""
+    """The settings with what is fused and the page size: as asked, else as records have it for the model.
+
+    Several targets share their weights, which those of a target that folds norms are not (:mod:`llmc.passes.fold_gain`), and their
+    pages, and nothing was measured for all of them together.
+    """
     origin = "default"
-    if choices is None and len(chosen) == 1:  # several targets share their pages, and nothing was measured for all of them together
+    if choices is None and len(chosen) == 1:
         choices, origin = find(records, whole_model(source, settings), chosen[0])
-    choices = choices or DEFAULT
+    choices = choices or replace(DEFAULT, norm=False)
     return replace(
         settings, page_size=page_size or choices.page_size, unfused=choices.unfused, chunks=choices.chunks, choices=origin
     )

@@ -24,15 +24,15 @@ OP = "llmc.model"
 class Choices:
     """``page_size``: positions of a KV page. Fused into one kernel: ``gated``, both halves of a gated feed-forward layer with its
     activation (:mod:`~llmc.passes.fuse_gated`); ``append``, rotation and append (:mod:`~llmc.passes.fuse_append`); ``norm``, a
-    norm and the linear layers behind it (:mod:`~llmc.passes.fold_norm`); ``step``, all kernels of a step on a CPU
-    (:mod:`~llmc.passes.one_region`). ``early``: a kernel starts while the one before it ends, on NVIDIA GPUs that can
+    norm and the linear layers behind it (:mod:`~llmc.passes.fold_gain`, :mod:`~llmc.passes.fold_norm`); ``step``, all kernels of a
+    step on a CPU (:mod:`~llmc.passes.one_region`). ``early``: a kernel starts while the one before it ends, on NVIDIA GPUs that can
     (:mod:`llmc.targets.dependent_launch`). ``chunks``: pieces of a kernel for each thread of a step on a CPU; more keep threads
     busy that are held up, and cost an atomic addition each."""
 
     page_size: int = 16
     gated: bool = True
     append: bool = True
-    norm: bool = False
+    norm: bool = True
     step: bool = True
     early: bool = True
     chunks: int = 6
@@ -55,7 +55,7 @@ def model_call(hidden: int, vocab: int, layers: int, storage: str) -> KernelCall
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """The axes of :class:`Choices`, defaults first; those that mean nothing to the target have one value."""
     step, chunks = ([True, False], [6, 3, 12]) if target.kind == "cpu" else ([True], [6])
-    norm, early = ([False, True], [True, False]) if target.kind == "cuda" else ([False], [True])
+    norm, early = ([True, False], [True, False]) if target.kind == "cuda" else ([True], [True])
     return {
         "page_size": [16, 32, 64], "gated": [True, False], "append": [True, False], "norm": norm, "step": step, "early": early,
         "chunks": chunks,

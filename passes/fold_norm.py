@@ -1,9 +1,9 @@
-"""An RMS norm that only linear layers read becomes part of each of them.
+"""An RMS norm without weights (:mod:`.fold_gain`) that only linear layers read becomes part of each of them.
 
 before::                                    after::
 
-    h = llmc.rms_norm(x, g)                     y = llmc.norm_linear(x, g, w)
-    y = llmc.linear(h, w)                       z = llmc.norm_linear(x, g, v, ...)
+    h = llmc.rms_norm(x, ones)                  y = llmc.norm_linear(x, w)
+    y = llmc.linear(h, w)                       z = llmc.norm_linear(x, v, ...)
     z = llmc.quantized_linear(h, v, ...)
 
 A launch less, where the layers' kernels read rows of x so few that normalising them again costs nothing: for the decode phase.
@@ -17,9 +17,11 @@ from collections import defaultdict
 
 from tvm import relax
 
+from llmc.dialect.core import attrs_of
 from llmc.dialect.norm import RMS_NORM
 from llmc.dialect.norm_linear import norm_linear
 from llmc.passes.fuse_gated import LAYERS, Takes
+from llmc.passes.fuse_norm import is_ones
 from llmc.passes.rewrite import Binding, Graph, Rewriter, op_name, operands, rewrite
 
 
@@ -39,7 +41,7 @@ def fold_norm(graph: Graph, takes: Takes) -> None:
     folded = {
         h
         for h, norm in graph.bindings
-        if op_name(norm) == RMS_NORM and not h.same_as(graph.output) and all(folds(norm, h, *reader) for reader in readers[h])
+        if _is_factor(norm) and not h.same_as(graph.output) and all(folds(norm, h, *reader) for reader in readers[h])
     }
 
     def rule(work: Rewriter, _: relax.Var, value: relax.Expr) -> relax.Expr | None:
@@ -48,3 +50,8 @@ def fold_norm(graph: Graph, takes: Takes) -> None:
         return norm_linear(work.value(value.args[0]), value)
 
     rewrite(graph, rule)
+
+
+def _is_factor(norm: relax.Expr) -> bool:
+    """Whether it is an RMS norm that multiplies a row by one factor."""
+    return op_name(norm) == RMS_NORM and is_ones(norm.args[1]) and attrs_of(norm)["offset"] == 0.0

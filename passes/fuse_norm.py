@@ -24,6 +24,16 @@ from llmc.passes.rewrite import Graph, Rewriter, op_name, rewrite
 from llmc.passes.shapes import dims, dtype_of, same_dim, scalar
 
 
+def ones_name(size: int) -> str:
+    """The name of the parameter of ``size`` ones."""
+    return f"llmc.ones.{size}"
+
+
+def is_ones(expr: relax.Expr) -> bool:
+    """Whether ``expr`` is a parameter of ones."""
+    return isinstance(expr, relax.Var) and expr.name.startswith("llmc.ones.")
+
+
 class _Norms:
     """The rules, and the constant parameters they need."""
 
@@ -34,7 +44,7 @@ class _Norms:
 
     def constant(self, value: float, size: int) -> relax.Var:
         """A parameter ``[size]`` float32 whose elements are all ``value``."""
-        name = f"llmc.{'ones' if value else 'zeros'}.{size}"
+        name = ones_name(size) if value else f"llmc.zeros.{size}"
         if name not in self.constants:
             self.params.add(name, Constant(np.full(size, value, np.float32), name))
             self.constants[name] = relax.Var(name, TensorType([size], "float32"))
@@ -42,7 +52,7 @@ class _Norms:
         return self.constants[name]
 
     def is_constant(self, expr: relax.Expr, value: float) -> bool:
-        return isinstance(expr, relax.Var) and expr.name.startswith(f"llmc.{'ones' if value else 'zeros'}.")
+        return is_ones(expr) if value else isinstance(expr, relax.Var) and expr.name.startswith("llmc.zeros.")
 
     def rule(self, work: Rewriter, var: relax.Var, value: relax.Expr) -> relax.Expr | None:
         name = op_name(value)

@@ -21,11 +21,13 @@ import tvm
 from tvm import relax, tirx
 
 from llmc import targets
+from llmc.dialect.norm_linear import OP as NORM_LINEAR
 from llmc.errors import InternalError, OutputError
 from llmc.importer.params import ParamTable
 from llmc.manifest import FunctionInfo, KernelChoice, KvLayer
 from llmc.passes.choices import DEFAULT
 from llmc.passes.fingerprint import graph_sha256
+from llmc.passes.fold_gain import fold_gain
 from llmc.passes.fold_norm import fold_norm
 from llmc.passes.fuse_append import fuse_append
 from llmc.passes.fuse_epilogue import fuse_bias, fuse_epilogue
@@ -146,6 +148,13 @@ def _calibrate(s: _State) -> None:
         calibrate(s.graphs[0], s.params, asked.method, s.target, text)
 
 
+def _fold_gain(s: _State) -> None:
+    scaled = s.options.quantization.method in ("awq", "smoothquant")  # they put scales of their own into the norms
+    families = targets.module_for(s.target).families(s.target)
+    if "norm" not in s.options.unfused and not scaled and any(family.OP == NORM_LINEAR for family in families):
+        fold_gain(s.graphs[0], s.params)
+
+
 def _fuse_gated(s: _State) -> None:
     if "gated" in s.options.unfused:
         return
@@ -246,6 +255,7 @@ PASSES: list[tuple[str, Callable[[_State], None]]] = [
     ("sink_permutes", lambda s: sink_permutes(s.graphs[0])),
     ("simplify_layouts", lambda s: simplify(s.graphs[0], s.params)),
     ("fuse_bias", lambda s: fuse_bias(s.graphs[0])),
+    ("fold_gain", _fold_gain),
     ("assign_schemes", lambda s: assign(s.graphs[0], s.params, s.plan)),
     ("calibrate", _calibrate),
     ("merge_projections", lambda s: merge_projections(s.graphs[0], s.params)),

@@ -205,8 +205,8 @@ def _linear(x: Any, weight: Any, *rest: Any, bias: int, residual: int, activatio
     return linear_reference(x, weight, b, extra.pop(0) if residual else None, activation=activation)
 
 
-def _norm_linear(x: Any, gamma: Any, *rest: Any, eps: float, offset: float, **attrs: Any) -> np.ndarray:
-    normal = rms_norm_reference(x, gamma, eps=eps, offset=offset)
+def _norm_linear(x: Any, *rest: Any, eps: float, **attrs: Any) -> np.ndarray:
+    normal = rms_norm_reference(x, np.ones(x.shape[-1]), eps=eps)
     found: np.ndarray = OPS[norm_linear_op(attrs)](normal, *rest, **attrs)
     return found
 

@@ -117,11 +117,12 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     to_pair = hopper.packed_convert(dtype)
 
     def cluster(sequences: Any) -> Any:
-        """Blocks of a cluster: the largest power of two that does not fill the GPU more than once."""
+        """Blocks of a cluster: the largest power of two that does not fill the GPU more than once. Half of it is enough for those
+        of four and eight, which have to find room in a group of its multiprocessors: the last ones would wait for the first."""
         size: Any = T.int32(1)
         for power in (2, 4, 8):
             if power <= most:
-                size = T.if_then_else(sequences * (hk * power) <= fill, T.int32(power), size)
+                size = T.if_then_else(sequences * (hk * power) <= (fill if power == 2 else fill // 2), T.int32(power), size)
         return size
 
     def element(tile: Any, lane_row: Any) -> Any:
@@ -178,7 +179,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         p_fragment = T.alloc_local((halves * 2,), "uint32")
         factor = T.alloc_local((1,), "float32")
         remote = T.alloc_local((1,), "uint32")
-        fetched = T.alloc_local((3,), "float32")
+        tops = T.alloc_local((most,), "float32")
+        totals = T.alloc_local((most,), "float32")
+        parts = T.alloc_local((most,), "float32")
         blocks: T.int32 = split
         warp: T.int32 = thread // 32
         lane: T.int32 = thread % 32
@@ -304,10 +307,10 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     )  # fmt: skip
 
         @T.inline
-        def fetch(i, block, address) -> None:
+        def fetch(held, block, address) -> None:
             """A value at the same place in the shared memory of another block of the cluster."""
             T.ptx.mapa.shared__cluster.u32(remote[0], T.cuda.cvta_generic_to_shared(address), T.uint32(block))
-            T.ptx["ld.shared::cluster.f32"](fetched[i], remote[0])
+            T.ptx["ld.shared::cluster.f32"](held[block], remote[0])
 
         if dependent_launch:
             T.ptx.griddepcontrol.launch_dependents()
@@ -321,6 +324,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         chunks: T.int32 = (length + CHUNK - 1) // CHUNK
         first_chunk: T.int32 = low // CHUNK
         per_block: T.int32 = T.max((chunks - first_chunk + blocks - 1) // blocks, least)
+        used: T.int32 = T.min((chunks - first_chunk + per_block - 1) // per_block, blocks)
         end: T.int32 = T.min(first_chunk + (part + 1) * per_block, chunks)
         chunk: T.int32 = first_chunk + part * per_block + warp
         page: T.int32 = 0
@@ -383,26 +387,27 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         item = part * threads + thread
         while item < group * dv:
             h_out: T.int32 = item // dv
+            # All are on their way at once: one takes the better part of a microsecond.
+            for block in T.unroll(most):
+                tops[block] = T.float32(MASKED)
+                totals[block] = T.float32(0)
+                parts[block] = T.float32(0)
+                if block < used:
+                    fetch(tops, block, b_top.ptr_to([h_out]))
+                    fetch(totals, block, b_total.ptr_to([h_out]))
+                    fetch(parts, block, b_sums.ptr_to([h_out, item % dv]))
             best: T.float32 = T.float32(MASKED)
             if has_sinks:
                 best = T.cast(sinks[head * group + h_out], "float32") * T.float32(hopper.LOG2E)
             sink: T.float32 = best
+            for block in T.unroll(most):
+                best = T.max(best, tops[block])
             all_weight: T.float32 = T.float32(0)
             all_result: T.float32 = T.float32(0)
-            block: T.int32 = 0
-            while block < blocks:
-                fetch(0, block, b_top.ptr_to([h_out]))
-                fetch(1, block, b_total.ptr_to([h_out]))
-                fetch(2, block, b_sums.ptr_to([h_out, item % dv]))
-                newest: T.float32 = T.max(best, fetched[0])
-                T.ptx["ex2.approx.ftz.f32"](factor[0], best - newest)
-                all_weight = all_weight * factor[0]
-                all_result = all_result * factor[0]
-                T.ptx["ex2.approx.ftz.f32"](factor[0], fetched[0] - newest)
-                all_weight = all_weight + fetched[1] * factor[0]
-                all_result = all_result + fetched[2] * factor[0]
-                best = newest
-                block = block + 1
+            for block in T.unroll(most):
+                T.ptx["ex2.approx.ftz.f32"](factor[0], tops[block] - best)
+                all_weight = all_weight + totals[block] * factor[0]
+                all_result = all_result + parts[block] * factor[0]
             if has_sinks:
                 T.ptx["ex2.approx.ftz.f32"](factor[0], sink - best)
                 all_weight = all_weight + factor[0]

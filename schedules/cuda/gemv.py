@@ -136,11 +136,10 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
     @T.prim_func
     def gemv(
-        x_ptr: T.handle, gamma_ptr: T.handle, weight_ptr: T.handle, bias_ptr: T.handle, residual_ptr: T.handle, out_ptr: T.handle
+        x_ptr: T.handle, weight_ptr: T.handle, bias_ptr: T.handle, residual_ptr: T.handle, out_ptr: T.handle
     ) -> None:  # fmt: skip
         n = T.int64()
         x = T.match_buffer(x_ptr, (n, k), dtype, align=16)
-        gamma = T.match_buffer(gamma_ptr, (k,), dtype, align=16)
         weight = T.match_buffer(weight_ptr, (o, k), dtype, align=16)
         bias = T.match_buffer(bias_ptr, (o,), bias_dtype, align=4)
         residual = T.match_buffer(residual_ptr, (n, results), residual_dtype, align=4)
@@ -154,7 +153,6 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         acc = T.alloc_local(((tiles + norm.slots) * column_tiles * 4,), "float32")
         w_regs = T.alloc_local((depth * tiles * 8,), "uint32")
         x_regs = T.alloc_local((depth * column_tiles * 4,), "uint32")
-        gamma_regs = T.alloc_local((depth * 4,), "uint32")
         bias_regs = T.alloc_local((end.sided,), end.register(bias_dtype))
         residual_regs = T.alloc_local((end.items,), end.register(residual_dtype))
         warp: T.int32 = thread // 32
@@ -193,11 +191,6 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     )  # fmt: skip
 
         @T.inline
-        def load_gamma(u, start) -> None:
-            column = T.meta_var(start + u * CHUNK + member * LANE_K)
-            norm.fetch(gamma_regs, u * 4, gamma, column if whole_k else T.min(column, k - LANE_K))
-
-        @T.inline
         def multiply(u, r) -> None:
             for half in T.unroll(2):
                 for c in T.unroll(column_tiles):
@@ -219,8 +212,6 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             for u in T.unroll(depth):
                 for r in T.unroll(tiles):
                     load_weight(u, r, at)
-            for u in T.unroll(depth):
-                load_gamma(u, at)
         end.fetch_bias(bias_regs, bias, thread, first)
         if dependent_launch:
             T.ptx.griddepcontrol.wait()
@@ -231,13 +222,12 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         while at < k:
             following: T.int32 = at + warps * step
             for u in T.unroll(depth):
-                norm.apply(acc, x_regs, gamma_regs, u, 4, 0, 4)
+                norm.add_squares(acc, x_regs, u, 4, 0, 4)
                 for r in T.unroll(tiles):
                     multiply(u, r)
                 if following < k:
                     for r in T.unroll(tiles):
                         load_weight(u, r, following)
-                    load_gamma(u, following)
                     load_x(u, following)
             at = following
 
@@ -245,7 +235,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         T.cuda.cta_sync()
         end.finish(partial, 0, thread, first, first_row, rows, bias_regs, bias_regs, residual_regs, out)
 
-    unused = [name for name in ("bias", "residual") if name not in specs] + ["gamma"] * (not norm.here)
+    unused = [name for name in ("bias", "residual") if name not in specs]
     return hopper.finish(gemv, f"{'norm_' * norm.here}gemv_{o}x{k}", unused, dependent_launch)
 
 

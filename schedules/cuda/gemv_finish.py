@@ -86,8 +86,8 @@ class Finish:
 
         @T.inline
         def store(partial: Expr, source: Expr, acc: Expr, lane: Expr) -> None:
-            """A warp's accumulators [(slots + norm.slots) · column_tiles · 4] to ``partial[source]``."""
-            for r in T.unroll(slots + norm.slots):
+            """A warp's accumulators [(slots + norm.accumulated) · column_tiles · 4] to ``partial[source]``."""
+            for r in T.unroll(slots + norm.accumulated):
                 for c in T.unroll(column_tiles):
                     for i in T.unroll(4):
                         partial[source, r, c, lane, i] = acc[(r * column_tiles + c) * 4 + i]

@@ -1,14 +1,14 @@
-"""``llmc.norm_linear`` on sm_90a for every number of rows: the linear's kernels, some of which take the norm themselves.
+"""``llmc.norm_linear`` on sm_90a for every number of rows: the linear's kernels, those for few rows with the norm inside.
 
-=========  ==============================================  ==================================================================
-rows       kernels                                         why
-=========  ==============================================  ==================================================================
-5-8        ``gemv`` with the norm inside                   a launch less (:mod:`.input_norm`): at 8 rows 2 % of an 8B model's layer
-others     ``row_norm``, then the linear's                 ``ring_gemv`` is faster for fewer rows, wgmma reads x as it lies there
-=========  ==============================================  ==================================================================
+==============  ===================================  ==============================================================
+rows            kernels                              why
+==============  ===================================  ==============================================================
+1-8             the linear's, with the norm inside   a launch less (:mod:`.input_norm`)
+1-2, quantized  the linear's, with the norm inside   the same, where every block adds up the squares of all rows
+others          ``row_norm``, then the linear's      wgmma reads x as it lies in memory
+==============  ===================================  ==============================================================
 
-Measured on an H200 by ``benchmarks/cuda_chain.py``: with the norm inside, ``ring_gemv`` and ``quantized_gemv`` lose more than a
-norm takes, for want of registers. Configurations are those of :mod:`.linear_hopper`, and so are the records that say which is best.
+Configurations are those of :mod:`.linear_hopper` or :mod:`.quantized_hopper`, and so are the records that say which is best.
 """
 
 from __future__ import annotations
@@ -19,56 +19,65 @@ import numpy as np
 from tvm import tirx
 
 from llmc.dialect.norm import rms_norm_reference
-from llmc.schedules.cuda import input_norm, linear_call, linear_hopper, row_norm
+from llmc.schedules.cuda import input_norm, linear_call, linear_hopper, quantized_hopper, row_norm
 from llmc.schedules.cuda.host_choice import for_rows, in_sequence
 from llmc.schedules.cuda.input_norm import normed, plain
+from llmc.schedules.gpu.quantized_call import make
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
 
 NAME = "cuda.norm_linear"
 OP = input_norm.OP
-BEFORE = 4
-"""Most rows for which the norm comes before a linear of the range ``1-8``."""
+INSIDE = "1-8"
+"""The range whose kernels take the norm."""
+
+FEW = 2
+"""Most rows for which quantized kernels do."""
 
 SHAPES: dict[str, KernelCall] = {
     "qkv_6144x4096": normed(linear_call.sample(6144, 4096, phase="decode")),
     "edges_136x328": normed(linear_call.sample(136, 328, bias=1, residual=1, phase="decode"), 1e-6),
-    "gated_144x264": normed(linear_call.sample(144, 264, activation="silu_gated", phase="decode"), offset=1.0),
+    "gated_144x264_f16": normed(linear_call.sample(144, 264, "float16", activation="silu_gated", phase="decode")),
+    "gate_up_28672x4096_int4": normed(make(28672, 4096, "int4_g128", activation="silu_gated")),
+    "edges_136x328_int8": normed(make(136, 328, "int8", bias=1, residual=1)),
 }
 
 
 def measured_as(call: KernelCall) -> tuple[Any, KernelCall]:
     """Records are those of the linear without its norm."""
-    return linear_hopper, plain(call)
+    return quantized_hopper if call.attr("scheme") else linear_hopper, plain(call)
 
 
 def matches(call: KernelCall, target: Target) -> str | None:
-    if call.op != OP or call.attr("scheme") or call.attr("offset") not in input_norm.OFFSETS:
+    if call.op != OP:
         return None
-    if {s.dtype for s in call.args[:2]} - set(input_norm.DTYPES):
-        return None
-    why = linear_hopper.matches(plain(call), target)
-    return None if why is None else f"the norm inside the kernel for {BEFORE + 1} to 8 rows, before the others; {why}"
+    family, linear = measured_as(call)
+    why: str | None = family.matches(linear, target)
+    most = FEW if call.attr("scheme") else family.BUCKETS[INSIDE]
+    return None if why is None else f"the norm inside the kernel for up to {most} rows, before it for more; {why}"
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """Those of the linear."""
-    return linear_hopper.space(plain(call), target)
+    family, linear = measured_as(call)
+    found: dict[str, list[Any]] = family.space(linear, target)
+    return found
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
-    linear = plain(call)
-    inside = next(c for c in [config["1-8"], *linear_hopper.candidates(linear, "1-8")] if c["kernel"] == "gemv")
+    family, linear = measured_as(call)
 
     def kernel(chosen: dict[str, Any]) -> Any:
-        family = linear_hopper.KERNELS[chosen["kernel"]]
+        of_range = family.KERNELS[chosen["kernel"]]
         if chosen.get("norm"):
-            return family.build(call, target, chosen)
-        return _norm_first(call, family.build(linear, target, chosen), bool(chosen["dependent_launch"]))
+            return of_range.build(call, target, chosen)
+        return _norm_first(call, of_range.build(linear, target, chosen), bool(chosen["dependent_launch"]))
 
-    o, k = (int(d) for d in linear.args[1].shape)
-    ranges = {"few": BEFORE, **linear_hopper.BUCKETS}
-    return for_rows(f"norm_linear_{o}x{k}", ranges, {**config, "few": config["1-8"], "1-8": {**inside, "norm": True}}, kernel)
+    o, k = (linear.attr("o"), linear.attr("k")) if linear.attr("scheme") else linear.args[1].shape
+    inside = {**config[INSIDE], "norm": True}
+    if call.attr("scheme"):
+        return for_rows(f"norm_linear_{o}x{k}", {"few": FEW, **family.BUCKETS}, {**config, "few": inside}, kernel)
+    return for_rows(f"norm_linear_{o}x{k}", family.BUCKETS, {**config, INSIDE: inside}, kernel)
 
 
 def _norm_first(call: KernelCall, linear: Any, dependent_launch: bool) -> Any:
@@ -77,19 +86,22 @@ def _norm_first(call: KernelCall, linear: Any, dependent_launch: bool) -> Any:
     n = tirx.Var("n", "int64")
     specs = {f"operand{i}": spec for i, spec in enumerate((*call.args, call.result))}
     operands = {name: (tuple(n if d == "n" else d for d in spec.shape), spec.dtype) for name, spec in specs.items()}
-    x, gamma, *others = operands
-    norm = row_norm.kernel(int(k), dtype, float(call.attr("eps")), float(call.attr("offset")), dependent_launch)
-    steps = [(norm, (x, gamma, "rows")), (linear, ("rows", *others))]
+    x, *others = operands
+    norm = row_norm.kernel(int(k), dtype, float(call.attr("eps")), dependent_launch)
+    steps = [(norm, (x, "rows")), (linear, ("rows", *others))]
     return in_sequence("norm_linear", operands, {"rows": ((n, k), dtype)}, steps)
 
 
-def reference(call: KernelCall, x: np.ndarray, gamma: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
+def reference(call: KernelCall, x: np.ndarray, *arrays: np.ndarray) -> np.ndarray:
     """The linear of the norm, in float64 NumPy."""
-    normal = rms_norm_reference(x, gamma, eps=call.attr("eps"), offset=call.attr("offset"))
-    return linear_hopper.reference(plain(call), normal, *arrays)
+    family, linear = measured_as(call)
+    normal = rms_norm_reference(x, np.ones(x.shape[-1], np.float32), eps=call.attr("eps"), offset=0.0)
+    found: np.ndarray = family.reference(linear, normal, *arrays)
+    return found
 
 
 def roofline(call: KernelCall, **symbols: int) -> tuple[int, int]:
-    """The linear's, and gamma."""
-    moved, operations = linear_hopper.roofline(plain(call), **symbols)
-    return moved + 2 * int(call.args[1].shape[0]), operations
+    """The linear's."""
+    family, linear = measured_as(call)
+    found: tuple[int, int] = family.roofline(linear, **symbols)
+    return found

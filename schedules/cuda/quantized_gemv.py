@@ -151,7 +151,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
     decode = quantized_codes.decoder(how, dtype)
     results = o // sides
-    norm = InputNorm(whole, slots, column_tiles)
+    norm = InputNorm(whole, slots, column_tiles, by_rows=True)
     end = gemv_finish.Finish(
         call, results, tiles, column_tiles, norm, sources=warps, threads=threads, scale_dtype=scale_dtype if row_wise else ""
     )
@@ -173,12 +173,11 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
     @T.prim_func
     def gemv(
-        x_ptr: T.handle, gamma_ptr: T.handle, codes_ptr: T.handle, scales_ptr: T.handle, zeros_ptr: T.handle, minima_ptr: T.handle,
-        bias_ptr: T.handle, residual_ptr: T.handle, out_ptr: T.handle,
+        x_ptr: T.handle, codes_ptr: T.handle, scales_ptr: T.handle, zeros_ptr: T.handle, minima_ptr: T.handle, bias_ptr: T.handle,
+        residual_ptr: T.handle, out_ptr: T.handle,
     ) -> None:  # fmt: skip
         n = T.int64()
         x = T.match_buffer(x_ptr, (n, k), dtype, align=16)
-        gamma = T.match_buffer(gamma_ptr, (k,), dtype, align=16)
         codes = T.match_buffer(codes_ptr, (at.tiles, at.chunks, LANES, 4), "int32", align=16)
         scales = T.match_buffer(scales_ptr, scale_shape, scale_dtype, align=16)
         zeros = T.match_buffer(zeros_ptr, scale_shape, "uint8", align=16)
@@ -192,12 +191,11 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         column_block, output_block = T.cta_id([T.cast((n + columns - 1) // columns, "int32"), -(-result_tiles // tiles)])
         thread = T.thread_id([threads])
         partial = T.alloc_buffer((warps, slots + norm.slots, column_tiles, 32, 4), "float32", scope="shared", align=16)
-        acc = T.alloc_local(((slots + norm.slots) * column_tiles * 4,), "float32")
+        acc = T.alloc_local((slots * column_tiles * 4,), "float32")
         group_acc = T.alloc_local((slots * column_tiles * 4,), "float32")
         group_sum = T.alloc_local((column_tiles * 4,), "float32")
         w_regs = T.alloc_local((loads * slots * 4,), "uint32")
         x_regs = T.alloc_local((depth * column_tiles * 16,), "uint32")
-        gamma_regs = T.alloc_local((depth * 16,), "uint32")
         scale_regs = T.alloc_local((depth * slots * scale_words,), "uint32")
         minimum_regs = T.alloc_local((depth * slots * scale_words,), "uint32")
         zero_regs = T.alloc_local((depth * slots * groups * 2,), "float32")
@@ -266,12 +264,6 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         )  # fmt: skip
 
         @T.inline
-        def load_gamma(b, start) -> None:
-            for q in T.unroll(4):
-                column = T.meta_var((start + b) * BLOCK + q * 32 + member * UNIT)
-                norm.fetch(gamma_regs, b * 16 + q * 4, gamma, column if whole_k else T.min(column, k - UNIT))
-
-        @T.inline
         def multiply(sums, s, b, starts) -> None:
             """sums[s..] = (0 if it ``starts`` else sums[s..]) + fragment times the x pair at ``b``."""
             if starts:
@@ -288,7 +280,6 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         @T.inline
         def multiply_piece(b, q) -> None:
             """Columns 32 q .. 32 q + 31 of block ``b``."""
-            norm.apply(acc, x_regs, gamma_regs, b, 16, q * 4, 4)
             starts = T.meta_var(q * 32 % (at.group or BLOCK) == 0)
             if has_offset:
                 for i in T.unroll(4):
@@ -325,7 +316,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
         if dependent_launch:
             T.ptx.griddepcontrol.launch_dependents()
-        for i in T.unroll((slots + norm.slots) * column_tiles * 4):
+        for i in T.unroll(slots * column_tiles * 4):
             acc[i] = T.float32(0)
         for i in T.unroll(depth * column_tiles * 16):
             x_regs[i] = T.uint32(0)
@@ -336,8 +327,6 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 if not row_wise:
                     for b in T.unroll(depth):
                         load_scales(b, r, block)
-            for b in T.unroll(depth):
-                load_gamma(b, block)
         end.fetch_scales(row_scales, scales, thread, first_tile * 16)
         end.fetch_bias(bias_regs, bias, thread, first_tile * 16)
         if dependent_launch:
@@ -346,6 +335,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             for b in T.unroll(depth):
                 load_x(b, block)
         end.fetch_residual(residual_regs, residual, thread, first_tile * 16, first_row, rows)
+        norm.sum_rows(partial, x, thread, threads, first_row, rows)
         while block < blocks:
             following: T.int32 = block + warps * depth
             for b in T.unroll(depth):
@@ -361,14 +351,13 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     if not row_wise:
                         for r in T.unroll(slots):
                             load_scales(b, r, following)
-                    load_gamma(b, following)
                     load_x(b, following)
             block = following
         end.store(partial, warp, acc, lane)
         T.cuda.cta_sync()
         end.finish(partial, 0, thread, first_tile * 16, first_row, rows, row_scales, bias_regs, residual_regs, out)
 
-    unused = [name for name in ("zeros", "minima", "bias", "residual") if name not in specs] + ["gamma"] * (not norm.here)
+    unused = [name for name in ("zeros", "minima", "bias", "residual") if name not in specs]
     return hopper.finish(gemv, f"{'norm_' * norm.here}quantized_gemv_{how.name}_{o}x{k}", unused, dependent_launch)
 
 

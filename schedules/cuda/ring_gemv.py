@@ -140,11 +140,10 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
     @T.prim_func
     def gemv(
-        x_ptr: T.handle, gamma_ptr: T.handle, weight_ptr: T.handle, bias_ptr: T.handle, residual_ptr: T.handle, out_ptr: T.handle
+        x_ptr: T.handle, weight_ptr: T.handle, bias_ptr: T.handle, residual_ptr: T.handle, out_ptr: T.handle
     ) -> None:  # fmt: skip
         n = T.int64()
         x = T.match_buffer(x_ptr, (n, k), dtype, align=16)
-        gamma = T.match_buffer(gamma_ptr, (k,), dtype, align=16)
         weight = T.match_buffer(weight_ptr, (o, k), dtype, align=16)
         bias = T.match_buffer(bias_ptr, (o,), bias_dtype, align=4)
         residual = T.match_buffer(residual_ptr, (n, results), residual_dtype, align=4)
@@ -165,7 +164,6 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         acc = T.alloc_local(((sides + norm.slots) * column_tiles * 4,), "float32")
         w_regs = T.alloc_local((16,), "uint32")
         x_regs = T.alloc_local((pieces * wide * column_tiles * 8,), "uint32")
-        gamma_regs = T.alloc_local((pieces * wide * 8,), "uint32")
         bias_regs = T.alloc_local((end.sided,), end.register(bias_dtype))
         residual_regs = T.alloc_local((end.items,), end.register(residual_dtype))
         # The same in all lanes of a warp, and the compiler has to know it.
@@ -200,13 +198,6 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                                 x_regs[base], x_regs[base + 1], x_regs[base + 2], x_regs[base + 3],
                                 x.ptr_to([T.cast(first_row + group + c * 8, "int64"), column]),
                             )  # fmt: skip
-
-        @T.inline
-        def load_gamma(piece) -> None:
-            for line in T.unroll(wide):
-                for h in T.unroll(2):
-                    column = T.meta_var(((piece * warps + warp) * wide + line) * LINE + unit_of(member, h) * 8)
-                    norm.fetch(gamma_regs, (piece * wide + line) * 8 + h * 4, gamma, T.min(column, k - 8))
 
         @T.inline
         def multiply(slot, piece, line, side) -> None:
@@ -246,14 +237,14 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 for i in T.unroll(stages):
                     if i // units < count:
                         fill(i, i // units, i % units)
-            for p in T.unroll(pieces):
-                load_gamma(p)
             if dependent_launch:
                 T.ptx.griddepcontrol.wait()
             for p in T.unroll(pieces):
                 load_x(p)
             for i in T.unroll(norm.slots * column_tiles * 4):
                 acc[sides * column_tiles * 4 + i] = T.float32(0)
+            for i in T.unroll(pieces * wide):
+                norm.add_squares(acc, x_regs, i, 8, 0, 8)
             slot: T.int32 = 0
             phase: T.int32 = 0
             tile: T.int32 = 0
@@ -261,10 +252,6 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 for i in T.unroll(sides * column_tiles * 4):
                     acc[i] = T.float32(0)
                 for u in T.unroll(units):
-                    if norm.here and u % sides == 0:  # noqa: SIM102  (the first when the kernel is built, the other when it runs)
-                        if tile == 0:
-                            for line in T.unroll(wide):
-                                norm.apply(acc, x_regs, gamma_regs, u // sides * wide + line, 8, 0, 8)
                     T.cuda.mbarrier_wait(full.ptr_to([warp * stages + slot]), phase)
                     for line in T.unroll(wide):
                         multiply(slot, u // sides, line, u % sides)
@@ -298,7 +285,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     T.ptx.mbarrier.arrive.shared.b64(free.ptr_to([done % 2]), T.uint32(1))
                 done = done + 1
 
-    unused = [name for name in ("bias", "residual") if name not in specs] + ["gamma"] * (not norm.here)
+    unused = [name for name in ("bias", "residual") if name not in specs]
     return hopper.finish(gemv, f"{'norm_' * norm.here}ring_gemv_{o}x{k}", unused, dependent_launch)
 
 

@@ -1,4 +1,4 @@
-"""RMS norm of rows in 16-bit types as a TIRx kernel, for PrimFuncs that launch it before another TIRx kernel on sm_90a.
+"""RMS norm without weights of rows in 16-bit types, as a TIRx kernel: for PrimFuncs that launch another behind it on sm_90a.
 
 A thread block takes a row and keeps it in registers. Where a norm is a call of its own the portable family computes it, whose
 kernels go through another lowering and cannot share a PrimFunc with these. Statistics are float32.
@@ -19,8 +19,8 @@ MOST_THREADS = 512
 Expr = Any
 
 
-def kernel(k: int, dtype: str, eps: float, offset: float, dependent_launch: bool) -> Any:
-    """``norm(x [n, k], gamma [k], out [n, k])``; k is a multiple of :data:`LANES`."""
+def kernel(k: int, dtype: str, eps: float, dependent_launch: bool) -> Any:
+    """``norm(x [n, k], out [n, k])``; k is a multiple of :data:`LANES`."""
     vectors = k // LANES
     threads = min(-(-vectors // 32) * 32, MOST_THREADS)
     steps, warps = -(-vectors // threads), threads // 32
@@ -32,27 +32,19 @@ def kernel(k: int, dtype: str, eps: float, offset: float, dependent_launch: bool
         return T.cast(T.reinterpret(dtype, half), "float32")
 
     @T.prim_func
-    def norm(x_ptr: T.handle, gamma_ptr: T.handle, out_ptr: T.handle) -> None:
+    def norm(x_ptr: T.handle, out_ptr: T.handle) -> None:
         n = T.int64()
         x = T.match_buffer(x_ptr, (n, k), dtype, align=16)
-        gamma = T.match_buffer(gamma_ptr, (k,), dtype, align=16)
         out = T.match_buffer(out_ptr, (n, k), dtype, align=16)
         T.device_entry()
         row = T.cta_id([T.cast(n, "int32")])
         thread = T.thread_id([threads])
         sums = T.alloc_buffer((warps,), "float32", scope="shared", align=16)
         x_regs = T.alloc_local((steps * 4,), "uint32")
-        gamma_regs = T.alloc_local((steps * 4,), "uint32")
         if dependent_launch:
             T.ptx.griddepcontrol.launch_dependents()
         for i in T.unroll(steps * 4):
             x_regs[i] = T.uint32(0)
-        for s in T.unroll(steps):
-            if s * threads + thread < vectors:
-                T.ptx["ld.global.nc.v4.b32"](
-                    gamma_regs[s * 4], gamma_regs[s * 4 + 1], gamma_regs[s * 4 + 2], gamma_regs[s * 4 + 3],
-                    gamma.ptr_to([(s * threads + thread) * LANES]),
-                )  # fmt: skip
         if dependent_launch:
             T.ptx.griddepcontrol.wait()
         for s in T.unroll(steps):
@@ -77,11 +69,7 @@ def kernel(k: int, dtype: str, eps: float, offset: float, dependent_launch: bool
             if s * threads + thread < vectors:
                 for i in T.unroll(4):
                     low = T.meta_var((s * 4 + i) * 2)
-                    T.ptx[to_pair](
-                        x_regs[s * 4 + i],
-                        value(x_regs, low + 1) * total * (value(gamma_regs, low + 1) + T.float32(offset)),
-                        value(x_regs, low) * total * (value(gamma_regs, low) + T.float32(offset)),
-                    )  # fmt: skip
+                    T.ptx[to_pair](x_regs[s * 4 + i], value(x_regs, low + 1) * total, value(x_regs, low) * total)
                 T.ptx["st.global.v4.b32"](
                     out.ptr_to([row, (s * threads + thread) * LANES]),
                     x_regs[s * 4], x_regs[s * 4 + 1], x_regs[s * 4 + 2], x_regs[s * 4 + 3],

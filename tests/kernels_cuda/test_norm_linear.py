@@ -17,6 +17,7 @@ from llmc.schedules.gpu.quantized_call import make
 from llmc.schedules.protocol import KernelCall
 from llmc.targets import cuda
 from tests.kernels.harness import error, random_arrays
+from tests.kernels.quantized_cases import operands
 from tests.kernels_cuda.emulated import TOLERANCE, call
 from tests.support.cuda_emulator import run
 
@@ -24,14 +25,17 @@ TARGET = cuda.parse("cuda:sm_90a")
 
 
 def arrays_of(case: KernelCall, n: int) -> list[np.ndarray]:
-    x, *others = random_arrays(plain(case), {"n": n}, seed=n)
-    gamma = (0.5 + np.random.default_rng(n).standard_normal(x.shape[1])).astype(x.dtype)
-    return [x, gamma, *others]
+    linear = plain(case)
+    return operands(linear, n, seed=n) if linear.attr("scheme") else random_arrays(linear, {"n": n}, seed=n)
 
 
 @pytest.mark.parametrize(
-    ("name", "n"), [("edges_136x328", 4), ("edges_136x328", 5), ("edges_136x328", 17), ("gated_144x264", 3), ("gated_144x264", 8)]
-)
+    ("name", "n"),
+    [
+        ("edges_136x328", 5), ("edges_136x328", 17), ("gated_144x264_f16", 3), ("gated_144x264_f16", 9),
+        ("edges_136x328_int8", 2), ("edges_136x328_int8", 3), ("edges_136x328_int8", 20),
+    ],
+)  # fmt: skip
 def test_every_number_of_rows(name: str, n: int) -> None:
     case = family.SHAPES[name]
     assert family.matches(case, TARGET)
@@ -40,12 +44,12 @@ def test_every_number_of_rows(name: str, n: int) -> None:
     assert error(result, family.reference(case, *arrays)) < TOLERANCE["bfloat16"]
 
 
-@pytest.mark.parametrize(("k", "dtype", "offset"), [(72, "float16", 1.0), (4104, "bfloat16", 0.0), (8, "bfloat16", 1.0)])
-def test_rows(k: int, dtype: str, offset: float) -> None:
-    x, gamma = random_arrays(linear_call.sample(1, k, dtype), {"n": 3}, seed=k)
+@pytest.mark.parametrize(("k", "dtype"), [(72, "float16"), (4104, "bfloat16"), (8, "bfloat16")])
+def test_rows(k: int, dtype: str) -> None:
+    x, _ = random_arrays(linear_call.sample(1, k, dtype), {"n": 3}, seed=k)
     x = (x * np.array([[1e-3], [1], [30]])).astype(x.dtype)
-    found = run(row_norm.kernel(k, dtype, 1e-5, offset, True), TARGET, x, gamma[0], np.full_like(x, np.nan))[-1]
-    assert error(found, rms_norm_reference(x, gamma[0], eps=1e-5, offset=offset)) < TOLERANCE[dtype]
+    found = run(row_norm.kernel(k, dtype, 1e-5, True), TARGET, x, np.full_like(x, np.nan))[-1]
+    assert error(found, rms_norm_reference(x, np.ones(k), eps=1e-5)) < TOLERANCE[dtype]
 
 
 def test_records_are_those_of_the_linear() -> None:
@@ -69,14 +73,10 @@ def test_what_it_does_not_take() -> None:
     case = family.SHAPES["edges_136x328"]
     assert family.matches(replace(case, op="llmc.linear"), TARGET) is None
     assert family.matches(case, cuda.parse("cuda:sm_90")) is None
-    assert family.matches(normed(linear_call.sample(136, 328), offset=0.5), TARGET) is None
-    assert family.matches(normed(linear_call.sample(136, 328, "float16")), TARGET) is None
     assert family.matches(normed(linear_call.sample(20, 64)), TARGET) is None, "the linear is none of the family's"
-    assert family.matches(normed(make(64, 64, "int4_g32")), TARGET) is None
-    x, gamma, *others = case.args
-    assert family.matches(replace(case, args=(x, replace(gamma, dtype="float32"), *others)), TARGET) is None
+    assert family.matches(normed(make(64, 64, "int4_g32", "float32")), TARGET) is None
 
 
 def test_roofline() -> None:
-    case = family.SHAPES["gated_144x264"]
-    assert family.roofline(case, n=2) == (2 * (2 * 264 + 264 + 144 * 264 + 2 * 72), 2 * 2 * 264 * 144)
+    case = family.SHAPES["gated_144x264_f16"]
+    assert family.roofline(case, n=2) == (2 * (2 * 264 + 144 * 264 + 2 * 72), 2 * 2 * 264 * 144)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from tvm.relax import op
 
@@ -19,6 +20,7 @@ from llmc.dialect.moe import moe
 from llmc.dialect.norm import layer_norm, rms_norm
 from llmc.dialect.quantized import quantized_linear
 from llmc.importer.model import import_model
+from llmc.importer.params import Constant
 from llmc.importer.resolve import resolve
 from llmc.passes import pipeline
 from llmc.passes.fold_norm import fold_norm
@@ -31,20 +33,22 @@ def fold(graph: Any) -> None:
     fold_norm(graph, lambda *_: True)
 
 
-def normed(c: Case, x: Any, offset: float = 0.0) -> Any:
-    return c.e(rms_norm(x, c.w("gamma", 6), 1e-3, offset))
+def normed(c: Case, x: Any) -> Any:
+    ones = c.w("llmc.ones.6", 6)
+    c.table[ones.name].source = Constant(np.ones(6, np.float32), ones.name)
+    return c.e(rms_norm(x, ones, 1e-3))
 
 
 def test_every_layer_behind_a_norm_takes_it() -> None:
     def body(c: Case, x: Any) -> Any:
-        h = normed(c, x, offset=1.0)
+        h = normed(c, x)
         q, v = c.e(linear(h, c.w("q", 6, 6), residual=x)), c.e(linear(h, c.w("v", 6, 6), c.w("bias", 6), activation="silu"))
         return linear(c.e(op.add(q, v)), c.w("o", 4, 6))
 
     c = Case(body, 6)
     assert c.after(fold) == {"llmc.norm_linear": 2, "llmc.linear": 1, "relax.add": 1}
     attrs = attrs_of(c.graph.bindings[0][1])
-    assert (attrs["eps"], attrs["offset"], attrs["residual"]) == (1e-3, 1.0, 1)
+    assert (attrs["eps"], attrs["residual"]) == (1e-3, 1)
 
 
 def test_quantized_layer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,13 +92,19 @@ def _layer_norm(c: Case, x: Any) -> Any:
     return linear(c.e(layer_norm(x, c.w("gamma", 6), c.w("beta", 6), 1e-3)), c.w("w", 6, 6))
 
 
+def _weighted(c: Case, x: Any) -> Any:
+    return linear(c.e(rms_norm(x, c.w("gamma", 6), 1e-3)), c.w("w", 6, 6))
+
+
 def _heads(c: Case, x: Any) -> Any:
     """The norm of a head, which no layer reads."""
     heads = c.e(rms_norm(c.e(op.reshape(x, (c.n, 2, 3))), c.w("head", 3), 1e-3))
     return linear(c.e(op.reshape(heads, (c.n, 6))), c.w("w", 6, 6))
 
 
-@pytest.mark.parametrize("body", [_added, _own_residual, _result, _experts, _layer_norm, _heads], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "body", [_added, _own_residual, _result, _experts, _layer_norm, _weighted, _heads], ids=lambda f: f.__name__
+)
 def test_what_is_left_alone(body: Callable[[Case, Any], Any]) -> None:
     c = Case(body, 6)
     assert "llmc.norm_linear" not in c.after(fold)

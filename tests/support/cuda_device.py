@@ -20,8 +20,8 @@ def launchable(function: Any, target: Target) -> Callable[..., list[np.ndarray]]
     """
     if target.kind != cuda.KIND:
         pytest.skip(f"{target.name} is no target of this GPU")
-    name = str(function.attrs["global_symbol"])  # tools show kernels by it
-    module = cuda.build_kernels(tvm.IRModule({name: function}), target)
+    name = str(function.attrs.get("global_symbol", "kernel"))  # tools show kernels by it
+    module = cuda.build_kernels(tvm.IRModule({name: function.with_attr("global_symbol", name)}), target)
     device = tvm.cuda(0)
 
     def run(*arrays: np.ndarray) -> list[np.ndarray]:

@@ -33,7 +33,7 @@ from tests.support.tiny_models import build
 
 HOST = targets.parse("cpu")
 CALL = family.model_call(64, 256, 2, "float32")
-REST = {"norm": False, "early": True, "chunks": 6}
+REST = {"norm": True, "early": True, "chunks": 6}
 
 
 def time_of(choices: dict[str, Any]) -> whole.Times:
@@ -74,7 +74,7 @@ def test_each_axis_is_tried_from_the_best_so_far_and_records_give_the_winner(tmp
     chosen, origin = family.find(records, CALL, HOST)
     assert chosen == family.Choices(page_size=32, gated=False)
     assert origin == "record: measured on a machine, 8 configurations tried"
-    assert chosen.unfused == {"gated", "norm"}
+    assert chosen.unfused == {"gated"}
     assert family.find(records, family.model_call(64, 256, 2, "int4_g32"), HOST)[0] == family.DEFAULT
     assert "<- best" in found.table()
 

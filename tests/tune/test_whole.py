@@ -18,6 +18,7 @@ import llmc
 from llmc import targets
 from llmc.cli.main import main
 from llmc.errors import LlmcError
+from llmc.importer.resolve import resolve
 from llmc.manifest import read
 from llmc.passes import choices as family
 from llmc.passes.legalize import PrimFuncs
@@ -25,7 +26,7 @@ from llmc.passes.lower_kernels import KernelLibrary
 from llmc.progress import SilentProgress
 from llmc.schedules import records as R
 from llmc.schedules.cuda import gemv
-from llmc.settings import settings_from
+from llmc.settings import settings_from, settings_of, with_choices
 from llmc.targets import dependent_launch
 from llmc.targets.cuda import tvm_target
 from llmc.tune import whole
@@ -111,6 +112,15 @@ def test_nothing_fused_computes_the_same_and_the_manifest_says_so(tmp_path: Path
         kernels.append(sum(k.count for k in info.variants[0].kernels if k.function == "decode"))
     np.testing.assert_allclose(logits[0], logits[1], atol=2e-5)
     assert kernels[0] > kernels[1]
+
+
+def test_several_targets_share_weights_that_no_norm_is_folded_into(tmp_path: Path) -> None:
+    build("llama", tmp_path / "model", dtype="float32")
+    source = resolve(str(tmp_path / "model"))
+    settings = settings_of(source, "float32", None, None, (), 32, 2)
+    chosen = [HOST, targets.parse("cuda:sm_90a")]
+    assert with_choices(settings, source, chosen, R.Records(), None, None).unfused == {"norm"}
+    assert with_choices(settings, source, chosen[1:], R.Records(), None, None).unfused == family.DEFAULT.unfused
 
 
 def test_kernels_that_wait_for_the_one_before() -> None:

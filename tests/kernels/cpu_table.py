@@ -27,10 +27,11 @@ ROWS = (1, 7)
 HEAD = """
 # Kernels of CPU targets
 
-Targets: {targets}, and every processor that LLVM knows. The instruction sets below are those that kernels differ by. x86-64
-ran on its hardware; 64-bit Arm under qemu's user mode, where SmolLM2 gives the same tokens too (`pytest -m slow tests/slow`).
-Libraries for macOS, Windows and Android are linked and their headers checked; none has run there. i8mm is accepted and has no
-kernels of its own.
+Targets: {targets}, and every processor that LLVM knows.
+
+The instruction sets below are those that kernels differ by. x86-64 ran on its hardware; 64-bit Arm under qemu's user mode, where
+SmolLM2 gives the same tokens too (`pytest -m slow tests/slow`). Libraries for macOS, Windows and Android are linked and their
+headers checked; none has run there. i8mm is accepted and has no kernels of its own.
 
 Largest error of any shape against a float64 reference, in units of the result's largest value, for float32 / 16-bit results.
 Products with quantized weights are given activations that 8 bits hold, so that what they round is not in it; between the two

@@ -50,7 +50,7 @@ How each is checked without it:
   clang accepts what is generated.
 - **On an H200**, with the limits of gfx1100, apple8 and OpenCL and `mma` for matrix products, a whole model has the logits of
   float32 torch (benchmarks/portable.md). Waves of 64 cannot run there.
-- **opencl**: float32 and bfloat16 kernels run through a real OpenCL driver on the CPU (`pytest -m peer tests/kernels_gpu`).
+- **opencl**: kernels without float16 operands run through a real OpenCL driver on the CPU (`pytest -m peer tests/kernels_gpu`).
 
 Largest error of any shape, in units of the result's largest value, for float32 / 16-bit results:
 """

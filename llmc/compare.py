@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from llmc.progress import Progress
 
 TOKENS = 128
-"""Generated for the speed."""
+"""Generated for the speed, or as many as a model's context holds."""
 _BUDGET = re.compile(r"(\d+(?:\.\d+)?)bpw")
 
 
@@ -86,11 +86,12 @@ def compare(
         if calibration is not None and ("target_bpw" in own or own.get("method", ROUND_TO_NEAREST) != ROUND_TO_NEAREST):
             own["calibration"] = calibration
     folders = {way: artifact_for(model, {**options, **own}, progress) for way, own in chosen.items()}
+    shortest = min(manifest.read(folder).model.context for folder in folders.values())
     speeds = []
     for folder in folders.values():
-        found = bench.run(folder, progress, prompts=(), generations=(TOKENS,), repeats=3)
+        found = bench.run(folder, progress, prompts=(), generations=(max(1, min(TOKENS, shortest - 2)),), repeats=3)
         speeds.append((found.rows[0].bytes, found.rows[0].tokens_per_second))
-    context = min(WINDOW, *(manifest.read(folder).model.context for folder in folders.values()))
+    context = min(WINDOW, shortest)
     reference = None
     if against is not None:
         with progress.phase("load reference"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +11,7 @@ import numpy as np
 
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
-from tests.kernels.harness import DTYPES
+from tests.kernels.harness import DTYPES, error
 from tests.support.cuda_emulator import launchable
 
 _kernels: dict[Any, Callable[..., list[np.ndarray]]] = {}
@@ -18,6 +20,19 @@ _kernels: dict[Any, Callable[..., list[np.ndarray]]] = {}
 TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2, "uint8": 1e-3}
 """Error in units of the largest value of a result that is stored in a dtype (see :func:`tests.kernels.harness.error`); of pages of
 codes the share of bytes that differ."""
+
+ERRORS = "LLMC_KERNEL_ERRORS"
+"""The variable that names a file for the errors found, a line of JSON each: family, dtype of the result, error
+(``tests/kernels_gpu/table.py``)."""
+
+
+def check(family: Any, case: KernelCall, found: np.ndarray, expected: np.ndarray, dtype: str | None = None) -> None:
+    """Compare a result with its reference, within the tolerance of ``dtype`` (default: the result's)."""
+    worst = error(found, expected)
+    if path := os.environ.get(ERRORS):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps([family.NAME, case.result.dtype, worst]) + "\n")
+    assert worst < TOLERANCE[dtype or case.result.dtype]
 
 
 def call(

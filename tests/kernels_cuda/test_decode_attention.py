@@ -9,8 +9,8 @@ import pytest
 
 from llmc.schedules.cuda import decode_attention, decode_ring
 from llmc.targets import cuda
-from tests.kernels.harness import error, paged_arrays
-from tests.kernels_cuda.emulated import TOLERANCE, call
+from tests.kernels.harness import paged_arrays
+from tests.kernels_cuda.emulated import call, check
 
 TARGET = cuda.parse("cuda:sm_90a")
 SMALL = [name for name in decode_attention.SHAPES if name != "heads_32x8_128"]
@@ -22,7 +22,7 @@ def test_reference(name: str) -> None:
     assert decode_attention.matches(case, TARGET)
     arrays, symbols = paged_arrays(case, [211, 1, 48], [1, 1, 1], seed=5)
     result = call(decode_attention, case, TARGET, arrays, symbols, {"split": 2, "warps": 4, "least": 2, "many": 0})
-    assert error(result, decode_attention.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(decode_attention, case, result, decode_attention.reference(case, *arrays))
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_configurations(config: dict[str, int]) -> None:
     case = decode_attention.SHAPES["group_3_64"]
     arrays, symbols = paged_arrays(case, [515, 17], [1, 1], seed=6)
     result = call(decode_attention, case, TARGET, arrays, symbols, config | {"dependent_launch": False, "many": 0})
-    assert error(result, decode_attention.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(decode_attention, case, result, decode_attention.reference(case, *arrays))
 
 
 @pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 4])
@@ -50,7 +50,7 @@ def test_many_sequences(name: str, parts: int) -> None:
     arrays, symbols = paged_arrays(case, [600, 17, 1, 50, 33], [1] * 5, seed=9)
     pairs = 5 * int(case.args[1].shape[1])
     result = call(decode_attention, case, TARGET, arrays, symbols, {"many": pairs * parts})
-    assert error(result, decode_attention.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(decode_attention, case, result, decode_attention.reference(case, *arrays))
 
 
 def test_what_the_ring_takes() -> None:

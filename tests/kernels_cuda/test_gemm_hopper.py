@@ -10,8 +10,8 @@ import pytest
 
 from llmc.schedules.cuda import gemm_hopper as family
 from llmc.targets import cuda
-from tests.kernels.harness import error, random_arrays
-from tests.kernels_cuda.emulated import TOLERANCE, call
+from tests.kernels.harness import random_arrays
+from tests.kernels_cuda.emulated import call, check
 
 TARGET = cuda.parse("cuda:sm_90a")
 BLOCKS = {"blocks": 3}
@@ -37,7 +37,7 @@ def test_reference(name: str) -> None:
     assert family.matches(case, TARGET)
     arrays = random_arrays(case, symbols, seed=len(name))
     result = call(family, case, TARGET, arrays, symbols, BLOCKS)
-    assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(family, case, result, family.reference(case, *arrays))
 
 
 @pytest.mark.parametrize("name", ["residual_328x136_gelu", "gated_656x136"])
@@ -58,7 +58,7 @@ def test_configurations(name: str, config: dict[str, Any]) -> None:
         config = {"tile": (128, 256)}  # gated, half a tile is whole chunks of 64
     arrays = random_arrays(case, symbols, seed=1)
     result = call(family, case, TARGET, arrays, symbols, BLOCKS | config)
-    assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(family, case, result, family.reference(case, *arrays))
 
 
 def test_rows_do_not_depend_on_the_batch() -> None:

@@ -11,8 +11,8 @@ import pytest
 from llmc.schedules.cuda import cluster_finish
 from llmc.schedules.cuda import gemm_split as family
 from llmc.targets import cuda
-from tests.kernels.harness import error, random_arrays
-from tests.kernels_cuda.emulated import TOLERANCE, call
+from tests.kernels.harness import random_arrays
+from tests.kernels_cuda.emulated import call, check
 
 TARGET = cuda.parse("cuda:sm_90a")
 ROWS = {
@@ -32,7 +32,7 @@ def test_reference(name: str) -> None:
     assert family.matches(case, TARGET)
     arrays = random_arrays(case, symbols, seed=len(name))
     result = call(family, case, TARGET, arrays, symbols)
-    assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(family, case, result, family.reference(case, *arrays))
 
 
 @pytest.mark.parametrize("name", ["residual_136x640_gelu", "gated_272x328"])
@@ -51,7 +51,7 @@ def test_configurations(name: str, config: dict[str, Any]) -> None:
     case, symbols = family.SHAPES[name], {"n": 150}
     arrays = random_arrays(case, symbols, seed=1)
     result = call(family, case, TARGET, arrays, symbols, config)
-    assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(family, case, result, family.reference(case, *arrays))
 
 
 def test_rows_do_not_depend_on_the_batch() -> None:

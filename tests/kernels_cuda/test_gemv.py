@@ -9,8 +9,8 @@ import pytest
 
 from llmc.schedules.cuda import gemv
 from llmc.targets import cuda
-from tests.kernels.harness import error, random_arrays
-from tests.kernels_cuda.emulated import TOLERANCE, call
+from tests.kernels.harness import random_arrays
+from tests.kernels_cuda.emulated import call, check
 
 TARGET = cuda.parse("cuda:sm_90a")
 SMALL = [name for name, case in gemv.SHAPES.items() if case.args[1].shape[0] <= 128]
@@ -22,7 +22,7 @@ def test_reference(name: str, n: int) -> None:
     assert gemv.matches(case, TARGET)
     arrays = random_arrays(case, {"n": n}, seed=n)
     result = call(gemv, case, TARGET, arrays, {"n": n})
-    assert error(result, gemv.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(gemv, case, result, gemv.reference(case, *arrays))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_configurations(name: str, config: dict[str, int]) -> None:
     case = gemv.SHAPES[name]
     arrays = random_arrays(case, {"n": 13}, seed=1)
     result = call(gemv, case, TARGET, arrays, {"n": 13}, config)
-    assert error(result, gemv.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(gemv, case, result, gemv.reference(case, *arrays))
 
 
 def test_rows_do_not_depend_on_the_batch() -> None:

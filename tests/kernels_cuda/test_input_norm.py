@@ -12,9 +12,9 @@ from llmc.schedules.cuda import gemv, input_norm, linear_call, quantized_gemv, r
 from llmc.schedules.gpu.quantized_call import make
 from llmc.schedules.protocol import KernelCall
 from llmc.targets import cuda
-from tests.kernels.harness import DTYPES, error, random_arrays
+from tests.kernels.harness import DTYPES, random_arrays
 from tests.kernels.quantized_cases import operands
-from tests.kernels_cuda.emulated import TOLERANCE
+from tests.kernels_cuda.emulated import check
 from tests.support.cuda_emulator import run
 
 TARGET = cuda.parse("cuda:sm_90a")
@@ -55,7 +55,7 @@ def test_reference(family: Any, case: KernelCall, n: int, config: dict[str, Any]
     arrays = arrays_of(case, n)
     normal = rms_norm_reference(arrays[0], np.ones(arrays[0].shape[1]), eps=EPS)
     found = emulate(family, case, config, arrays)
-    assert error(found, family.reference(case, normal, *arrays[1:])) < TOLERANCE[case.args[0].dtype]
+    check(family, case, found, family.reference(case, normal, *arrays[1:]), case.args[0].dtype)
 
 
 def test_rows_do_not_depend_on_the_batch() -> None:

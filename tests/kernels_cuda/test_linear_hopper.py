@@ -11,8 +11,8 @@ import pytest
 from llmc.schedules.cuda import gemm_split, gemv
 from llmc.schedules.cuda import linear_hopper as family
 from llmc.targets import cuda
-from tests.kernels.harness import error, random_arrays
-from tests.kernels_cuda.emulated import TOLERANCE, call
+from tests.kernels.harness import random_arrays
+from tests.kernels_cuda.emulated import call, check
 from tests.support.cuda_emulator import source
 
 TARGET = cuda.parse("cuda:sm_90a")
@@ -33,7 +33,7 @@ def test_every_number_of_rows(name: str, n: int) -> None:
     assert family.matches(case, TARGET)
     arrays = random_arrays(case, {"n": n}, seed=n)
     result = call(family, case, TARGET, arrays, {"n": n}, {"257-512": FEW_BLOCKS, "513-1024": FEW_BLOCKS})
-    assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(family, case, result, family.reference(case, *arrays))
 
 
 def test_a_kernel_for_each_bucket_and_none_twice() -> None:

@@ -18,7 +18,7 @@ from llmc.schedules.protocol import KernelCall
 from llmc.targets import cuda
 from tests.kernels.harness import error, random_arrays
 from tests.kernels.quantized_cases import operands
-from tests.kernels_cuda.emulated import TOLERANCE, call
+from tests.kernels_cuda.emulated import TOLERANCE, call, check
 from tests.support.cuda_emulator import run
 
 TARGET = cuda.parse("cuda:sm_90a")
@@ -41,7 +41,7 @@ def test_every_number_of_rows(name: str, n: int) -> None:
     assert family.matches(case, TARGET)
     arrays = arrays_of(case, n)
     result = call(family, case, TARGET, arrays, {"n": n})
-    assert error(result, family.reference(case, *arrays)) < TOLERANCE["bfloat16"]
+    check(family, case, result, family.reference(case, *arrays), "bfloat16")
 
 
 @pytest.mark.parametrize(("k", "dtype"), [(72, "float16"), (4104, "bfloat16"), (8, "bfloat16")])

@@ -11,8 +11,8 @@ import pytest
 from llmc.schedules.cuda import prefill_attention as family
 from llmc.schedules.cuda import prefill_kernel
 from llmc.targets import cuda
-from tests.kernels.harness import error, paged_arrays
-from tests.kernels_cuda.emulated import TOLERANCE, call
+from tests.kernels.harness import paged_arrays
+from tests.kernels_cuda.emulated import call, check
 
 TARGET = cuda.parse("cuda:sm_90a")
 CASES = {
@@ -38,7 +38,7 @@ def test_reference(name: str) -> None:
     lengths, rows = CASES[name]
     arrays, symbols = paged_arrays(case, lengths, rows, seed=len(name))
     result = call(family, case, TARGET, arrays, symbols)
-    assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(family, case, result, family.reference(case, *arrays))
 
 
 def test_many_sequences_empty_ones_and_padding() -> None:
@@ -50,7 +50,7 @@ def test_many_sequences_empty_ones_and_padding() -> None:
     used = symbols["n"]
     arrays[0] = np.concatenate([arrays[0], arrays[0][:9]])
     result = call(family, case, TARGET, arrays, {**symbols, "n": used + 9})
-    assert error(result[:used], family.reference(case, *arrays)[:used]) < TOLERANCE[case.result.dtype]
+    check(family, case, result[:used], family.reference(case, *arrays)[:used])
     assert np.isnan(result[used:].astype(np.float32)).all()
 
 
@@ -67,7 +67,7 @@ def test_configurations(config: dict[str, Any], lengths: list[int], rows: list[i
     case = family.SHAPES["small_2x1x128"]
     arrays, symbols = paged_arrays(case, lengths, rows, seed=1)
     result = call(family, case, TARGET, arrays, symbols, config)
-    assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(family, case, result, family.reference(case, *arrays))
 
 
 def test_what_it_does_not_take() -> None:

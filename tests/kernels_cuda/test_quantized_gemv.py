@@ -10,9 +10,8 @@ import pytest
 from llmc.schedules.cuda import quantized_gemv as gemv
 from llmc.schedules.gpu.quantized_call import make
 from llmc.targets import cuda
-from tests.kernels.harness import error
 from tests.kernels.quantized_cases import operands
-from tests.kernels_cuda.emulated import TOLERANCE, call
+from tests.kernels_cuda.emulated import call, check
 from tests.support.cuda_emulator.runner import source
 
 TARGET = cuda.parse("cuda:sm_90a")
@@ -26,7 +25,7 @@ def test_reference(name: str, n: int) -> None:
     assert gemv.matches(case, TARGET)
     arrays = operands(case, n, seed=n)
     result = call(gemv, case, TARGET, arrays, {"n": n})
-    assert error(result, gemv.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(gemv, case, result, gemv.reference(case, *arrays))
 
 
 @pytest.mark.parametrize(
@@ -44,7 +43,7 @@ def test_configurations(name: str, config: dict[str, int]) -> None:
     case = gemv.SHAPES[name]
     arrays = operands(case, 13, seed=1)
     result = call(gemv, case, TARGET, arrays, {"n": 13}, config)
-    assert error(result, gemv.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(gemv, case, result, gemv.reference(case, *arrays))
 
 
 def test_older_gpu() -> None:
@@ -52,7 +51,7 @@ def test_older_gpu() -> None:
     assert gemv.matches(case, target)
     assert "griddepcontrol" not in source(gemv.build(case, target, {a: v[0] for a, v in gemv.space(case, target).items()}), target)
     arrays = operands(case, 3, seed=4)
-    assert error(call(gemv, case, target, arrays, {"n": 3}), gemv.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(gemv, case, call(gemv, case, target, arrays, {"n": 3}), gemv.reference(case, *arrays))
 
 
 def test_codes_are_exact() -> None:

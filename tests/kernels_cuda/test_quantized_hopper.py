@@ -9,9 +9,8 @@ from llmc.schedules.cuda import quantized_gemm, quantized_gemv
 from llmc.schedules.cuda import quantized_hopper as family
 from llmc.schedules.gpu.quantized_call import make
 from llmc.targets import cuda
-from tests.kernels.harness import error
 from tests.kernels.quantized_cases import operands
-from tests.kernels_cuda.emulated import TOLERANCE, call
+from tests.kernels_cuda.emulated import call, check
 
 TARGET = cuda.parse("cuda:sm_90a")
 
@@ -26,7 +25,7 @@ def test_every_number_of_rows(name: str, n: int) -> None:
     assert family.matches(case, TARGET)
     arrays = operands(case, n, seed=n)
     result = call(family, case, TARGET, arrays, {"n": n})
-    assert error(result, family.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(family, case, result, family.reference(case, *arrays))
 
 
 def test_the_choice_follows_the_configuration() -> None:

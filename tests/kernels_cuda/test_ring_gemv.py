@@ -10,8 +10,8 @@ import pytest
 
 from llmc.schedules.cuda import ring_gemv
 from llmc.targets import cuda
-from tests.kernels.harness import error, random_arrays
-from tests.kernels_cuda.emulated import TOLERANCE, call
+from tests.kernels.harness import random_arrays
+from tests.kernels_cuda.emulated import call, check
 
 TARGET = cuda.parse("cuda:sm_90a")
 SMALL = [name for name, case in ring_gemv.SHAPES.items() if case.args[1].shape[0] <= 320]
@@ -23,7 +23,7 @@ def test_reference(name: str, n: int) -> None:
     assert ring_gemv.matches(case, TARGET)
     arrays = random_arrays(case, {"n": n}, seed=n)
     result = call(ring_gemv, case, TARGET, arrays, {"n": n})
-    assert error(result, ring_gemv.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(ring_gemv, case, result, ring_gemv.reference(case, *arrays))
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,7 @@ def test_configurations(name: str, config: dict[str, Any]) -> None:
     case = ring_gemv.SHAPES[name]
     arrays = random_arrays(case, {"n": 11}, seed=1)
     result = call(ring_gemv, case, TARGET, arrays, {"n": 11}, config)
-    assert error(result, ring_gemv.reference(case, *arrays)) < TOLERANCE[case.result.dtype]
+    check(ring_gemv, case, result, ring_gemv.reference(case, *arrays))
 
 
 @pytest.mark.parametrize("split", [[4, 1], [4, 2]])
@@ -48,7 +48,7 @@ def test_blocks_that_take_several_tiles(split: list[int], monkeypatch: pytest.Mo
     case = ring_gemv._call(16 * 21 + 3, 512, residual=1)
     arrays = random_arrays(case, {"n": 3}, seed=4)
     result = call(ring_gemv, case, TARGET, arrays, {"n": 3}, {"split": split, "ring": 24 << 10})
-    assert error(result, ring_gemv.reference(case, *arrays)) < TOLERANCE["bfloat16"]
+    check(ring_gemv, case, result, ring_gemv.reference(case, *arrays), "bfloat16")
 
 
 def test_rows_do_not_depend_on_the_batch() -> None:

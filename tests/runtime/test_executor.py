@@ -6,8 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmc.compiler import compile as compile_model
 from llmc.errors import ArtifactError, InternalError, RequestError
 from llmc.runtime import load
 from llmc.runtime.artifact import open_artifact
@@ -146,10 +143,8 @@ def test_a_damaged_module_is_one_sentence(artifact: Path) -> None:
 
 
 CHILD = """
-import json, sys, time
-start = time.perf_counter()
+import json, sys
 import llmc.runtime
-imported = time.perf_counter() - start
 light = "numpy" not in sys.modules
 model = llmc.runtime.load(sys.argv[1], threads=1)
 tokens = model.generate([1, 2, 3], max_tokens=5, stop="x").token_ids
@@ -157,17 +152,16 @@ score = model.score([1, 2, 3]).total
 prompt = model.apply_chat_template([{"role": "user", "content": "hello"}])
 heavy = [m for m in sys.modules if m.split(".")[0] in ("tvm", "torch", "transformers", "rich")]
 import torch
-print(json.dumps([imported, light, tokens, score, prompt, heavy, torch.ones(2).tolist()]))
+print(json.dumps([light, tokens, score, prompt, heavy, torch.ones(2).tolist()]))
 """
 
 
 def test_a_process_without_compiler_runs_the_same(text_artifact: Path) -> None:
     done = subprocess.run([sys.executable, "-c", CHILD, str(text_artifact)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    imported, light, tokens, score, prompt, heavy, ones = json.loads(done.stdout)
+    light, tokens, score, prompt, heavy, ones = json.loads(done.stdout)
     assert heavy == []
     assert light
-    assert imported < 0.2
     # the caller's own torch works afterwards
     assert ones == [1, 1]
     assert prompt == "<s>[user] hello\n[assistant] "
@@ -176,12 +170,24 @@ def test_a_process_without_compiler_runs_the_same(text_artifact: Path) -> None:
         assert model.score([1, 2, 3]).total == pytest.approx(score)
 
 
-def test_threads_sleep_when_nothing_runs(tiny_model_dir: Callable[..., Path], tmp_path: Path) -> None:
-    """Between two answers no thread looks for work: a second of rest takes next to no processor time."""
-    compile_model(str(tiny_model_dir("llama")), out=tmp_path / "artifact", dtype="float32")
-    with load(tmp_path / "artifact", threads=2) as model:
-        model.generate([3, 1, 4], max_tokens=4, ignore_eos=True)
-        time.sleep(0.1)  # what still spins may go to sleep
-        before = time.process_time()
-        time.sleep(1.0)
-        assert time.process_time() - before < 0.1
+IDLE = """
+import sys, time
+import llmc.runtime
+from llmc.runtime.host import host
+model = llmc.runtime.load(sys.argv[1], threads=len(host().cpus))
+model.generate([3, 1, 4], max_tokens=4, ignore_eos=True)
+time.sleep(0.1)  # what still spins may go to sleep
+before = time.process_time()
+time.sleep(1.0)
+print(time.process_time() - before)
+"""
+
+
+def test_threads_sleep_when_nothing_runs(artifact: Path) -> None:
+    """Between two answers no thread looks for work: a second of rest takes next to no processor time.
+
+    In a process of its own: the runtime's threads are bound to processors, also this one's where another test ran a kernel.
+    """
+    done = subprocess.run([sys.executable, "-c", IDLE, str(artifact)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.1

@@ -117,16 +117,17 @@ def cuda_errors() -> dict[tuple[str, bool], float]:
 
 
 def cuda_rows(worst: Mapping[tuple[str, bool], float]) -> list[str]:
-    """CUDA's own families with their errors and tests."""
+    """CUDA's own families, and the kernels that they pick from, with their errors and tests."""
     folder = Path(__file__).parent.parent / "kernels_cuda"
     texts = {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("test_*.py"))}
+    portable = {family.NAME for family in FAMILIES}
+    names = [family.NAME for family in cuda.FAMILIES] + sorted({name for name, _ in worst})
     lines = []
-    for family in cuda.FAMILIES:
-        if family not in FAMILIES:
-            module = family.__name__.rpartition(".")[2]
-            tests = ", ".join(f"`{name}`" for name, text in texts.items() if re.search(rf"\b{module}\b", text))
-            errors = [f"{worst[family.NAME, wide]:.1e}" if (family.NAME, wide) in worst else "none" for wide in (True, False)]
-            lines.append(f"| `{family.NAME}` | {' / '.join(errors) if errors != ['none'] * 2 else 'exact'} | {tests} |")
+    for name in dict.fromkeys(n for n in names if n not in portable):
+        module = name.rpartition(".")[2]
+        tests = ", ".join(f"`{file}`" for file, text in texts.items() if re.search(rf"\b{module}\b", text))
+        errors = [f"{worst[name, wide]:.1e}" if (name, wide) in worst else "none" for wide in (True, False)]
+        lines.append(f"| `{name}` | {' / '.join(errors) if errors != ['none'] * 2 else 'exact'} | {tests} |")
     return lines
 
 

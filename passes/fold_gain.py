@@ -12,8 +12,6 @@ hold numbers: codes of a quantized checkpoint stay what they are.
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 import numpy as np
 from tvm import relax
 from tvm.relax import TensorType
@@ -23,7 +21,7 @@ from llmc.dialect.norm import RMS_NORM, rms_norm
 from llmc.importer.params import DTYPES, Constant, Mapped, Param, ParamTable, Source
 from llmc.passes.fuse_norm import is_ones, ones_name
 from llmc.passes.quantize.native import native_scheme
-from llmc.passes.rewrite import Binding, Graph, Rewriter, op_name, operands, rewrite
+from llmc.passes.rewrite import Graph, Rewriter, op_name, operands, rewrite
 from llmc.passes.shapes import dims
 
 ROWS = 4096
@@ -32,11 +30,7 @@ ROWS = 4096
 
 def fold_gain(graph: Graph, params: ParamTable) -> None:
     """Move weights of norms into the weights of the layers behind them; ``params`` gets the products as sources."""
-    uses, weights = graph.uses(), set(graph.params[graph.inputs :])
-    readers: dict[relax.Var, list[Binding]] = defaultdict(list)
-    for var, value in graph.bindings:
-        for v in operands(value):
-            readers[v].append((var, value))
+    uses, readers, weights = graph.uses(), graph.readers(), set(graph.params[graph.inputs :])
 
     def takes(h: relax.Var, layer: relax.Expr) -> bool:
         """Whether ``layer`` is linear in h, and its weight is its own."""

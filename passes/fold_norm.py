@@ -13,8 +13,6 @@ may as well read it there. Only where the target has a kernel for every one of t
 
 from __future__ import annotations
 
-from collections import defaultdict
-
 from tvm import relax
 
 from llmc.dialect.core import attrs_of
@@ -22,16 +20,13 @@ from llmc.dialect.norm import RMS_NORM
 from llmc.dialect.norm_linear import norm_linear
 from llmc.passes.fuse_gated import LAYERS, Takes
 from llmc.passes.fuse_norm import is_ones
-from llmc.passes.rewrite import Binding, Graph, Rewriter, op_name, operands, rewrite
+from llmc.passes.rewrite import Graph, Rewriter, op_name, operands, rewrite
 
 
 def fold_norm(graph: Graph, takes: Takes) -> None:
     """Merge norms into the layers behind them, where ``takes`` says that there are kernels."""
     work = Rewriter(graph)
-    readers: dict[relax.Var, list[Binding]] = defaultdict(list)
-    for var, value in graph.bindings:
-        for v in operands(value):
-            readers[v].append((var, value))
+    readers = graph.readers()
 
     def folds(norm: relax.Call, h: relax.Var, y: relax.Var, reader: relax.Expr) -> bool:
         if op_name(reader) not in LAYERS or not reader.args[0].same_as(h) or operands(reader).count(h) != 1:

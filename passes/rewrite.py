@@ -7,6 +7,7 @@ expressions go through type inference.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -116,6 +117,14 @@ class Graph:
             for v in operands(value):
                 count[v] = count.get(v, 0) + 1
         return count
+
+    def readers(self) -> defaultdict[relax.Var, list[Binding]]:
+        """The bindings that read each variable, once each and in their order; none for a variable that only the output is."""
+        found: defaultdict[relax.Var, list[Binding]] = defaultdict(list)
+        for binding in self.bindings:
+            for v in set(operands(binding[1])):
+                found[v].append(binding)
+        return found
 
     def remove_dead(self) -> None:
         """Drop bindings that the output does not depend on. Parameters stay."""

@@ -39,7 +39,7 @@ class Plan:
 
 def assign(graph: Graph, params: ParamTable, plan: Plan) -> None:
     """Set ``Param.scheme`` of the matrices that the options name, and record those that stay as they are."""
-    readers = _readers(graph)
+    readers = graph.readers()
     routers = _routers(graph)
     vocab = dims(graph.output)[-1]
     for var in graph.params[graph.inputs :]:
@@ -47,7 +47,7 @@ def assign(graph: Graph, params: ParamTable, plan: Plan) -> None:
         if len(param.shape) < 2 or not param.dtype.startswith(("float", "bfloat")):
             plan.stored.append(Stored(param.name, param.shape, param.dtype, dtype_bits(param.dtype)))
             continue
-        uses = readers.get(var, [])
+        uses = readers[var]
         roles = {op_name(value) for _, value in uses}
         head = "llmc.linear" in roles and param.shape[0] == vocab
         names = [param.name, *([HEAD] if head else []), *([EMBEDDING] if "relax.take" in roles else [])]
@@ -83,15 +83,6 @@ def _default(options: QuantOptions, names: list[str], param: Param) -> str:
     if options.default != NONE and len(names) > 1 and scheme(options.default).bits < 8:
         return OUTER_SCHEME
     return options.default
-
-
-def _readers(graph: Graph) -> dict[relax.Var, list[tuple[relax.Var, Any]]]:
-    weights = set(graph.params[graph.inputs :])
-    found: dict[relax.Var, list[tuple[relax.Var, Any]]] = {}
-    for var, value in graph.bindings:
-        for operand in set(operands(value)) & weights:
-            found.setdefault(operand, []).append((var, value))
-    return found
 
 
 def _routers(graph: Graph) -> set[relax.Var]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import subprocess
 import sys
@@ -26,6 +25,7 @@ from llmc.runtime.weights import stored_weights
 from llmc.targets.link import host_c_compiler
 from llmc.verify import verify_files
 from llmc.wheels import runtime_files
+from tests.support import example
 
 OPTIONS = {"dtype": "bfloat16", "context": 64}
 CPU, OTHER = "cpu:x86-64-v3", "opencl:generic"
@@ -101,11 +101,8 @@ def test_the_bill_of_materials_names_parts_and_licences(folder: Path) -> None:
 @pytest.mark.parametrize("memory", ["", "-DCOPY_ALWAYS"], ids=["shared", "copied"])
 def test_the_package_runs_from_c(memory: str, packaged: PackageReport, expected: list[int]) -> None:
     """Built as the file says; once more as on a device whose memory is not the program's."""
-    _, _, command = next(
-        line for line in (packaged.out / "example.c").read_text().splitlines() if line.startswith(" *   cc ")
-    ).partition("cc ")
     flags = ["-Wall", "-Wextra", "-Werror", *filter(None, [memory])]
-    subprocess.run([*host_c_compiler(), *flags, *shlex.split(command)], cwd=packaged.out, check=True)
+    example.build(packaged.out, [*host_c_compiler(), *flags])
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [str(packaged.out / "example"), *map(str, arguments)]
@@ -222,10 +219,7 @@ def test_examples_of_other_systems_can_be_built(
 ) -> None:
     compile_model(str(tiny_model_dir("llama")), out=tmp_path / "artifact", target=target, **OPTIONS)
     report = package(tmp_path / "artifact", target=target, out=tmp_path / "package")
-    text = (report.out / "example.c").read_text(encoding="utf-8")
-    command = next(line for line in text.splitlines() if line.startswith(" *   cc ")).partition("cc ")[2].partition("   (")[0]
-    program = [sys.executable, "-m", "ziglang", "cc", "-target", zig, *shlex.split(command)]
-    subprocess.run(program, cwd=report.out, check=True)
+    example.build(report.out, [sys.executable, "-m", "ziglang", "cc", "-target", zig])
     built = report.out / ("example.exe" if "windows" in target else "example")
     assert built.read_bytes().startswith(head)
     assert (report.out / "Dockerfile").exists() == ("windows" in target)

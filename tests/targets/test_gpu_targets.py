@@ -20,7 +20,7 @@ from llmc.compiler import compile as compile_model
 from llmc.errors import InternalError, UsageError
 from llmc.schedules.gpu import FAMILIES, quantized_gemv, rope_append
 from llmc.targets import code_object
-from llmc.targets.base import GpuTarget
+from llmc.targets.base import GpuTarget, Target
 from llmc.targets.gpu_pipeline import PIPELINE
 from llmc.targets.limits import METAL, OPENCL, ROCM
 from tests.support.metal import check
@@ -98,10 +98,7 @@ def test_every_portable_kernel_is_legal_amd_assembly_without_scratch(arch: str, 
             name = f"{family.NAME}_{label}".replace(".", "_")
             config = {axis: values[0] for axis, values in family.space(call, target).items()}
             functions[name] = family.build(call, target, config).with_attr("global_symbol", name)
-    tvm_target = targets.module_for(target).tvm_target(target)
-    with tvm_target:
-        module = tvm.tirx.build(tvm.IRModule(functions), target=tvm_target, pipeline=PIPELINE)
-    text = module.imports[0].inspect_source("asm")
+    text = _generated(functions, target, "asm")
     assert set(re.findall(r"\.private_segment_fixed_size: (\d+)", text)) == {"0"}
     assert set(re.findall(r"\.[vs]gpr_spill_count: (\d+)", text)) == {"0"}
     assembly = tmp_path / "kernels.s"
@@ -135,16 +132,21 @@ def _buildable(family: Any, target: GpuTarget) -> list[tuple[str, Any]]:
     return taken[-1:] if "matrix" in family.NAME or family is quantized_gemv else taken
 
 
+def _generated(functions: dict[str, Any], target: Target, form: str = "") -> str:
+    """The device code of kernels: source, or in the ``form`` that the code generator has besides."""
+    tvm_target = targets.module_for(target).tvm_target(target)
+    with tvm_target:
+        module = tvm.tirx.build(tvm.IRModule(functions), target=tvm_target, pipeline=PIPELINE)
+    return str(module.imports[0].inspect_source(form))
+
+
 def device_source(family: Any, target: GpuTarget) -> str:
     """The device code of all of a family's shapes."""
     functions = {}
     for label, call in _buildable(family, target):
         config = {axis: values[0] for axis, values in family.space(call, target).items()}
         functions[label] = family.build(call, target, config).with_attr("global_symbol", f"k_{label}")
-    tvm_target = targets.module_for(target).tvm_target(target)
-    with tvm_target:
-        module = tvm.tirx.build(tvm.IRModule(functions), target=tvm_target, pipeline=PIPELINE)
-    return str(module.imports[0].inspect_source())
+    return _generated(functions, target)
 
 
 @pytest.mark.parametrize("spec", ["metal:apple7", "opencl:generic"])
@@ -154,9 +156,7 @@ def test_numbers_of_more_than_seven_digits_reach_the_source(spec: str) -> None:
     assert isinstance(target, GpuTarget)
     call = rope_append.SHAPES["int8_9x3x64"]
     function = rope_append.build(call, target, {}).with_attr("global_symbol", "k")
-    tvm_target = targets.module_for(target).tvm_target(target)
-    with tvm_target:
-        text = str(tvm.tirx.build(tvm.IRModule({"k": function}), target=tvm_target, pipeline=PIPELINE).imports[0].inspect_source())
+    text = _generated({"k": function}, target)
     assert "1.258291e+07" not in text and str(0x4B400000) in text
 
 

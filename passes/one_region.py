@@ -67,7 +67,7 @@ def one_region(module: tvm.IRModule, name: str, target: Target, few_rows: bool, 
     step = _read(module, function, name, kernels, few_rows, chunks)
     if step is None:
         return module
-    slots = sum(kernel.phases or 1 for kernel, _ in step.calls)
+    slots = 1 + sum(kernel.phases or 1 for kernel, _ in step.calls)
     bounds = {str(k): int(v) for k, v in function.attrs["tir_var_upper_bound"].items()}
     counters = step.take(slots * team.SLOT)
     scratch = step.take(max((_scratch(kernel, args, bounds)[-1] for kernel, args in step.calls), default=0))
@@ -152,17 +152,19 @@ def _step_function(
         data = [T.bind(T.tvm_struct_get(h, 0, DATA, "handle")) for h in handles]
         dimensions = _dimensions(step.params, handles)
         threads = T.bind(tirx.Cast("int32", tirx.call_packed("runtime.NumThreads")))
-        base = team.at(data[-1], counters)
-        cleared = T.decl_buffer((slots * team.SLOT // 8,), "int64", data=T.bind(base))
-        with T.serial(0, slots * team.SLOT // 8) as i:
-            T.buffer_store(cleared, tirx.const(0, "int64"), [i])
         zero, one = tirx.const(0, "int32"), tirx.const(1, "int32")
+        base = T.bind(team.at(data[-1], counters))
+        words = tirx.Cast("int64", (team.Team(threads, zero).ranges + 1) * (slots * team.LINE // 8))
+        cleared = T.decl_buffer((slots * team.SLOT // 8,), "int64", data=base)
+        with T.serial(tirx.const(0, "int64"), words) as i:
+            T.buffer_store(cleared, tirx.const(0, "int64"), [i])
         llvm = tvm.ir.StringImm(team.intrinsics(target))
         with T.attr(zero, "pragma_import_llvm", llvm), T.attr(zero, "pragma_parallel_launch_point", one):
             # TVM asks for a parallel loop in a launch; what the threads do is outside of it.
             with T.parallel(0, 2):
-                T.evaluate(team.add(team.at(data[-1], counters + team.SLOT - 4), zero))
-            _calls(step, data, dimensions, threads, counters, scratch, bounds)
+                T.evaluate(team.add(base, zero))
+            # The first slot numbers the threads as they come.
+            _calls(step, data, dimensions, team.Team(threads, T.bind(team.add(base, one))), base, scratch, bounds)
     return builder.get()
 
 
@@ -179,7 +181,7 @@ def _dimensions(params: Sequence[relax.Var], handles: Sequence[Any]) -> dict[str
 
 
 def _calls(
-    step: _Step, data: Sequence[Any], dimensions: dict[str, Any], threads: Any, counters: int, scratch: int, bounds: dict[str, int]
+    step: _Step, data: Sequence[Any], dimensions: dict[str, Any], of: team.Team, slots: Any, scratch: int, bounds: dict[str, int]
 ) -> None:
     def run(kernel: TeamKernel, args: Sequence[relax.Expr], *more: Any) -> None:
         places = [step.places[a] for a in args]
@@ -190,7 +192,7 @@ def _calls(
         ]
         T.evaluate(tirx.call_extern("int32", kernel.name, *pointers, *shared, *values, *more))
 
-    slot = counters
+    slot = 1
     for alone, group in groupby(step.calls, key=lambda call: call[0].phases is None):
         calls = list(group)
         if alone:
@@ -199,12 +201,12 @@ def _calls(
                 for kernel, args in calls:
                     run(kernel, args)
 
-            team.once(team.at(data[-1], slot), all_of_them)
-            slot += team.SLOT
+            team.once(of.slot(slots, slot), all_of_them)
+            slot += 1
             continue
         for kernel, args in calls:
-            run(kernel, args, team.at(data[-1], slot), threads)
-            slot += (kernel.phases or 0) * team.SLOT
+            run(kernel, args, of.slot(slots, slot), of.threads, of.rank)
+            slot += kernel.phases or 0
 
 
 def _caller(function: relax.Function, step: tvm.ir.GlobalVar, size: int) -> relax.Function:

@@ -2,7 +2,7 @@
 
 before::                                         after::
 
-    def linear(x, weight, out):                      def linear_team(x*, weight*, out*, codes*, n, slots*, threads):
+    def linear(x, weight, out):                      def linear_team(x*, weight*, out*, codes*, n, slots*, threads, rank):
       codes = alloc([n * 576])                         share(slots[0], n, ...)          # each row on one thread
       for i in parallel(n): ...                        share(slots[1], 60, ...)
       for i in parallel(60): ...
@@ -34,7 +34,8 @@ Stmt = Any
 @dataclass(frozen=True)
 class TeamKernel:
     """``function``: its parameters are the pointers of ``buffers`` and of ``shared``, the numbers ``symbols`` and, if it has
-    ``phases``, the first slot and the number of threads; without, one thread calls it. ``shared``: workspaces of the caller."""
+    ``phases``, the first slot, the number of threads and the caller's rank; without, one thread calls it. ``shared``: workspaces
+    of the caller."""
 
     name: str
     function: tirx.PrimFunc
@@ -78,7 +79,7 @@ class _Emitter:
             T.arg(str(symbol.name), symbol)
         if phases is not None:
             self.slots = T.arg("slots", T.handle("int32"))
-            self.threads = T.arg("threads", T.int32())
+            self.team = team.Team(T.arg("threads", T.int32()), T.arg("rank", T.int32()))
         self.phases, self.chunks, self.next = phases, chunks, 0
         for buffer, pointer in zip((*buffers, *shared), pointers, strict=True):
             T.add_to_parent(tirx.DeclBuffer(buffer, data=pointer))
@@ -107,7 +108,7 @@ class _Emitter:
 
     def _slot(self) -> Any:
         self.next += 1
-        return team.at(self.slots, (self.next - 1) * team.SLOT)
+        return self.team.slot(self.slots, self.next - 1)
 
     def _once(self, statements: Sequence[Stmt]) -> None:
         def body() -> None:
@@ -132,7 +133,7 @@ class _Emitter:
             start, count = tirx.Cast(dtype, low), tirx.Cast(dtype, high - low)
             T.add_to_parent(tirx.For(loop.loop_var, start, count, tirx.stmt.ForKind.SERIAL, loop.body))
 
-        team.share(self._slot(), tirx.Cast("int32", loop.extent), self.threads, self.chunks, body)
+        team.share(self._slot(), tirx.Cast("int32", loop.extent), self.team, self.chunks, body)
 
 
 def _statements(s: Stmt) -> list[Stmt]:

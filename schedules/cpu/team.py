@@ -1,17 +1,20 @@
 """A team of threads that runs a whole step: how work is handed out, and how one piece of it waits for the one before.
 
-A *phase* is a loop whose iterations are independent. Its slot in memory holds two counters, both 0 at the start of a step:
-how many iterations have been claimed, and how many are done. A thread claims a chunk with one atomic addition, runs it, and adds
-it to what is done; where nothing is left to claim it waits until all is done, and goes on to the next phase.
+A *phase* is a loop whose iterations are independent. It is cut into as many ranges as there are threads. A phase's slot in memory
+holds counters that are 0 at the start of a step: how many iterations are done, and how many of each range have been claimed. A
+thread claims chunks of its own range, each with one atomic addition, then of the others' (work stealing: Blumofe & Leiserson,
+1999), adds what it has run to what is done, waits until all is done, and goes on to the next phase. In its own range a thread
+reads one stretch of memory: chunks dealt to all threads in turn would have each processor fetch ahead what the others need.
 
 So a phase waits for work, never for a thread. A thread that the operating system has taken off its processor holds up
-nobody unless it is inside a chunk; when it comes back it finds everything claimed and catches up. A waiting thread spins for
+nobody unless it has claimed a chunk; when it comes back it finds everything claimed and catches up. A waiting thread spins for
 some microseconds, then offers its processor at every turn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
@@ -21,8 +24,12 @@ from llmc.schedules.cpu.emit import bind
 from llmc.targets.base import Target
 
 Expr = Any
-SLOT = 64
-"""Bytes of a phase's counters: a cache line."""
+LINE = 64
+"""Bytes of a counter: a cache line of its own, so that threads at work on their own ranges do not disturb each other."""
+RANGES = 8
+"""Ranges of a phase at most; more threads share them."""
+SLOT = LINE * (1 + RANGES)
+"""Bytes of a phase's counters at most."""
 SPINS = 4000
 
 _PAUSE = {"x86_64": "declare void @llvm.x86.sse2.pause()", "aarch64": "declare void @llvm.aarch64.hint(i32)"}
@@ -82,25 +89,51 @@ def add(counter: Expr, value: Expr) -> Expr:
     return tirx.call_extern("int32", "llmc_team_add", counter, value)
 
 
-def share(slot: Expr, extent: Expr, threads: Expr, chunks: int, body: Callable[[Expr, Expr], None]) -> None:
+@dataclass(frozen=True)
+class Team:
+    """The ``threads`` of a step and the ``rank`` of the one that runs this (int32; 0 .. threads - 1, in any order)."""
+
+    threads: Expr
+    rank: Expr
+
+    @property
+    def ranges(self) -> Expr:
+        return tirx.min(self.threads, tirx.const(RANGES, "int32"))
+
+    def slot(self, slots: Expr, index: int) -> Expr:
+        """Slot number ``index`` behind ``slots``: they are no wider than this team needs."""
+        return at(slots, tirx.Cast("int64", (self.ranges + 1) * (LINE * index)))
+
+
+def share(slot: Expr, extent: Expr, team: Team, chunks: int, body: Callable[[Expr, Expr], None]) -> None:
     """Emit a phase over ``extent`` (int32) iterations: ``body(low, high)`` runs a chunk of them on one of the threads that come
     here, and behind the phase all of them are done. With more ``chunks`` for each thread the last to finish is late by less."""
+    zero, one = tirx.const(0, "int32"), tirx.const(1, "int32")
     extent = bind(extent)
-    chunk = bind(tirx.max(tirx.floordiv(extent, threads * chunks), tirx.const(1, "int32")))
-    first = T.alloc_buffer((1,), "int32")
-    T.buffer_store(first, add(slot, chunk), [0])
-    with T.While(first[0] < extent):
-        end = bind(tirx.min(first[0] + chunk, extent))
-        body(first[0], end)
-        T.evaluate(add(at(slot, 4), end - first[0]))
-        T.buffer_store(first, add(slot, chunk), [0])
-    T.evaluate(tirx.call_extern("int32", "llmc_team_wait", at(slot, 4), extent))
+    ranges = bind(team.ranges)
+    length = bind(tirx.floordiv(extent + ranges - 1, ranges))
+    chunk = bind(tirx.max(tirx.floordiv(extent, team.threads * chunks), one))
+    done, first = T.alloc_buffer((1,), "int32"), T.alloc_buffer((1,), "int32")
+    T.buffer_store(done, zero, [0])
+    with T.serial(zero, ranges) as turn:
+        number = bind(tirx.floormod(team.rank + turn, ranges))
+        counter = T.bind(at(slot, tirx.Cast("int64", (number + 1) * LINE)))
+        low = bind(number * length)
+        high = bind(tirx.min(low + length, extent))
+        T.buffer_store(first, low + add(counter, chunk), [0])
+        with T.While(first[0] < high):
+            end = bind(tirx.min(first[0] + chunk, high))
+            body(first[0], end)
+            T.buffer_store(done, done[0] + (end - first[0]), [0])
+            T.buffer_store(first, low + add(counter, chunk), [0])
+    T.evaluate(add(slot, done[0]))
+    T.evaluate(tirx.call_extern("int32", "llmc_team_wait", slot, extent))
 
 
 def once(slot: Expr, body: Callable[[], None]) -> None:
     """Emit a phase of one piece: whichever thread comes first runs it, and the others wait."""
     one = tirx.const(1, "int32")
-    with T.If(add(slot, one).equal(tirx.const(0, "int32"))), T.Then():
+    with T.If(add(at(slot, LINE), one).equal(tirx.const(0, "int32"))), T.Then():
         body()
-        T.evaluate(add(at(slot, 4), one))
-    T.evaluate(tirx.call_extern("int32", "llmc_team_wait", at(slot, 4), one))
+        T.evaluate(add(slot, one))
+    T.evaluate(tirx.call_extern("int32", "llmc_team_wait", slot, one))

@@ -67,7 +67,7 @@ def test_machines_without_the_means_keep_their_kernels_apart() -> None:
     assert not team.has_team(parse("cuda:sm_80"))
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("threads", [1, 2, 3, 11])
 def test_every_iteration_runs_once_and_phases_follow_each_other(threads: int) -> None:
     """Threads of ours, not the pool's, call a function of two phases, some late; the second reads what the first wrote."""
     from tvm import tirx
@@ -81,7 +81,8 @@ def test_every_iteration_runs_once_and_phases_follow_each_other(threads: int) ->
         T.func_attr({"global_symbol": "main", "tirx.is_scheduled": True})
         first = T.match_buffer(T.arg("first", T.handle()), (rows,), "int32")
         second = T.match_buffer(T.arg("second", T.handle()), (rows,), "int32")
-        slots = T.match_buffer(T.arg("slots", T.handle()), (64,), "int32")
+        slots = T.match_buffer(T.arg("slots", T.handle()), (3 * team.SLOT // 4,), "int32")
+        rank = T.arg("rank", T.int32())
 
         def one(low: Any, high: Any) -> None:
             with T.serial(low, high) as i:
@@ -92,14 +93,14 @@ def test_every_iteration_runs_once_and_phases_follow_each_other(threads: int) ->
                 T.buffer_store(second, second[i] + first[rows - 1 - i], [i])
 
         with T.attr(tirx.const(0, "int32"), "pragma_import_llvm", tvm.ir.StringImm(team.intrinsics(TARGET))):
-            count, extent = tirx.const(threads, "int32"), tirx.const(rows, "int32")
-            team.share(slots.data, extent, count, 6, one)
-            team.once(team.at(slots.data, team.SLOT), lambda: T.buffer_store(first, first[0] + 7, [0]))
-            team.share(team.at(slots.data, 2 * team.SLOT), extent, count, 6, two)
+            of, extent = team.Team(tirx.const(threads, "int32"), rank), tirx.const(rows, "int32")
+            team.share(of.slot(slots.data, 0), extent, of, 6, one)
+            team.once(of.slot(slots.data, 1), lambda: T.buffer_store(first, first[0] + 7, [0]))
+            team.share(of.slot(slots.data, 2), extent, of, 6, two)
     run = tvm.tirx.build(tvm.IRModule({"main": builder.get()}), target=cpu.tvm_target(TARGET), pipeline=PIPELINE)["main"]
     for _ in range(20):
-        arrays = [tvm.runtime.tensor(np.zeros(n, np.int32)) for n in (rows, rows, 64)]
-        workers = [threading.Thread(target=run, args=arrays) for _ in range(threads)]
+        arrays = [tvm.runtime.tensor(np.zeros(n, np.int32)) for n in (rows, rows, 3 * team.SLOT // 4)]
+        workers = [threading.Thread(target=run, args=(*arrays, rank)) for rank in range(threads)]
         for worker in workers:
             worker.start()
         for worker in workers:

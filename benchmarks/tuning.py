@@ -31,8 +31,9 @@ import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 
 # isort: split
 from llmc import targets
+from llmc.schedules.lookup import Records, slowdowns
 from llmc.schedules.parts import spaces
-from llmc.schedules.records import Record, Records, axes, call_from_json, call_to_json, config_text, slowdowns
+from llmc.schedules.records import Record, axes, call_from_json, call_to_json, config_text
 from llmc.tune.build import family_named
 from llmc.tune.cost_model import CostModel
 from llmc.tune.search import Config, enumerate_space, propose

@@ -72,12 +72,7 @@ def add(
         link_files(folder, writer.root, kept)
         records_used = tuning_records(records)
         built = build_variants(source, chosen, settings_from(old), old.limits, records_used, None, clock, weights, writer.root)
-        files = {name: old.files[name] for name in kept}
-        tensors = dict(old.tensors)
-        if len(weights.table):
-            written = stream_weights(weights, clock, writer, 1 + len({t.file for t in old.tensors.values()}))
-            files |= written.files
-            tensors |= written.tensors
+        written = stream_weights(weights, clock, writer, 1 + len({t.file for t in old.tensors.values()}))
         contents = Manifest(
             llmc=old.llmc,
             tvm=old.tvm,
@@ -87,9 +82,9 @@ def add(
             graph_sha256=old.graph_sha256,
             options=old.options,
             variants=[*old.variants, *built.variants],
-            tensors=tensors,
+            tensors=old.tensors | written.tensors,
             tokenizer=old.tokenizer,
-            files=files,
+            files={name: old.files[name] for name in kept} | written.files,
         )
         lines = _write_report(folder, writer.root, rows(built.stored))
         with clock.phase("finish"):

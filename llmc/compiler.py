@@ -30,8 +30,8 @@ from llmc.version import __version__
 if TYPE_CHECKING:
     from llmc.importer.model import ImportedModel
     from llmc.passes.pipeline import Lowered
-    from llmc.schedules.records import Records
-    from llmc.variants import SharedWeights
+    from llmc.schedules.lookup import Records
+    from llmc.variants import Earlier, SharedWeights
     from llmc.weights_file import Written
 
 CALIBRATION_WINDOW, CALIBRATION_WINDOWS = 512, 32
@@ -95,7 +95,7 @@ def compile(
     comes with llmc). ``target_bpw``: bits per weight of the whole model, in the place of ``quant``. ``context``: the most positions
     a sequence may have (None: what the model was trained for). ``max_batch``: sequences in one decode step. ``page_size``:
     positions of one KV page (None: as ``choices`` has it). ``records``: a folder of tuning records to use beside llmc's own and
-    those in the cache. ``choices``: what is fused, and the page size (None: as ``llmc tune --whole`` measured for such models, else
+    those in the cache. ``choices``: what is fused, and the page size (None: as ``llmc tune`` measured for such models, else
     the defaults). ``dump_ir``: a folder for the IR after every pass.
 
     Raises an :class:`llmc.errors.LlmcError`; ``out`` is then as it was before.
@@ -111,7 +111,7 @@ def compile(
         settings = settings_of(source, dtype, kv_dtype, quant, keep, context, max_batch, method, target_bpw)
         settings = with_choices(settings, source, chosen, known, choices, page_size)
         with _calibrated(settings, source, calibration) as settings:
-            return _compile(model, source, chosen, settings, known, dump_ir, clock, writer)
+            return assemble(model, source, chosen, settings, limits_of(settings, chosen), known, dump_ir, clock, writer)
 
 
 def kernels(
@@ -138,31 +138,37 @@ def kernels(
     with clock.phase("model") as phase:
         source = resolve(model, progress=phase.callback())
     with clock.phase("load compiler"):
-        from llmc.schedules.records import Records
+        from llmc.schedules.lookup import Records
     settings = settings_of(source, dtype, kv_dtype, quant, keep, context, max_batch)
     settings = with_choices(settings, source, [chosen], Records(), None, page_size)
-    imported = _import(source, chosen, settings, clock)
+    imported = imported_model(source, chosen, settings, clock)
     with clock.phase("passes") as phase:
         return lower_model(imported, chosen, settings, limits_of(settings, [chosen]), Records(), None, phase).kernels
 
 
-def _compile(
+def assemble(
     model: str,
     source: ModelSource,
     chosen: Sequence[Target],
     settings: Settings,
+    limits: Limits,
     records: Records,
     dump_ir: Path | None,
     clock: Clock,
     writer: ArtifactWriter,
+    earlier: Earlier | None = None,
 ) -> CompileReport:
+    """Compile ``source``, which was named ``model``, into the writer's folder. ``earlier``: what an earlier compile of the model
+    has left, which is linked to where it is the same, and what this one leaves."""
     with clock.phase("load compiler"):
         import llmc.tvm_setup  # noqa: F401  must come before anything that parses TVMScript
-        from llmc.variants import SharedWeights
-    limits, weights = limits_of(settings, chosen), SharedWeights()
-    built = build_variants(source, chosen, settings, limits, records, dump_ir, clock, weights, writer.root)
+        from llmc.variants import Earlier, SharedWeights
+    earlier = earlier or Earlier()
+    weights = SharedWeights(earlier)
+    built = build_variants(source, chosen, settings, limits, records, dump_ir, clock, weights, writer.root, earlier.graphs)
     imported, lowered = built.imported, built.lowered
-    written = stream_weights(weights, clock, writer)
+    earlier.link(writer.root)
+    written = stream_weights(weights, clock, writer, 1 + len(earlier.files))
     with clock.phase("tokenizer"):
         tokenizer = _write_tokenizer(source, writer.root)
     contents = Manifest(
@@ -184,9 +190,9 @@ def _compile(
         graph_sha256=lowered.graph_sha256,
         options=described(settings),
         variants=built.variants,
-        tensors=written.tensors,
+        tensors=earlier.tensors | written.tensors,
         tokenizer=tokenizer,
-        files=written.files,
+        files=earlier.files | written.files,
     )
     lines = rows(built.stored)
     report = {"unused": imported.unused, "weights": [asdict(line) for line in lines]}
@@ -194,6 +200,7 @@ def _compile(
     with clock.phase("finish"):
         write_sbom(contents, writer.root)
         writer.commit(contents)
+    earlier.keep(writer.out, weights.table, written)
     total = sum(f.bytes for f in contents.files.values())
     return CompileReport(contents, writer.out, total, clock.seconds, imported.unused, lines)
 
@@ -208,17 +215,19 @@ def build_variants(
     clock: Clock,
     weights: SharedWeights,
     root: Path,
+    graphs: dict[str, ImportedModel] | None = None,
 ) -> Built:
-    """Compile for each target of ``chosen`` into ``root/variants``; ``weights`` then has what the artifact must store for them."""
+    """Compile for each target of ``chosen`` into ``root/variants``; ``weights`` then has what the artifact must store for them.
+    ``graphs``: the imported model by data type of the computation, as far as it is there; the rest is added."""
     from llmc.variants import build_variant
 
     variants, stored = [], []
-    graphs: dict[str, ImportedModel] = {}
+    graphs = {} if graphs is None else graphs
     for target in chosen:
         ir_folder = dump_ir if dump_ir is None or len(chosen) == 1 else dump_ir / folder_name(target)
         compute = targets.module_for(target).compute_dtype(settings.storage_dtype)
         if compute not in graphs:
-            graphs[compute] = _import(source, target, settings, clock)
+            graphs[compute] = imported_model(source, target, settings, clock)
         imported = graphs[compute].copy()
         parameters = _count_parameters(imported.params)
         with clock.phase("passes") as phase:
@@ -234,10 +243,12 @@ def build_variants(
 
 def stream_weights(weights: SharedWeights, clock: Clock, writer: ArtifactWriter, first: int = 1) -> Written:
     """Write what ``weights`` must store, into files numbered from ``first`` on."""
+    from llmc.weights_file import Written, write_weights
+
+    if not len(weights.table):
+        return Written({}, {})
     writer.check_room(weights.table.nbytes)
     with clock.phase("weights", weights.table.nbytes, "B") as phase:
-        from llmc.weights_file import write_weights
-
         advance = lambda nbytes, name: phase.update(phase.done + nbytes, name)  # noqa: E731
         return write_weights(weights.table, writer.root, "weights", advance, first)
 
@@ -272,7 +283,8 @@ def _calibrated(settings: Settings, source: ModelSource, text: Path | str | None
         yield replace(settings, calibration=Calibration(np.array(cut), Path(folder)))
 
 
-def _import(source: ModelSource, target: Target, settings: Settings, clock: Clock) -> ImportedModel:
+def imported_model(source: ModelSource, target: Target, settings: Settings, clock: Clock) -> ImportedModel:
+    """The model's graph, of the data type that ``target`` computes in."""
     from llmc.importer.model import import_model
 
     with clock.phase("import graph") as phase:
@@ -287,7 +299,7 @@ def _import(source: ModelSource, target: Target, settings: Settings, clock: Cloc
 
 def tuning_records(folder: Path | None) -> Records:
     """llmc's own records, then those tuning has left in the cache, then those of ``folder``: the later count."""
-    from llmc.schedules.records import SHIPPED, load
+    from llmc.schedules.lookup import SHIPPED, load
 
     if folder is not None and not folder.is_dir():
         raise UsageError(f"--records {folder} is not a folder: name one with *.jsonl files that `llmc tune` wrote")

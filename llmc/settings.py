@@ -17,8 +17,8 @@ from llmc.targets.base import Target
 
 if TYPE_CHECKING:
     from llmc.passes.quantize.calibrate import Calibration
+    from llmc.schedules.lookup import Records
     from llmc.schedules.protocol import KernelCall
-    from llmc.schedules.records import Records
 
 STORAGE_DTYPES = ("float32", "bfloat16", "float16")
 MAX_ROWS = {"cpu": 512}

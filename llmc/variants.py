@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from llmc import targets
+from llmc.artifact import link_files
 from llmc.importer.params import Param, ParamTable
-from llmc.manifest import TensorInfo, Variant
+from llmc.manifest import FileInfo, TensorInfo, Variant
 from llmc.passes.pipeline import Lowered
 from llmc.runtime.weights import stored_weights
 from llmc.targets.base import Target, folder_name
-from llmc.weights_file import stored
+from llmc.weights_file import Written, stored
+
+if TYPE_CHECKING:
+    from llmc.importer.model import ImportedModel
 
 
 class HeldWeights:
@@ -33,11 +39,43 @@ class HeldWeights:
         return np.array_equal(stored(param).reshape(-1).view(np.uint8), held.array.reshape(-1).view(np.uint8))
 
 
+@dataclass
+class Earlier:
+    """What compiles of one model have in common: its graphs by data type of the computation, and the weights that were written,
+    whose ``files`` are kept in ``folder`` (None: they are not), with the parameters that they were written from."""
+
+    folder: Path | None = None
+    graphs: dict[str, ImportedModel] = field(default_factory=dict)
+    tensors: dict[str, TensorInfo] = field(default_factory=dict)
+    files: dict[str, FileInfo] = field(default_factory=dict)
+    params: dict[str, Param] = field(default_factory=dict)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.params
+
+    def same(self, name: str, param: Param) -> bool:
+        """Whether ``name`` is what ``param`` would be stored as, known from where they come from."""
+        return _alike(self.params[name], param)
+
+    def link(self, root: Path) -> None:
+        """The weights there are, below ``root`` too."""
+        if self.folder is not None:
+            link_files(self.folder, root, self.files)
+
+    def keep(self, root: Path, table: ParamTable, written: Written) -> None:
+        """The weights of ``table`` were ``written`` below ``root``."""
+        if self.folder is not None:
+            link_files(root, self.folder, written.files)
+            self.tensors |= written.tensors
+            self.files |= written.files
+            self.params |= {param.name: param for param in table.values()}
+
+
 class SharedWeights:
     """``table``: the weights of all variants that are yet to be written, each once. Where two targets store one weight differently
     (another dtype, another layout), the later one's gets a name of its own: ``lm_head.weight@2``. ``held``: what is written."""
 
-    def __init__(self, held: HeldWeights | None = None) -> None:
+    def __init__(self, held: HeldWeights | Earlier | None = None) -> None:
         self.table = ParamTable()
         self._held = held
 

@@ -1,7 +1,7 @@
 """Decisions for a whole model that no rule makes well: how many positions a KV page has, what is fused, how work is dealt out.
 
 Each costs or gains by the model, the batch and the machine: a wide page is read in longer runs and wasted by short sequences; a
-fused kernel saves a round through memory and may keep a plain one from using all threads. ``llmc tune --whole`` measures them
+fused kernel saves a round through memory and may keep a plain one from using all threads. ``llmc tune`` measures them
 (:mod:`llmc.tune.whole`) and records them as if a model were a kernel of this family: same files, same look-up, same nearest
 neighbour.
 """
@@ -12,12 +12,14 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
+from llmc.schedules.lookup import Records
 from llmc.schedules.protocol import KernelCall, TensorSpec
-from llmc.schedules.records import Records
 from llmc.targets.base import Target
 
 NAME = "model"
 OP = "llmc.model"
+UNFUSABLE = ("gated", "append", "norm", "step", "early")
+"""Choices to fuse or not."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Choices:
     @property
     def unfused(self) -> frozenset[str]:
         """What stays apart: in kernels of its own, or after the end of the kernel before."""
-        return frozenset(axis for axis in ("gated", "append", "norm", "step", "early") if not getattr(self, axis))
+        return frozenset(axis for axis in UNFUSABLE if not getattr(self, axis))
 
 
 DEFAULT = Choices()

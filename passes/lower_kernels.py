@@ -26,8 +26,9 @@ from llmc.manifest import KernelChoice
 from llmc.passes.legalize import Legalizer, PrimFuncs
 from llmc.passes.rewrite import Binding, Graph, op_name
 from llmc.passes.shapes import dims, dtype_of, first_result
+from llmc.schedules.lookup import Records
 from llmc.schedules.protocol import Dim, KernelCall, TensorSpec
-from llmc.schedules.records import Records, call_to_json
+from llmc.schedules.records import call_to_json
 from llmc.schedules.registry import choose, signature
 from llmc.targets.base import Target
 

@@ -52,7 +52,7 @@ from llmc.passes.simplify import simplify
 from llmc.passes.sink_permutes import sink_permutes
 from llmc.passes.verify_dialect import Verifier
 from llmc.passes.widen import widen
-from llmc.schedules.records import Records
+from llmc.schedules.lookup import Records
 from llmc.schedules.registry import takes
 from llmc.targets import dependent_launch
 from llmc.targets.base import Target

@@ -22,6 +22,11 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """As :func:`positive`, or 0."""
+    return 0 if text == "0" else positive(text)
+
+
 def memory(text: str) -> int:
     """An amount of memory such as ``8GB`` or ``512MiB``, in bytes."""
     from llmc.units import parse_bytes

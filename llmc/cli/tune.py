@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llmc.cli import options
+
+if TYPE_CHECKING:
+    from llmc.tune.session import Session
 
 HELP = "search for faster kernel configurations"
 
@@ -14,14 +17,14 @@ HELP = "search for faster kernel configurations"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a model, or an artifact folder; not with --import")
     budget = parser.add_argument_group("search")
-    budget.add_argument("--trials", type=options.positive, metavar="N", help="configurations to try (default: 64 a kernel)")
-    budget.add_argument("--minutes", type=float, metavar="M", help="stop searching after M minutes")
+    budget.add_argument("--trials", type=options.natural, metavar="N", help="configurations to try (default: 64 a kernel; 0: none)")
+    budget.add_argument("--minutes", type=float, metavar="M", help="be done within about M minutes")
     budget.add_argument("--kernels", default="*", metavar="PATTERN", help="only kernels or families that fit, such as 'gemv*'")
     budget.add_argument("--resume", action="store_true", help="do not try again what this machine's records already have")
     budget.add_argument(
-        "--whole",
-        action="store_true",
-        help="tune what concerns the whole model instead: page size, fusion, early starts, pieces of work; compiles it for each",
+        "--only",
+        choices=("kernels", "whole"),
+        help="kernels, or what concerns the whole model: page size, fusion, pieces of work (default: both, in turn)",
     )
     budget.add_argument("--records", type=Path, metavar="DIR", help="folder for the records (default: records in llmc's cache)")
     elsewhere = parser.add_argument_group("a machine without a compiler or a network")
@@ -44,11 +47,11 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError("llmc tune needs a MODEL or an artifact folder (or --import FILE)")
     if args.minutes is not None and args.minutes <= 0:
         raise UsageError(f"--minutes {args.minutes:g} is no time: give a number above 0")
-    if args.whole and (args.offline is not None or args.kernels != "*"):
-        raise UsageError("--whole runs the model here and has no kernels to pick: give no --offline and no --kernels with it")
+    if args.only == "whole" and (args.offline is not None or args.kernels != "*"):
+        raise UsageError("--only whole runs the model here and has no kernels to pick: give no --offline and no --kernels with it")
     if args.target and len(args.target) > 1:
         raise UsageError(f"one target is tuned at a time, and {len(args.target)} were named: run `llmc tune` once for each")
-    return _whole(args, folder) if args.whole else _tune(args, folder)
+    return _tune(args, folder)
 
 
 def _import(path: Path, folder: Path) -> int:
@@ -74,60 +77,46 @@ def _tune(args: argparse.Namespace, folder: Path) -> int:
     require("compile", "llmc tune")
     require("tune", "llmc tune")
     from llmc import targets
-    from llmc.schedules.records import SHIPPED, load
+    from llmc.schedules.lookup import SHIPPED, load
     from llmc.tune import display
-    from llmc.tune.extract import TRIALS, find_tasks, pack_offline, records_file
+    from llmc.tune.extract import pack_offline, records_file
+    from llmc.tune.session import TRIALS, Plan, Session
+    from llmc.tune.subject import Subject
+    from llmc.tune.task import tasks_of
+    from llmc.tune.turns import Turns
 
     progress = on_stderr(args.quiet)
     compiling = options.compile_options(args)
     target = targets.parse(compiling.pop("target")[0])
-    tasks = find_tasks(args.model, target, args.kernels, compiling, progress)
-    known = load([SHIPPED, folder])
-    trials = args.trials or (None if args.minutes is not None else TRIALS * len(tasks))
-    if args.offline is not None:
-        problems = pack_offline(args.offline, target, tasks, known, trials or TRIALS * len(tasks), progress)
-        _warn([*known.notes, *problems])
-        print(f"{args.offline}: carry it to the machine, run `python {args.offline.name}/run.py` there, bring results.jsonl back")
-        return 0
-    from llmc.tune.tuner import Budget, Tuner
-
-    budget = Budget(trials, None if args.minutes is None else args.minutes * 60)
-    with progress.phase("machine limits"):
-        tuner = Tuner(tasks, known, records_file(folder, target), budget, resume=args.resume)
-    interrupted = False
-    with display.on_stderr(args.quiet) as tuner.show:
-        try:
-            tuner.run()
-        except KeyboardInterrupt:
-            interrupted = True
+    seconds = None if args.minutes is None else args.minutes * 60
+    plan = Plan([], args.trials, seconds, args.resume, choices=args.only != "kernels" and args.kernels == "*")
+    with Subject(args.model, target, compiling, progress) as subject:
+        if args.only != "whole":
+            plan.tasks = tasks_of(subject.kernels(), target, args.kernels)
+        known = load([SHIPPED, folder])
+        if args.offline is not None:
+            problems = pack_offline(args.offline, target, plan.tasks, known, args.trials or TRIALS * len(plan.tasks), progress)
+            _warn([*known.notes, *problems])
+            print(
+                f"{args.offline}: carry it to the machine, run `python {args.offline.name}/run.py` there, bring results.jsonl back"
+            )
+            return 0
+        session = Session(subject, plan, known, records_file(folder, target), progress, Turns)
+        session.run(lambda: display.on_stderr(args.quiet))
     _warn(known.notes)
-    _print(tuner, args, interrupted)
-    return 130 if interrupted else 0
+    _print(session, args.json)
+    return 130 if session.interrupted else 0
 
 
-def _whole(args: argparse.Namespace, folder: Path) -> int:
-    from llmc.extras import require
-    from llmc.progress import on_stderr
-
-    require("compile", "llmc tune")
-    from llmc import targets
-    from llmc.tune.extract import records_file
-    from llmc.tune.whole import search_model
-
-    compiling = options.compile_options(args)
-    target = targets.parse(compiling.pop("target")[0])
-    outcome = search_model(args.model, target, compiling, records_file(folder, target), on_stderr(args.quiet))
-    print(outcome.to_json() if args.json else outcome.table())
-    return 0
-
-
-def _print(tuner: Any, args: argparse.Namespace, interrupted: bool) -> None:
+def _print(session: Session, as_json: bool) -> None:
     from llmc.tune.display import summary
 
-    if args.json:
+    if as_json:
         import json
 
-        print(json.dumps({"records": str(tuner.out), "interrupted": interrupted, "kernels": tuner.outcome()}, indent=1))
+        print(json.dumps(session.to_json(), indent=1))
         return
-    print(summary(tuner.states))
-    print(f"records in {tuner.out}; `llmc compile` uses them from now on" + (" (interrupted)" if interrupted else ""))
+    if session.tuner is not None:
+        print(summary(session.tuner.states))
+    print("\n".join(session.summary()))
+    print(f"records in {session.out}; `llmc compile` uses them from now on" + (" (interrupted)" if session.interrupted else ""))

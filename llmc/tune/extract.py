@@ -1,4 +1,4 @@
-"""From what a user names to tasks, and from records made elsewhere to records here."""
+"""To a machine without a compiler and back: candidates to carry there, and records that were made there."""
 
 from __future__ import annotations
 
@@ -6,49 +6,20 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from llmc.errors import ArtifactError, LlmcError
-from llmc.manifest import FILE_NAME, KernelChoice, read
+from llmc.errors import LlmcError
 from llmc.progress import Progress
-from llmc.schedules.records import Record, Records, append, config_text, machine_class, parse_line
+from llmc.schedules.lookup import Records
+from llmc.schedules.records import Record, Verdict, append, config_text, machine_class, parse_line
 from llmc.targets.base import Target, folder_name
 from llmc.tune.cost_model import CostModel
 from llmc.tune.search import Config, enumerate_space, propose
-from llmc.tune.task import Task, tasks_of
-
-TRIALS = 64
-"""Configurations of a kernel that are tried unless the user says otherwise."""
+from llmc.tune.task import Task
 
 
 def records_file(folder: Path, target: Target) -> Path:
     """The file that records of a target go to."""
     return folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '-', folder_name(target))}.jsonl"
-
-
-def find_tasks(model: str, target: Target, pattern: str, compiling: dict[str, Any], progress: Progress) -> list[Task]:
-    """The tasks of a model, or of an artifact folder, on ``target``. ``compiling``: how it would be compiled.
-
-    Raises what compiling raises, ArtifactError for an artifact made for another target, UsageError if there is nothing to tune.
-    """
-    if (Path(model) / FILE_NAME).is_file():
-        return tasks_of(_kernels_of_artifact(Path(model), target), target, pattern)
-    from llmc import compiler
-
-    return tasks_of(compiler.kernels(model, target=target.name, progress=progress, **compiling), target, pattern)
-
-
-def _kernels_of_artifact(folder: Path, target: Target) -> list[KernelChoice]:
-    variants = read(folder).variants
-    for variant in variants:
-        if variant.target == target.name:
-            if not any(k.call for k in variant.kernels):
-                raise ArtifactError(
-                    f"the artifact {folder} was made by an llmc that did not yet note the calls of its kernels: recompile it"
-                )
-            return variant.kernels
-    made = ", ".join(v.target for v in variants)
-    raise ArtifactError(f"the artifact {folder} has no variant for {target.name} (it has {made}): name one of them with --target")
 
 
 def pack_offline(folder: Path, target: Target, tasks: Sequence[Task], known: Records, trials: int, progress: Progress) -> list[str]:
@@ -99,7 +70,7 @@ def import_results(path: Path, folder: Path) -> tuple[int, list[str]]:
     except OSError as error:
         raise LlmcError(f"--import {path} cannot be read ({error.strerror}): name the results.jsonl that run.py wrote") from error
     notes: list[str] = []
-    by_target: dict[str, list[Record]] = {}
+    by_target: dict[str, list[Record | Verdict]] = {}
     for number, line in enumerate(lines, 1):
         try:
             record = parse_line(line)

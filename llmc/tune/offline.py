@@ -209,7 +209,9 @@ def _run_task(pack: dict[str, Any], number: int, start: Callable[[set[int]], _Ta
             elif kind == "device":
                 device = rest
             elif kind == "record":
-                found.append(parse_line(rest))
+                result = parse_line(rest)
+                assert isinstance(result, Record)
+                found.append(result)
             elif kind == "done":
                 ended = True
         status = child.end()

@@ -16,6 +16,7 @@ from llmc.schedules.protocol import KernelCall
 from llmc.schedules.records import call_from_json, call_to_json
 from llmc.targets.base import Target
 from llmc.tune import inputs
+from llmc.tune.turns import Workload
 
 TOKENS_PER_PROMPT = 128
 """Tokens generated for each prompt that is read: how decode steps weigh against prefills."""
@@ -64,6 +65,20 @@ class Task:
             "sizes": list(self.sizes),
             "part": self.part,
         }
+
+
+def tests(task: Task) -> list[Workload]:
+    """What shows the task's kernel at work in a model, one for each of its sizes."""
+    found = []
+    for size in task.sizes:
+        steps = max(size.values()) <= STEP_ROWS if task.part else task.call.phase == "decode"
+        if not steps:
+            found.append(Workload("prefill", size["n"]))
+        elif "context" in size:
+            found.append(Workload("decode", size["b"], size["context"]))
+        else:
+            found.append(Workload("decode", max(size.values())))
+    return found
 
 
 def from_setup(setup: dict[str, Any]) -> Task:

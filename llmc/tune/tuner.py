@@ -1,9 +1,10 @@
-"""The search over a model's kernels: which kernel gets the next trials, and what comes of them.
+"""The search over a model's kernels, each alone: which kernel gets the next trials, and what comes of them.
 
 The next batch of trials goes to the kernel with the most to win: its time now less its roofline, times how often it runs, less and
 less as batches bring nothing. A batch is proposed by the cost model, which has learned from every record of the family; it is
 built and checked in a worker process, and timed there in rounds, together with the best so far. What was measured is in the
-record file before the next batch starts, so that stopping at any moment loses nothing.
+record file before the next batch starts, so that stopping at any moment loses nothing. Compiles use none of it before a model
+gained by it (:mod:`llmc.tune.validate`).
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmc.schedules.records import Record, Records, append, axes, config_text, machine_class, source_hash, worthwhile
+from llmc.schedules.lookup import Records, worthwhile
+from llmc.schedules.records import Record, append, axes, config_text, machine_class, source_hash
 from llmc.tune.cost_model import CostModel
 from llmc.tune.limits import Limits, measure
 from llmc.tune.offline import spread
 from llmc.tune.search import Config, enumerate_space, propose
-from llmc.tune.task import Task
+from llmc.tune.task import Task, tests
+from llmc.tune.validate import Find
 from llmc.tune.worker import CandidateFailed, Worker
 
 BATCH = 6
@@ -39,7 +42,7 @@ PATIENCE = 0.6
 @dataclass
 class State:
     """Where the search stands with one task. ``seconds``: by configuration, the median time at each size; ``claim``: what is left
-    of the task's claim to trials; ``origin``: where the configuration is from that the last compile would have taken."""
+    of the task's claim to trials; ``used``: the configuration that compiles use now; ``dropped``: those that no model gained by."""
 
     task: Task
     candidates: list[Config]
@@ -49,6 +52,8 @@ class State:
     trials: int = 0
     claim: float = 1.0
     device: str = ""
+    used: str = ""
+    dropped: frozenset[str] = frozenset()
 
     @property
     def default(self) -> str:
@@ -65,8 +70,9 @@ class State:
 
     @property
     def taken(self) -> str | None:
-        """The configuration that compiles take of those measured (:func:`~llmc.schedules.records.worthwhile`)."""
-        return worthwhile({text: self.cost(text) for text in self.seconds}, self.default) if self.seconds else None
+        """The configuration to try in a model: the fastest that was not dropped there, or what is used if that is as fast."""
+        costs = {text: self.cost(text) for text in self.seconds if text not in self.dropped or text == self.used}
+        return worthwhile(costs, self.used or self.default) if costs else None
 
     @property
     def tried(self) -> list[Config]:
@@ -79,7 +85,7 @@ class State:
 
     @property
     def gain(self) -> float:
-        """How many times as fast what compiles take is as the default, over all sizes."""
+        """How many times as fast what was found is as the default, over all sizes, alone."""
         taken = self.taken
         return math.exp(self.cost(self.default) - self.cost(taken)) if taken and self.default in self.seconds else 1.0
 
@@ -136,7 +142,7 @@ class Tuner:
         self._device = ""
 
     def run(self) -> None:
-        """Search until the budget is spent or every space is exhausted, then time the winners against the defaults.
+        """Search until the budget is spent or every space is exhausted, then time the winners once more.
 
         Raises KeyboardInterrupt if interrupted, OutputError if records cannot be written; what was measured is written.
         """
@@ -146,7 +152,8 @@ class Tuner:
             while (room := self.budget.left(self.trials)) and (promising := self._next()) is not None:
                 self._batch(promising, self._propose(promising, min(BATCH, room)))
             for state in self.states:
-                self._validate(state)
+                if state.trials:
+                    self._repeat(state)
         finally:
             self._close()
 
@@ -155,13 +162,14 @@ class Tuner:
         return sum(state.trials for state in self.states)
 
     def outcome(self) -> list[dict[str, Any]]:
-        """What was found, a dictionary for each kernel."""
+        """What was found, a dictionary for each kernel; ``config`` is what compiles use now."""
         return [
             {
                 "kernel": s.task.label,
                 "family": s.task.family.NAME,
                 "sizes": list(s.task.sizes),
-                "config": None if s.taken is None else json.loads(s.taken),
+                "config": self._used(s.task),
+                "found": None if s.taken is None else json.loads(s.taken),
                 "seconds": None if s.taken is None else s.seconds[s.taken],
                 "default_seconds": s.seconds.get(s.default),
                 "roofline_seconds": s.roofline,
@@ -171,6 +179,18 @@ class Tuner:
             }
             for s in self.states
         ]
+
+    def finds(self) -> list[Find]:
+        """What is faster than what compiles use now, and no model has turned down."""
+        found = []
+        for s in self.states:
+            if s.taken is not None and s.taken != s.used and s.used in s.seconds:
+                task = s.task
+                runs = task.per_token + task.per_prefill
+                saved = [runs * (a - b) for a, b in zip(s.seconds[s.used], s.seconds[s.taken], strict=True)]
+                saves = tuple(zip(tests(task), saved, strict=True))
+                found.append(Find(task.family, task.call, task.target, s.taken, task.part or task.call.phase, saves, task.label))
+        return found
 
     def _next(self) -> State | None:
         open_states = [s for s in self.states if s.left and s.excess * s.claim > 0]
@@ -182,9 +202,17 @@ class Tuner:
         if self.resume:
             self._recall(state)
         task = state.task
-        found = self.known.lookup(task.family, task.call, task.target)
-        first = [task.default, *([] if found is None else [{axis: found.config[axis] for axis in task.space}])]
+        used = self._used(task)
+        state.used = config_text(used)
+        judged = self.known.judged(task.family, task.call, task.target, task.space)
+        state.dropped = frozenset(v.config for v in judged if not v.kept and v.device == state.device)
+        first = [task.default, used]
         return [c for c in {config_text(c): c for c in first}.values() if config_text(c) not in state.seconds]
+
+    def _used(self, task: Task) -> Config:
+        """The configuration that compiles use for the task."""
+        found = self.known.lookup(task.family, task.call, task.target)
+        return task.default if found is None else {axis: found.config[axis] for axis in task.space}
 
     def _recall(self, state: State) -> None:
         sizes = [tuple(sorted(s.items())) for s in state.task.sizes]
@@ -285,14 +313,13 @@ class Tuner:
         for r in found:
             self.known.add(r)
 
-    def _validate(self, state: State) -> None:
-        """Time the winner, the runners-up and the default once more, all in the same rounds: what compiling will take is one of
-        them, and no slower than the default then."""
+    def _repeat(self, state: State) -> None:
+        """Time the winner, the runners-up, the default and what is used once more, all in the same rounds."""
         checked: set[str] = set()
         for _ in range(4):
             ranked = sorted(state.seconds, key=state.cost)
-            wanted = {*ranked[:3], state.default} & set(state.seconds)
-            if not wanted - checked or wanted == {state.default}:
+            wanted = {*ranked[:3], state.default, state.used} & set(state.seconds)
+            if not wanted - checked or wanted <= {state.default, state.used}:
                 return
             checked |= wanted
             self._measure(state, [c for c in state.candidates if config_text(c) in checked], FINAL_ROUNDS)

@@ -6,15 +6,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import queue
-import subprocess
-import sys
-import threading
-from typing import Any, TextIO
+from typing import Any
 
 from llmc.errors import InternalError, LlmcError
+from llmc.tune.child import Child, ChildEnded, answer_all
 
 
 class CandidateFailed(Exception):
@@ -29,19 +24,13 @@ class Worker:
     ) -> None:
         """``setup``: the first message (see the module). ``module``: what to run. Raises the LlmcError of setting up."""
         self._setup, self._limits, self._module = setup, (build_seconds, time_seconds), module
-        self._process: subprocess.Popen[str] | None = None
+        self._child: Child | None = None
         self._built: dict[str, int] = {}
         self.device = ""
         self._start()
 
     def _start(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", self._module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            start_new_session=True,  # Ctrl-C is the parent's to handle
-        )  # fmt: skip
-        self._answers: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=_pump, args=(self._process.stdout, self._answers), daemon=True).start()
-        self._built = {}
+        self._child, self._built = Child(self._module), {}
         try:
             answer = self._ask(self._setup, 300.0)
         except CandidateFailed as error:
@@ -51,26 +40,16 @@ class Worker:
         self.device = answer["device"]
 
     def _ask(self, message: dict[str, Any], seconds: float) -> dict[str, Any]:
-        assert self._process is not None and self._process.stdin is not None
+        assert self._child is not None
         try:
-            self._process.stdin.write(json.dumps(message) + "\n")
-            self._process.stdin.flush()
-            line = self._answers.get(timeout=seconds)
-        except queue.Empty:
-            self.close()
-            raise CandidateFailed(f"no answer within {seconds:g} s") from None
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            code = self._process.wait()
-            self.close()
-            raise CandidateFailed(f"the process ended with status {code}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+            return self._child.ask(message, seconds)
+        except ChildEnded as error:
+            self._child, self._built = None, {}
+            raise CandidateFailed(str(error)) from None
 
     def build(self, config: dict[str, Any], text: str) -> None:
         """Build and check a candidate, named ``text`` from now on. Raises CandidateFailed."""
-        if self._process is None:
+        if self._child is None:
             self._start()
         answer = self._ask({"build": config}, self._limits[0])
         if "failed" in answer:
@@ -90,23 +69,9 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        process, self._process, self._built = self._process, None, {}
-        if process is not None:
-            process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                if pipe is not None:
-                    pipe.close()
-
-
-def _pump(stream: TextIO, answers: queue.Queue[str]) -> None:
-    """Lines to the queue; an empty one once the process has ended."""
-    try:
-        for line in stream:
-            answers.put(line)
-    except ValueError:
-        pass  # closed by the other thread
-    answers.put("")
+        child, self._child, self._built = self._child, None, {}
+        if child is not None:
+            child.close()
 
 
 class _Server:
@@ -153,25 +118,22 @@ class _Server:
         return {"number": len(self.timers) - 1, "error": error}
 
 
-def serve(source: TextIO, sink: TextIO) -> None:
-    """Answer messages from ``source`` until it ends."""
+def serve() -> None:
+    """Be the worker: answer what comes on stdin."""
     server: _Server | None = None
-    for line in source:
-        message = json.loads(line)
-        if server is None:
-            try:
-                server = _Server(message)
-                answer: dict[str, Any] = {"device": server.device.name}
-            except LlmcError as error:
-                answer = {"refused": str(error)}
-        else:
-            answer = server.answer(message)
-        sink.write(json.dumps(answer) + "\n")
-        sink.flush()
+
+    def answer(message: dict[str, Any]) -> dict[str, Any]:
+        nonlocal server
+        if server is not None:
+            return server.answer(message)
+        try:
+            server = _Server(message)
+        except LlmcError as error:
+            return {"refused": str(error)}
+        return {"device": server.device.name}
+
+    answer_all(answer)
 
 
 if __name__ == "__main__":
-    # What anything prints must not get between the answers: the real stdout is kept for them, stdout goes to stderr.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    serve(sys.stdin, answers)
+    serve()

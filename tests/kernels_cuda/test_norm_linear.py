@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from llmc.dialect.norm import rms_norm_reference
+from llmc.schedules import lookup as L
 from llmc.schedules import parts
 from llmc.schedules import records as R
 from llmc.schedules.cuda import linear_call, linear_hopper, row_norm
@@ -20,6 +21,7 @@ from tests.kernels.harness import error, random_arrays
 from tests.kernels.quantized_cases import operands
 from tests.kernels_cuda.emulated import TOLERANCE, call, check
 from tests.support.cuda_emulator import run
+from tests.support.tuning import verdict
 
 TARGET = cuda.parse("cuda:sm_90a")
 
@@ -57,13 +59,13 @@ def test_records_are_those_of_the_linear() -> None:
     linear = parts.kept_under(family, case)[1]
     assert parts.kept_under(family, case) == parts.kept_under(linear_hopper, linear) == (linear_hopper, linear)
     other = linear_hopper.candidates(linear, "9-16")[1]
-    known = R.Records()
-    known.add(
-        R.Record(
-            linear_hopper.NAME, linear, (("n", 16),), TARGET.name, R.machine_class(TARGET), "a GPU", R.config_text({"9-16": other}),
-            1e-6, 0.0, "", R.source_hash(linear_hopper, R.config_text({"9-16": other})), "llmc test",
-        )
+    known = L.Records()
+    record = R.Record(
+        linear_hopper.NAME, linear, (("n", 16),), TARGET.name, R.machine_class(TARGET), "a GPU", R.config_text({"9-16": other}),
+        1e-6, 0.0, "", R.source_hash(linear_hopper, R.config_text({"9-16": other})), "llmc test",
     )  # fmt: skip
+    known.add(record)
+    known.add(verdict(record))
     found = known.lookup(family, case, TARGET)
     assert found is not None and found.config["9-16"] == other
     assert found.config.keys() == family.space(case, TARGET).keys()

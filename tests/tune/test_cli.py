@@ -9,7 +9,7 @@ import pytest
 
 from llmc.cli.main import main
 from llmc.manifest import read
-from llmc.schedules.records import load
+from llmc.schedules.lookup import load
 from tests.support.tiny_models import build
 
 
@@ -32,13 +32,48 @@ def test_tune_then_compile(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["compile", str(model), "-o", str(out), "--dtype", "float32", "--records", str(records), "--quiet"]) == 0
     choices = {(k.function, k.op): k for k in read(out).variants[0].kernels}
     chosen = choices["extend", "llmc.attend"]
-    assert chosen.tuned.startswith("record: measured on ")
+    assert chosen.tuned.startswith("record: ")
     assert chosen.config == kernel["config"]
     assert choices["extend", "llmc.linear"].tuned == "default"
     capsys.readouterr()
     assert main(["tune", str(out), *common[3:], "--trials", "3", "--json", "--resume"]) == 0  # of the artifact: the same kernel
     assert json.loads(capsys.readouterr().out)["kernels"][0]["trials"] == 3
     assert len({record.config for record in load([records]).entries.values()}) == 6  # nothing was tried twice
+
+
+def test_finds_are_decided_in_the_model(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Compiled with and without, run in turns by a process of its own; whichever way it goes, the file says so."""
+    from llmc import targets
+    from llmc.progress import SilentProgress
+    from llmc.schedules.lookup import Records
+    from llmc.schedules.records import call_from_json, config_text
+    from llmc.tune.compare import Site
+    from llmc.tune.subject import Subject
+    from llmc.tune.task import tasks_of
+    from llmc.tune.turns import Turns, Workload
+    from llmc.tune.validate import Find, Validation
+
+    host, runner, known = targets.parse("cpu"), Turns(), Records()
+    with Subject(str(model), host, {"dtype": "float32"}, SilentProgress()) as subject:
+        finds = []
+        for task in tasks_of(subject.kernels(), host, "linear*"):
+            config = config_text({axis: values[-1] for axis, values in task.space.items()})
+            workload = Workload("decode", 1) if task.call.phase == "decode" else Workload("prefill", 512)
+            finds.append(Find(task.family, task.call, host, config, task.call.phase, ((workload, 1e-6),), task.label))
+        site = Site(subject.name, runner, known, tmp_path / "r.jsonl", subject.folder, "here", "test")
+        try:
+            Validation(site, subject.build, 8).run(finds)
+        finally:
+            runner.close()
+        decided = {v.call: v for v in load([tmp_path]).verdicts.values()}
+        assert {f.call for f in finds} == decided.keys()
+        assert all(0.1 < v.gain < 10 for v in decided.values())
+        for kernel in subject.build(known, subject.folder / "again").variants[0].kernels:
+            if kernel.call and (verdict := decided.get(call_from_json(kernel.call))) is not None:
+                assert (config_text(kernel.config) == verdict.config) == verdict.kept
+        first, again = (read(subject.folder / name) for name in ("model0", "again"))
+        assert first.tensors == again.tensors
+        assert (subject.folder / "model0" / first.tensors[next(iter(first.tensors))].file).stat().st_nlink > 2
 
 
 def test_offline(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,7 +20,8 @@ import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 from llmc import targets
 from llmc.errors import LlmcError, OutputError
 from llmc.schedules.cpu import attend, linear, quantized_linear
-from llmc.schedules.records import Records, config_text, load
+from llmc.schedules.lookup import Records, load
+from llmc.schedules.records import config_text
 from llmc.tune import pack
 from llmc.tune.extract import Chooser, import_results
 from llmc.tune.task import Task

@@ -13,6 +13,7 @@ import pytest
 
 from llmc import targets
 from llmc.manifest import KernelChoice
+from llmc.schedules import lookup as L
 from llmc.schedules import parts
 from llmc.schedules import records as R
 from llmc.schedules.cuda import linear_hopper, quantized_hopper
@@ -20,6 +21,7 @@ from llmc.schedules.protocol import KernelCall
 from llmc.tune.cost_model import CostModel
 from llmc.tune.task import Task, make, tasks_of
 from llmc.tune.tuner import Budget, Tuner
+from tests.support.tuning import verdict
 
 HOPPER = targets.parse("cuda:sm_90a")
 CALL = linear_hopper.SHAPES["o_4096x4096"]
@@ -71,10 +73,11 @@ def test_both_phases_are_tuned_once_and_each_part_is_a_task() -> None:
 @pytest.mark.parametrize("phase", ["decode", "extend"])
 def test_lookup_puts_the_parts_together_and_keeps_defaults_elsewhere(phase: str) -> None:
     space = linear_hopper.space(CALL, HOPPER)
-    records = R.Records()
+    records = L.Records()
     for axis, n in (("1-8", 8), ("129-256", 256)):
         for i, value in enumerate(space[axis]):
             records.add(record({axis: value}, 1e-5 * (1 + abs(i - 1)), n))
+        records.add(verdict(record({axis: space[axis][1]}, 1e-5, n)))
     found = records.lookup(linear_hopper, dataclasses.replace(CALL, phase=phase), HOPPER)
     assert found is not None
     assert found.origin == "record"
@@ -83,29 +86,30 @@ def test_lookup_puts_the_parts_together_and_keeps_defaults_elsewhere(phase: str)
     other = records.lookup(linear_hopper, near, HOPPER)
     assert other is not None
     assert other.origin == "nearest"
-    assert "1-8: nearest, from records of the nearest call" in other.why
+    assert "129-256: nearest, from records of the nearest call" in other.why
 
 
 def test_records_of_a_part_outlive_changes_of_other_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     values = linear_hopper.space(CALL, HOPPER)["17-32"]
     by_kernel = {kernel: next(v for v in values if v["kernel"] == kernel) for kernel in ("gemm_split", "gemv")}
-    records = R.Records()
+    records = L.Records()
     for i, value in enumerate(by_kernel.values()):
         records.add(record({"17-32": value}, 1e-5 / (1 + i), 32))
+        records.add(verdict(record({"17-32": value}, 1e-5, 32)))
     found = records.lookup(linear_hopper, CALL, HOPPER)
     assert found is not None
     assert found.config["17-32"] == by_kernel["gemv"]
     hashed = R._code_hash
     monkeypatch.setattr(R, "_code_hash", lambda path: "changed" if path.endswith("/gemv.py") else hashed(path))
-    after = R.Records(dict(records.entries))
+    after = records.supposing(())
     found = after.lookup(linear_hopper, CALL, HOPPER)
     assert found is not None
     assert found.config["17-32"] == by_kernel["gemm_split"]
-    assert ["1 tuning records of cuda.linear_hopper are ignored" in note for note in after.notes] == [True]
+    assert ["2 tuning records of cuda.linear_hopper are ignored" in note for note in after.notes] == [True]
 
 
 def test_a_record_of_a_kernel_that_is_no_more_is_stale() -> None:
-    records = R.Records()
+    records = L.Records()
     records.add(
         dataclasses.replace(record({"1-8": linear_hopper.space(CALL, HOPPER)["1-8"][0]}, 1.0, 1), config='{"1-8":{"kernel":"x"}}')
     )
@@ -168,13 +172,17 @@ def test_tuner_finds_the_best_of_each_part(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(module, "measure", lambda target: Limits(1e12, 1e15))
     tasks: list[Task] = [t for t in make(linear_hopper, CALL, HOPPER, 1, 1) if t.part in ("1-8", "129-256")]
-    known = R.Records()
+    known = L.Records()
     tuner = Tuner(tasks, known, tmp_path / "r.jsonl", Budget(400), worker=_FakeWorker)  # type: ignore[arg-type]
     tuner.run()
-    found = known.lookup(linear_hopper, CALL, HOPPER)
-    assert found is not None
     space = linear_hopper.space(CALL, HOPPER)
-    assert (found.config["1-8"], found.config["129-256"]) == (space["1-8"][1], space["129-256"][1])
+    finds = {f.rows: f for f in tuner.finds()}
+    assert {rows: f.config for rows, f in finds.items()} == {
+        rows: R.config_text({rows: space[rows][1]}) for rows in ("1-8", "129-256")
+    }
+    assert [str(test) for test, _ in finds["1-8"].saves] == ["1 sequence", "8 sequences"]
+    assert [str(test) for test, _ in finds["129-256"].saves] == ["prompt of 256"]
+    assert all(seconds > 0 for f in finds.values() for _, seconds in f.saves)
     again = Tuner(tasks, known, tmp_path / "r.jsonl", Budget(400), worker=_FakeWorker, resume=True)  # type: ignore[arg-type]
     again.run()
     assert again.trials == 0

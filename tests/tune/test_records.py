@@ -18,10 +18,12 @@ import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 # isort: split
 from llmc import targets
 from llmc.errors import OutputError
+from llmc.schedules import lookup as L
 from llmc.schedules import records as R
 from llmc.schedules.cpu import linear
 from llmc.schedules.gpu import quantized_call
 from llmc.schedules.protocol import KernelCall
+from tests.support.tuning import verdict
 
 HOST = targets.parse("cpu")
 CALL = linear._call(48, 64)
@@ -35,13 +37,20 @@ def make(seconds: float | None, config: dict[str, Any], call: KernelCall = CALL,
     return dataclasses.replace(record, **changes)
 
 
+def judged(records: L.Records, *found: R.Record, kept: bool = True) -> None:
+    """A model gained by what was measured, or lost."""
+    for record in found:
+        records.add(record)
+        records.add(verdict(record, kept))
+
+
 def configs(call: KernelCall = CALL) -> list[dict[str, Any]]:
     space = linear.space(call, HOST)
     return [{**{axis: values[0] for axis, values in space.items()}, "row_block": block} for block in space["row_block"]]
 
 
-def read(path: Path) -> R.Records:
-    records = R.Records()
+def read(path: Path) -> L.Records:
+    records = L.Records()
     records.read(path)
     return records
 
@@ -114,39 +123,65 @@ def test_two_tuners_on_one_file(tmp_path: Path) -> None:
     assert sorted(dict(r.symbols)["n"] for r in found.entries.values()) == [*range(1000, 1060), *range(2000, 2060)]
 
 
-def test_lookup_takes_the_fastest_and_the_latest_record_of_each(tmp_path: Path) -> None:
-    first, second, third, _ = configs()
-    records = R.Records()
-    for record in (make(3.0, first), make(1.0, second), make(2.0, third), make(4.0, second)):
-        records.add(record)
-    found = records.lookup(linear, CALL, HOST)
-    assert found is not None
-    assert (found.origin, found.config) == ("record", third)
+def test_verdicts_are_kept_beside_records(tmp_path: Path) -> None:
+    record = make(1e-5, configs()[1])
+    written = [verdict(record), verdict(make(1e-5, configs()[2]), kept=False)]
+    R.append(tmp_path / "r.jsonl", [record, *written])
+    found = read(tmp_path / "r.jsonl")
+    assert list(found.verdicts.values()) == written
+    assert list(found.entries.values()) == [record]
+    cut = (tmp_path / "r.jsonl").read_bytes().replace(b'"kept":false', b'"kept":true')
+    (tmp_path / "r.jsonl").write_bytes(cut)
+    assert list(read(tmp_path / "r.jsonl").verdicts.values()) == written[:1]
 
 
-def test_lookup_weighs_all_sizes_and_leaves_out_what_failed_or_was_not_timed_at_all_of_them() -> None:
-    first, second, third, fourth = configs()
-    records = R.Records()
-    times = {0: (first, (2.0, 2.0)), 1: (second, (1.0, 8.0)), 2: (third, (1.9, 1.9))}
-    for config, (small, large) in times.values():
-        records.add(make(small, config, n=1))
-        records.add(make(large, config, n=512))
-    records.add(make(0.1, fourth, n=1))
+def test_faster_alone_is_not_enough() -> None:
+    """A call keeps its default until a model gained by something else."""
+    default, faster, *_ = configs()
+    records = L.Records()
+    records.add(make(2.0, default))
+    records.add(make(1.0, faster))
     found = records.lookup(linear, CALL, HOST)
     assert found is not None
-    assert found.config == third
-    records.add(make(None, third, n=1))
+    assert (found.origin, found.config) == ("record", default)
+    assert "no model gained" in found.why
+    judged(records, make(1.0, faster))
     found = records.lookup(linear, CALL, HOST)
     assert found is not None
-    assert found.config == first
+    assert (found.origin, found.config) == ("record", faster)
+    assert "a model gained by it on a machine (1.050x)" in found.why
+
+
+def test_the_latest_verdict_counts() -> None:
+    _, first, second, third = configs()
+    records = L.Records()
+    judged(records, make(3.0, first), make(1.0, second))
+    judged(records, make(0.5, third), kept=False)
+    for wanted, then in ((second, second), (first, first)):
+        found = records.lookup(linear, CALL, HOST)
+        assert found is not None
+        assert found.config == wanted
+        judged(records, make(1.0, then), kept=False)
+    found = records.lookup(linear, CALL, HOST)
+    assert found is not None
+    assert found.config == configs()[0]
+
+
+def test_slowdowns_weigh_all_sizes_and_leave_out_what_failed_or_was_not_timed_at_all_of_them() -> None:
+    first, second, third, fourth = (R.config_text(c) for c in configs())
+    times = {first: (2.0, 2.0), second: (1.0, 8.0), third: (1.9, 1.9)}
+    records = [make(seconds, json.loads(c), n=n) for c, pair in times.items() for n, seconds in zip((1, 512), pair, strict=True)]
+    records.append(make(0.1, json.loads(fourth), n=1))
+    found = L.slowdowns(records)
+    assert sorted(found, key=found.__getitem__) == [third, first, second]
+    assert third not in L.slowdowns([*records, make(None, json.loads(third), n=1)])
 
 
 def test_lookup_without_a_record_asks_the_nearest_calls() -> None:
-    records = R.Records()
+    records = L.Records()
     near, far = linear._call(64, 64), linear._call(512, 2048)
     for i, config in enumerate(configs()):
-        records.add(make(1.0 + abs(i - 2), config, near))
-        records.add(make(1.0 + abs(i - 1), config, far))
+        judged(records, make(1.0 + abs(i - 2), config, near), make(1.0 + abs(i - 1), config, far))
     found = records.lookup(linear, CALL, HOST)
     assert found is not None
     assert (found.origin, found.config) == ("nearest", configs()[2])
@@ -156,39 +191,46 @@ def test_lookup_without_a_record_asks_the_nearest_calls() -> None:
     assert records.lookup(linear, dataclasses.replace(CALL, phase="decode"), HOST) is None
 
 
-def test_the_default_stays_unless_another_is_faster_by_more_than_what_models_change() -> None:
+def test_neighbours_speak_for_what_models_gained_by_alone() -> None:
+    records = L.Records()
+    near = linear._call(64, 64)
+    for i, config in enumerate(configs()):
+        records.add(make(1.0 + abs(i - 2), config, near))
+    assert records.lookup(linear, CALL, HOST) is None
+    judged(records, make(2.0, configs()[1], near))
+    found = records.lookup(linear, CALL, HOST)
+    assert found is not None
+    assert found.config == configs()[1]
+
+
+def test_a_neighbour_must_be_faster_by_more_than_measurements_differ() -> None:
     for gain, at in ((1.01, 0), (1.05, 2)):
-        records = R.Records()
+        records = L.Records()
         for i, config in enumerate(configs()):
-            records.add(make({0: 1.0, 2: 1.0 / gain}.get(i, 1.5), config))
-        found = records.lookup(linear, CALL, HOST)
+            judged(records, make({0: 1.0, 2: 1.0 / gain}.get(i, 1.5), config))
         near = records.lookup(linear, linear._call(48, 72), HOST)
-        assert found is not None
         assert near is not None
-        assert (found.origin, near.origin) == ("record", "nearest")
-        assert found.config == near.config == configs()[at]
+        assert (near.origin, near.config) == ("nearest", configs()[at])
 
 
 def test_calls_that_store_weights_in_another_way_or_gate_are_never_near() -> None:
     a, b = quantized_call.make(4096, 4096, "int4_g128"), quantized_call.make(4096, 2048, "int4_g128")
-    assert R.distance(a, b) == pytest.approx(1.0, abs=0.5)
-    assert R.distance(a, quantized_call.make(4096, 2048, "int8")) == math.inf
-    assert R.distance(a, quantized_call.make(4096, 4096, "int4_g128", activation="silu_gated")) == math.inf
-    assert R.distance(a, quantized_call.make(4096, 4096, "int4_g128", activation="silu", residual=1)) == 0.0
+    assert L.distance(a, b) == pytest.approx(1.0, abs=0.5)
+    assert L.distance(a, quantized_call.make(4096, 2048, "int8")) == math.inf
+    assert L.distance(a, quantized_call.make(4096, 4096, "int4_g128", activation="silu_gated")) == math.inf
+    assert L.distance(a, quantized_call.make(4096, 4096, "int4_g128", activation="silu", residual=1)) == 0.0
 
 
 def test_records_of_other_sources_and_machines_are_not_used() -> None:
-    records = R.Records()
-    records.add(make(1.0, configs()[1], source="0" * 16))
-    records.add(make(1.0, configs()[2], machine="cpu-aarch64-128"))
+    records = L.Records()
+    judged(records, make(1.0, configs()[1], source="0" * 16), make(1.0, configs()[2], machine="cpu-aarch64-128"))
     assert records.lookup(linear, CALL, HOST) is None
-    assert [n for n in records.notes if "1 tuning records of cpu.linear are ignored" in n]
+    assert [n for n in records.notes if "2 tuning records of cpu.linear are ignored" in n]
 
 
 def test_a_value_that_the_space_no_longer_has_is_not_used() -> None:
-    records = R.Records()
-    records.add(make(1.0, {**configs()[0], "row_block": 7}))
-    records.add(make(2.0, configs()[3]))
+    records = L.Records()
+    judged(records, make(2.0, configs()[3]), make(1.0, {**configs()[0], "row_block": 7}))
     found = records.lookup(linear, CALL, HOST)
     assert found is not None
     assert found.config == configs()[3]
@@ -212,7 +254,7 @@ def test_source_hash_is_of_the_code_and_not_of_the_python_that_reads_it(tmp_path
 
 
 def test_shipped_records_are_whole_and_of_known_families() -> None:
-    shipped = R.load([R.SHIPPED])
+    shipped = L.load([L.SHIPPED])
     assert shipped.notes == []
     for record in shipped.entries.values():
         assert json.loads(record.config)

@@ -1,8 +1,10 @@
-"""``llmc tune --whole``: choices for the whole model are tried, kept if they win, recorded, and taken by later compiles."""
+"""``llmc tune --only whole``: choices for the whole model are tried, kept if they win, recorded, and taken by later compiles."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,15 @@ from llmc.manifest import read
 from llmc.passes import choices as family
 from llmc.passes.legalize import PrimFuncs
 from llmc.passes.lower_kernels import KernelLibrary
-from llmc.progress import SilentProgress
+from llmc.schedules import lookup as L
 from llmc.schedules import records as R
 from llmc.schedules.cuda import gemv
 from llmc.settings import settings_from, settings_of, with_choices
 from llmc.targets import dependent_launch
 from llmc.targets.cuda import tvm_target
 from llmc.tune import whole
+from llmc.tune.compare import Site
+from llmc.tune.turns import RunFailed, Workload
 from tests.support.tiny_models import build
 
 HOST = targets.parse("cpu")
@@ -37,61 +41,72 @@ CALL = family.model_call(64, 256, 2, "float32")
 REST = {"norm": True, "early": True, "chunks": 6}
 
 
-def time_of(choices: dict[str, Any]) -> whole.Times:
+def time_of(choices: dict[str, Any], workload: Workload) -> float:
     """Best: pages of 32, gated layers not fused."""
+    if workload.kind == "prefill":
+        return 0.1
     step = 1e-3 * (1 + (choices["page_size"] != 32) * 0.1 + choices["gated"] * 0.2 + (not choices["append"]) * 0.05)
-    return step + (not choices["step"]) * 1e-3 + (choices["chunks"] != 6) * 1e-4, 0.1
+    return step + (not choices["step"]) * 1e-3 + (choices["chunks"] != 6) * 1e-4
 
 
 class _Machine:
     """Compiles a configuration to a file that holds it, and times it as :func:`time_of` says."""
 
     def __init__(self, broken: dict[str, Any] | None = None) -> None:
-        self.broken, self.runs = broken, 0
+        self.broken, self.builds = broken, 0
 
-    def build(self, choices: dict[str, Any], folder: Path) -> None:
-        folder.mkdir()
-        (folder / "choices.json").write_text(json.dumps(choices))
+    def build(self, choices: family.Choices, folder: Path) -> None:
+        self.builds += 1
+        folder.mkdir(parents=True)
+        (folder / "choices.json").write_text(json.dumps(dataclasses.asdict(choices)))
 
-    def run(self, folder: Path) -> whole.Times:
-        self.runs += 1
-        choices = json.loads((folder / "choices.json").read_text())
-        if choices == self.broken:
-            raise whole.RunFailed("it crashed")
-        return time_of(choices)
+    def open(self, base: Path, rival: Path, tests: Sequence[Workload]) -> None:
+        self.pair = [json.loads((folder / "choices.json").read_text()) for folder in (base, rival)]
+        if self.broken in self.pair:
+            raise RunFailed("it crashed")
+
+    def pairs(self, test: Workload, rounds: int) -> list[tuple[float, float]]:
+        return [(time_of(self.pair[0], test), time_of(self.pair[1], test))] * rounds
+
+    def close(self) -> None:
+        pass
 
 
-def search(tmp_path: Path, machine: _Machine, known: R.Records) -> whole.Outcome:
-    out = tmp_path / "r.jsonl"
-    return whole.Search(CALL, HOST, machine.build, out, known, "a machine", machine.run).search(SilentProgress())
+def search(tmp_path: Path, machine: _Machine, known: L.Records) -> whole.Outcome:
+    site = Site("a model", machine, known, tmp_path / "r.jsonl", tmp_path / f"models{machine.builds}", "a machine", "test")
+    return whole.Search(site, CALL, HOST, machine.build).run()
 
 
 def test_each_axis_is_tried_from_the_best_so_far_and_records_give_the_winner(tmp_path: Path) -> None:
-    found = search(tmp_path, _Machine(), R.Records())
+    machine = _Machine()
+    found = search(tmp_path, machine, L.Records())
     assert found.best == {"page_size": 32, "gated": False, "append": True, "step": True, **REST}
-    assert len(found.times) == 1 + 2 + 1 + 1 + 1 + 2
-    records = R.load([tmp_path])
+    assert len(found.tried) == 2 + 1 + 1 + 1 + 2
+    records = L.load([tmp_path])
     assert records.notes == []
     chosen, origin = family.find(records, CALL, HOST)
     assert chosen == family.Choices(page_size=32, gated=False)
-    assert origin == "record: measured on a machine, 8 configurations tried"
+    assert origin.startswith("record: a model gained by it on a machine")
     assert chosen.unfused == {"gated"}
     assert family.find(records, family.model_call(64, 256, 2, "int4_g32"), HOST)[0] == family.DEFAULT
-    assert "<- best" in found.table()
+    assert [line.rpartition(": ")[2] for line in found.lines()].count("kept") == 2
+    again = search(tmp_path, machine, records)
+    assert again.best == found.best
+    assert len(again.tried) < len(found.tried)  # only what was not tried from there
 
 
 def test_a_choice_that_fails_is_recorded_and_the_search_goes_on(tmp_path: Path) -> None:
     broken = {"page_size": 32, "gated": True, "append": True, "step": True, **REST}
-    found = search(tmp_path, _Machine(broken), R.Records())
+    found = search(tmp_path, _Machine(broken), L.Records())
     assert found.best == {"page_size": 16, "gated": False, "append": True, "step": True, **REST}
-    assert found.failed == {R.config_text(broken): "it crashed"}
-    failed = [r for r in R.load([tmp_path]).entries.values() if r.seconds is None]
+    assert [text for text, c in found.tried.items() if c.failed == "it crashed"] == [R.config_text(broken)]
+    failed = [r for r in L.load([tmp_path]).entries.values() if r.seconds is None]
     assert {r.error for r in failed} == {"it crashed"}
 
 
 def test_a_model_that_does_not_run_at_all(tmp_path: Path) -> None:
-    with pytest.raises(LlmcError, match="with llmc's defaults it does not run: it crashed"):
-        search(tmp_path, _Machine({"page_size": 16, "gated": True, "append": True, "step": True, **REST}), R.Records())
+    with pytest.raises(LlmcError, match="as it is compiled now it does not run: it crashed"):
+        search(tmp_path, _Machine({"page_size": 16, "gated": True, "append": True, "step": True, **REST}), L.Records())
 
 
 def test_nothing_fused_computes_the_same_and_the_manifest_says_so(tmp_path: Path) -> None:
@@ -119,8 +134,8 @@ def test_several_targets_share_weights_that_no_norm_is_folded_into(tmp_path: Pat
     source = resolve(str(tmp_path / "model"))
     settings = settings_of(source, "float32", None, None, (), 32, 2)
     chosen = [HOST, targets.parse("cuda:sm_90a")]
-    assert with_choices(settings, source, chosen, R.Records(), None, None).unfused == {"norm"}
-    assert with_choices(settings, source, chosen[1:], R.Records(), None, None).unfused == family.DEFAULT.unfused
+    assert with_choices(settings, source, chosen, L.Records(), None, None).unfused == {"norm"}
+    assert with_choices(settings, source, chosen[1:], L.Records(), None, None).unfused == family.DEFAULT.unfused
 
 
 def test_kernels_that_wait_for_the_one_before() -> None:
@@ -143,5 +158,5 @@ def test_kernels_that_wait_for_the_one_before() -> None:
 
 
 def test_whole_is_not_for_other_machines_or_kernels(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["tune", "m", "--whole", "--offline", "x"]) == 2
-    assert "--whole runs the model here" in capsys.readouterr().err
+    assert main(["tune", "m", "--only", "whole", "--offline", "x"]) == 2
+    assert "--only whole runs the model here" in capsys.readouterr().err

@@ -22,7 +22,7 @@ from llmc.tune.display import Show
 from llmc.tune.subject import Subject
 from llmc.tune.task import Task
 from llmc.tune.tuner import Budget, Tuner, versions
-from llmc.tune.validate import Validation
+from llmc.tune.validate import Build, Find, Validation
 
 TRIALS = 64
 """Configurations of a kernel that are tried unless the user says otherwise."""
@@ -105,12 +105,22 @@ class Session:
         )
         if self.tuner is not None and (finds := self.tuner.finds()):
             with self.progress.phase(f"{len(finds)} finds in the model"):
-                self.validation = Validation(site, subject.build, subject.limits.max_batch)
+                self.validation = Validation(site, self._supposing(site), subject.limits.max_batch)
                 self.validation.run(finds)
         if self.plan.choices and not self.plan.over():
             with self.progress.phase("choices for the whole model"):
                 build = lambda choices, folder: subject.build(self.known, folder, choices)  # noqa: E731
                 self.outcome = whole.Search(site, subject.call, subject.target, build).run()
+
+    def _supposing(self, site: Site) -> Build:
+        """Compiles the model with the records as they are now and finds that are taken for kept."""
+        before = self.known.supposing(())
+
+        def build(finds: frozenset[Find], folder: Path) -> None:
+            supposed = [find.verdict(True, 1.0, site.model, site.device, site.versions) for find in finds]
+            self.subject.build(before.supposing(supposed), folder)
+
+        return build
 
     def _device(self) -> str:
         if self.tuner is not None:

@@ -13,10 +13,11 @@ from llmc.errors import UsageError
 from llmc.manifest import KernelChoice
 from llmc.schedules.parts import has_parts, kept_under
 from llmc.schedules.protocol import KernelCall
-from llmc.schedules.records import call_from_json, call_to_json
+from llmc.schedules.records import call_from_json, call_to_json, machine_class, source_hash
 from llmc.targets.base import Target
 from llmc.tune import inputs
 from llmc.tune.turns import Workload
+from llmc.tune.validate import Find
 
 TOKENS_PER_PROMPT = 128
 """Tokens generated for each prompt that is read: how decode steps weigh against prefills."""
@@ -67,7 +68,7 @@ class Task:
         }
 
 
-def tests(task: Task) -> list[Workload]:
+def workloads(task: Task) -> list[Workload]:
     """What shows the task's kernel at work in a model, one for each of its sizes."""
     found = []
     for size in task.sizes:
@@ -79,6 +80,21 @@ def tests(task: Task) -> list[Workload]:
         else:
             found.append(Workload("decode", max(size.values())))
     return found
+
+
+def find(task: Task, config: str, saves: tuple[tuple[Workload, float], ...]) -> Find:
+    """That a configuration (as text) of the task is worth trying in a model."""
+    return Find(
+        family=task.family.NAME,
+        call=task.call,
+        target=task.target.name,
+        machine=machine_class(task.target),
+        config=config,
+        source=source_hash(task.family, config),
+        rows=task.part or task.call.phase,
+        saves=saves,
+        label=task.label,
+    )
 
 
 def from_setup(setup: dict[str, Any]) -> Task:

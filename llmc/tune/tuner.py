@@ -25,7 +25,7 @@ from llmc.tune.cost_model import CostModel
 from llmc.tune.limits import Limits, measure
 from llmc.tune.offline import spread
 from llmc.tune.search import Config, enumerate_space, propose
-from llmc.tune.task import Task, tests
+from llmc.tune.task import Task, find, workloads
 from llmc.tune.validate import Find
 from llmc.tune.worker import CandidateFailed, Worker
 
@@ -188,8 +188,7 @@ class Tuner:
                 task = s.task
                 runs = task.per_token + task.per_prefill
                 saved = [runs * (a - b) for a, b in zip(s.seconds[s.used], s.seconds[s.taken], strict=True)]
-                saves = tuple(zip(tests(task), saved, strict=True))
-                found.append(Find(task.family, task.call, task.target, s.taken, task.part or task.call.phase, saves, task.label))
+                found.append(find(task, s.taken, tuple(zip(workloads(task), saved, strict=True))))
         return found
 
     def _next(self) -> State | None:

@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from llmc.errors import LlmcError
-from llmc.schedules.lookup import Records
 from llmc.schedules.protocol import KernelCall
-from llmc.schedules.records import Verdict, machine_class, source_hash
-from llmc.targets.base import Target
+from llmc.schedules.records import Verdict
 from llmc.tune.compare import Comparison, Site, check_runs, compare
 from llmc.tune.turns import RunFailed, Workload
 
@@ -33,12 +31,15 @@ PROMISED = 0.5
 @dataclass(frozen=True)
 class Find:
     """A configuration that is faster alone than what compiles use. ``rows``: the range of rows it is for, a part of its family or
-    a phase; ``saves``: by test, the seconds of a step that the kernel's time alone promises."""
+    a phase; ``saves``: by workload, the seconds of a step that the kernel's time alone promises; ``source``: the hash of what it
+    builds, as records have it."""
 
-    family: Any
+    family: str
     call: KernelCall
-    target: Target
+    target: str
+    machine: str
     config: str
+    source: str
     rows: str
     saves: tuple[tuple[Workload, float], ...]
     label: str
@@ -46,7 +47,23 @@ class Find:
     @property
     def layer(self) -> tuple[str, KernelCall]:
         """The kernel for all ranges of rows."""
-        return self.family.NAME, replace(self.call, phase="")
+        return self.family, replace(self.call, phase="")
+
+    def verdict(self, kept: bool, gain: float, model: str, device: str, versions: str) -> Verdict:
+        """What a model decided of it."""
+        return Verdict(
+            family=self.family,
+            call=self.call,
+            target=self.target,
+            machine=self.machine,
+            device=device,
+            config=self.config,
+            kept=kept,
+            gain=gain,
+            model=model,
+            source=self.source,
+            versions=versions,
+        )
 
 
 @dataclass(frozen=True)
@@ -59,18 +76,19 @@ class Group:
     kept: tuple[Find, ...]
 
 
-Build = Callable[[Records, Path], Any]
+Build = Callable[[frozenset[Find], Path], Any]
+"""Compiles the model into a folder as if the finds had won."""
 
 
 class Validation:
-    """Validates finds in one model. ``build(records, folder)`` compiles it."""
+    """Validates finds in one model. Thin: where there is no compiler, ``build`` may have made everything before."""
 
     def __init__(self, site: Site, build: Build, most_sequences: int) -> None:
         """``most_sequences``: that the model decodes together."""
         self.site, self.build, self.most_sequences = site, build, most_sequences
         self.groups: list[Group] = []
         self.final: dict[str, Comparison] = {}
-        self._before, self._built = site.known.supposing(()), dict[frozenset[Find], Path]()
+        self._built: dict[frozenset[Find], Path] = {}
         self._below: tuple[Find, ...] = ()
 
     def run(self, finds: Sequence[Find]) -> None:
@@ -82,8 +100,8 @@ class Validation:
             return
         check_runs(self.site.runner, self._artifact(()), self._tests(finds))
         kept: list[Find] = []
-        for name in dict.fromkeys(find.family.NAME for find in finds):
-            of_family = [find for find in finds if name == find.family.NAME]
+        for name in dict.fromkeys(find.family for find in finds):
+            of_family = [find for find in finds if name == find.family]
             self._below = tuple(kept)
             found = self._decide(of_family, {find.rows for find in of_family})
             self.groups += found
@@ -96,7 +114,7 @@ class Validation:
         key = frozenset(finds)
         if key not in self._built:
             folder = self.site.folder / f"model{len(self._built)}"
-            self.build(self._before.supposing(self._verdicts(key, 1.0, True)), folder)
+            self.build(key, folder)
             self._built[key] = folder
         return self._built[key]
 
@@ -159,13 +177,11 @@ class Validation:
 
     def _title(self, finds: Sequence[Find]) -> str:
         labels = ", ".join(find.label for find in finds) if len(finds) < 4 else f"{len(finds)} kernels"
-        return f"{finds[0].family.NAME}, {finds[0].rows} ({labels})"
+        return f"{finds[0].family}, {finds[0].rows} ({labels})"
 
     def _settle(self, group: Group) -> Group:
         """Write what was decided."""
-        kept = set(group.kept)
-        gain = round(group.comparison.gain, 4)
-        self.site.write([v for f in group.tried for v in self._verdicts([f], gain, f in kept)])
+        self._write(group.tried, bool(group.kept), group.comparison.gain)
         return group
 
     def _confirm(self, kept: Sequence[Find]) -> None:
@@ -179,26 +195,12 @@ class Validation:
                 comparison = Comparison({}, failed=str(error))
             self.final[rows] = comparison
             if comparison.loses or comparison.log < 0:
-                self.site.write(self._verdicts(members, round(comparison.gain, 4), False))
+                self._write(members, False, comparison.gain)
             self.site.say(f"all that was kept, {rows}: {comparison}")
 
-    def _verdicts(self, finds: Iterable[Find], gain: float, kept: bool) -> list[Verdict]:
-        return [
-            Verdict(
-                family=find.family.NAME,
-                call=find.call,
-                target=find.target.name,
-                machine=machine_class(find.target),
-                device=self.site.device,
-                config=find.config,
-                kept=kept,
-                gain=gain,
-                model=self.site.model,
-                source=source_hash(find.family, find.config),
-                versions=self.site.versions,
-            )
-            for find in finds
-        ]
+    def _write(self, finds: Iterable[Find], kept: bool, gain: float) -> None:
+        site = self.site
+        site.write([find.verdict(kept, round(gain, 4), site.model, site.device, site.versions) for find in finds])
 
 
 def _weight(finds: Iterable[Find], layer: tuple[str, KernelCall]) -> float:

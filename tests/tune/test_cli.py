@@ -49,8 +49,8 @@ def test_finds_are_decided_in_the_model(model: Path, tmp_path: Path, capsys: pyt
     from llmc.schedules.records import call_from_json, config_text
     from llmc.tune.compare import Site
     from llmc.tune.subject import Subject
-    from llmc.tune.task import tasks_of
-    from llmc.tune.turns import Turns, Workload
+    from llmc.tune.task import find, tasks_of, workloads
+    from llmc.tune.turns import Turns
     from llmc.tune.validate import Find, Validation
 
     host, runner, known = targets.parse("cpu"), Turns(), Records()
@@ -58,11 +58,14 @@ def test_finds_are_decided_in_the_model(model: Path, tmp_path: Path, capsys: pyt
         finds = []
         for task in tasks_of(subject.kernels(), host, "linear*"):
             config = config_text({axis: values[-1] for axis, values in task.space.items()})
-            workload = Workload("decode", 1) if task.call.phase == "decode" else Workload("prefill", 512)
-            finds.append(Find(task.family, task.call, host, config, task.call.phase, ((workload, 1e-6),), task.label))
+            finds.append(find(task, config, tuple((workload, 1e-6) for workload in workloads(task))))
         site = Site(subject.name, runner, known, tmp_path / "r.jsonl", subject.folder, "here", "test")
+
+        def build(tried: frozenset[Find], folder: Path) -> None:
+            subject.build(known.supposing([f.verdict(True, 1.0, "", "here", "") for f in tried]), folder)
+
         try:
-            Validation(site, subject.build, 8).run(finds)
+            Validation(site, build, 8).run(finds)
         finally:
             runner.close()
         decided = {v.call: v for v in load([tmp_path]).verdicts.values()}

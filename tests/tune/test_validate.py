@@ -20,12 +20,15 @@ from llmc.schedules import lookup as L
 from llmc.schedules import records as R
 from llmc.schedules.cpu import attend, linear
 from llmc.tune.compare import Comparison, Site, compare, summary
+from llmc.tune.task import Task
+from llmc.tune.task import find as task_find
 from llmc.tune.turns import RunFailed, Workload
 from llmc.tune.validate import Find, Validation
 
 HOST = targets.parse("cpu")
 SHAPES = ((48, 64), (64, 64), (64, 128), (128, 64), (256, 64))
 ONE, EIGHT, PROMPT = Workload("decode", 1), Workload("decode", 8), Workload("prefill", 512)
+FAMILIES = {family.NAME: family for family in (linear, attend)}
 STEP = 1.0
 """Seconds of everything a model does with defaults."""
 
@@ -34,9 +37,10 @@ def find(shape: tuple[int, int], phase: str = "decode", saves: float = 0.02, fam
     call = linear._call(*shape) if family is linear else attend._call(4, 2, 16, page_size=8)
     call = dataclasses.replace(call, phase=phase)
     space = family.space(call, HOST)
-    config = {axis: values[-1] for axis, values in space.items()}
-    tests = (ONE, EIGHT) if phase == "decode" else (PROMPT,)
-    return Find(family, call, HOST, R.config_text(config), phase, tuple((t, saves) for t in tests), f"{family.NAME} {shape}")
+    config = R.config_text({axis: values[-1] for axis, values in space.items()})
+    kinds = (ONE, EIGHT) if phase == "decode" else (PROMPT,)
+    task = Task(family, call, HOST, 1, 0, (), f"{family.NAME} {shape}")
+    return task_find(task, config, tuple((workload, saves) for workload in kinds))
 
 
 class Machine:
@@ -48,8 +52,8 @@ class Machine:
         self.runs = 0
         self.broken: set[int] = set()
 
-    def build(self, records: L.Records, folder: Path) -> None:
-        taken = [i for i, f in enumerate(self.finds) if _taken(records, f)]
+    def build(self, finds: frozenset[Find], folder: Path) -> None:
+        taken = [i for i, f in enumerate(self.finds) if f in finds]
         self.builds.append(taken)
         folder.mkdir(parents=True)
         (folder / "finds.json").write_text(json.dumps(taken))
@@ -73,7 +77,7 @@ class Machine:
 
 
 def _taken(records: L.Records, f: Find) -> bool:
-    found = records.lookup(f.family, f.call, HOST)
+    found = records.lookup(FAMILIES[f.family], f.call, HOST)
     return found is not None and R.config_text(found.config) == f.config
 
 

@@ -33,6 +33,7 @@ from llmc.passes.rewrite import op_name
 from llmc.passes.shapes import dims, plain
 from llmc.passes.team_kernels import TeamKernel, team_kernel
 from llmc.schedules.cpu import team
+from llmc.schedules.protocol import Dim, TensorSpec
 from llmc.targets.base import Target
 from llmc.targets.cpu_pipeline import DIRECT_CALL
 
@@ -67,17 +68,51 @@ def one_region(module: tvm.IRModule, name: str, target: Target, few_rows: bool, 
     step = _read(module, function, name, kernels, few_rows, chunks)
     if step is None:
         return module
-    slots = 1 + sum(kernel.phases or 1 for kernel, _ in step.calls)
     bounds = {str(k): int(v) for k, v in function.attrs["tir_var_upper_bound"].items()}
-    counters = step.take(slots * team.SLOT)
-    scratch = step.take(max((_scratch(kernel, args, bounds)[-1] for kernel, args in step.calls), default=0))
     builder = relax.BlockBuilder(module)
     for kernel in kernels.values():
         builder.add_func(kernel.function, kernel.name)
-    var = builder.add_func(_step_function(f"step_{name}", step, counters, slots, scratch, bounds, target), f"step_{name}")
+    var = builder.add_func(_step_function(f"step_{name}", step, bounds, target), f"step_{name}")
     module = builder.get()
     module.update_func(module.get_global_var(name), _caller(function, var, step.size))
     return _without_unused(module)
+
+
+def repeated(
+    kernel: tirx.PrimFunc,
+    specs: Sequence[TensorSpec],
+    times: Sequence[int],
+    bounds: dict[str, int],
+    target: Target,
+    few_rows: bool,
+    chunks: int,
+) -> tuple[dict[str, tirx.PrimFunc], dict[int, int]]:
+    """``kernel`` as a step of a model calls it: functions by name, among them ``step_N`` for each N of ``times``, which calls it N
+    times with tensors of ``specs`` of its own each time, all of them one after the other, and a workspace last; and by N the bytes
+    of that.
+
+    ``bounds``: the most that each symbolic dimension is.
+    """
+    inner = team_kernel("kernel_team", kernel, few_rows, chunks)
+    functions, sizes = {inner.name: inner.function}, {}
+    for count in sorted(set(times)):
+        symbols = {name: tirx.Var(name, "int64") for name in bounds}
+        types = [relax.TensorType([_dimension(d, symbols) for d in spec.shape], spec.dtype) for spec in specs]
+        sets = [[relax.Var(f"t{i}_{j}", ty) for j, ty in enumerate(types)] for i in range(count)]
+        step = _Step([var for one in sets for var in one])
+        step.places = {var: ("param", i) for i, var in enumerate(step.params)}
+        step.calls = [(inner, list(one)) for one in sets]
+        functions[f"step_{count}"] = _step_function(f"step_{count}", step, bounds, target)
+        sizes[count] = step.size
+    return functions, sizes
+
+
+def _dimension(dim: Dim, symbols: dict[str, Any]) -> Any:
+    """A dimension of a kernel's call: a number, a symbol, or ``b+1``."""
+    if isinstance(dim, int):
+        return dim
+    name, plus, more = dim.partition("+")
+    return symbols[name] + int(more) if plus else symbols[name]
 
 
 def _read(
@@ -141,9 +176,11 @@ def _scratch(kernel: TeamKernel, args: Sequence[relax.Expr], bounds: dict[str, i
     return [*offsets, size]
 
 
-def _step_function(
-    name: str, step: _Step, counters: int, slots: int, scratch: int, bounds: dict[str, int], target: Target
-) -> tirx.PrimFunc:
+def _step_function(name: str, step: _Step, bounds: dict[str, int], target: Target) -> tirx.PrimFunc:
+    """The function of a step, which then knows the size of its workspace."""
+    slots = 1 + sum(kernel.phases or 1 for kernel, _ in step.calls)
+    counters = step.take(slots * team.SLOT)
+    scratch = step.take(max((_scratch(kernel, args, bounds)[-1] for kernel, args in step.calls), default=0))
     builder = IRBuilder()
     with builder, T.prim_func(s_tir=True):
         T.func_name(name)

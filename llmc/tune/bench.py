@@ -5,7 +5,7 @@ Thin, like everything that a machine without a compiler runs: ``tvm_ffi`` and Nu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,23 @@ class Bench:
             worst = max(worst, error)
         return worst
 
-    def timers(self, kernel: Callable[..., Any]) -> list[Callable[[], float]]:
-        """For each size a function that gives the seconds of one call now."""
-        return [self.device.timer(kernel, case.sets) for case in self._cases]
+    @property
+    def repeats(self) -> list[int]:
+        """For each size, over how many copies of the inputs it is timed."""
+        return [len(case.sets) for case in self._cases]
+
+    def timers(
+        self, kernel: Callable[..., Any], steps: Mapping[int, Callable[..., Any]] | None = None
+    ) -> list[Callable[[], float]]:
+        """For each size a function that gives the seconds of one call now.
+
+        ``steps``: by the number of calls, a function that makes them all as a step of a model does. A call is timed as part of such
+        a step where there is one: alone it would begin with threads asleep.
+        """
+        return [self._timer(case, kernel, (steps or {}).get(len(case.sets))) for case in self._cases]
+
+    def _timer(self, case: _Case, kernel: Callable[..., Any], step: Callable[..., Any] | None) -> Callable[[], float]:
+        if step is None:
+            return self.device.timer(kernel, case.sets)  # type: ignore[no-any-return]
+        whole = self.device.timer(step, [[argument for one in case.sets for argument in one]])
+        return lambda: whole() / len(case.sets)

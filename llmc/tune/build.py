@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,10 @@ import tvm
 
 from llmc import targets
 from llmc.errors import UsageError
+from llmc.passes.choices import DEFAULT
+from llmc.passes.one_region import repeated
+from llmc.runtime.tensors import tensor, zeros
+from llmc.schedules.cpu import team
 from llmc.schedules.parts import build
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
@@ -32,9 +38,40 @@ def compile_kernels(functions: dict[str, Any], target: Target) -> Any:
     return targets.module_for(target).build_kernels(module, target)
 
 
-def compile_one(family: Any, call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
-    """One candidate as a function of the call's operands and its result."""
-    return compile_kernels({"candidate": build(family, call, target, config)}, target)["candidate"]
+@dataclass(frozen=True)
+class Candidate:
+    """``kernel``: a function of the call's operands and its result. ``steps``: by the number of calls, a function that makes so
+    many as a step of a model does, of the operands and results of all of them."""
+
+    kernel: Callable[..., Any]
+    steps: dict[int, Callable[..., Any]]
+
+
+def compile_one(
+    family: Any,
+    call: KernelCall,
+    target: Target,
+    config: dict[str, Any],
+    sizes: Sequence[dict[str, int]] = (),
+    repeats: Iterable[int] = (),
+) -> Candidate:
+    """One candidate. On a CPU whose steps are one parallel region it is what such a region calls, and there are steps of as many
+    calls as each of ``repeats``, for ``sizes`` at most."""
+    built = build(family, call, target, config)
+    if not team.has_team(target):
+        return Candidate(compile_kernels({"candidate": built}, target)["candidate"], {})
+    specs = (*call.args, call.result)
+    named = {d.partition("+")[0] for spec in specs for d in spec.shape if isinstance(d, str)}
+    bounds = {name: max(size[name] for size in sizes) for name in sorted(named)}
+    functions, workspaces = repeated(built, specs, [1, *repeats], bounds, target, call.phase == "decode", DEFAULT.chunks)
+    module = compile_kernels(functions, target)
+    steps = {count: _with_workspace(module[f"step_{count}"], size) for count, size in workspaces.items()}
+    return Candidate(steps[1], steps)
+
+
+def _with_workspace(step: Any, size: int) -> Callable[..., Any]:
+    workspace = tensor(zeros((size,), "uint8"), "uint8")
+    return lambda *tensors: step(*tensors, workspace)
 
 
 def export_kernels(functions: dict[str, Any], target: Target, path: Path) -> None:

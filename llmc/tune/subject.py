@@ -53,7 +53,7 @@ class Subject:
         self._folder = tempfile.TemporaryDirectory(prefix="llmc-tune-")
         self.folder = Path(self._folder.name)
         (self.folder / "weights").mkdir()
-        self._earlier = Earlier(self.folder / "weights")
+        self.earlier = Earlier(self.folder / "weights")
 
     @property
     def name(self) -> str:
@@ -78,7 +78,7 @@ class Subject:
         from llmc.compiler import imported_model, lower_model
 
         clock, settings = Clock(self.progress), self._settings(Records(), None)
-        graphs = self._earlier.graphs
+        graphs = self.earlier.graphs
         imported = imported_model(self._asked.source, self.target, settings, clock)
         graphs[_compute(self.target, settings)] = imported.copy()
         with clock.phase("passes") as phase:
@@ -92,7 +92,7 @@ class Subject:
         with ArtifactWriter(folder, force=True) as writer, explained(writer.out):
             settings, clock = self._settings(records, choices), Clock(SilentProgress())
             return assemble(
-                asked.name, asked.source, [self.target], settings, self.limits, records, None, clock, writer, self._earlier
+                asked.name, asked.source, [self.target], settings, self.limits, records, None, clock, writer, self.earlier
             ).manifest
 
     def _settings(self, records: Records, choices: Choices | None) -> Settings:

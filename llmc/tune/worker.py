@@ -89,7 +89,7 @@ class _Server:
         self.family, self.call = family_named(setup["family"], self.target), call_from_json(setup["call"])
         space = self.family.space(self.call, self.target)
         self.space = {setup["part"]: space[setup["part"]]} if setup["part"] else space
-        sizes = setup["sizes"]
+        self.sizes = sizes = setup["sizes"]
         arrays = [inputs.make(self.call, s) for s in sizes]
         wanted = [inputs.expected(self.family, self.call, s, a) for s, a in zip(sizes, arrays, strict=True)]
         self.device = open_device(self.target.kind)
@@ -112,9 +112,9 @@ class _Server:
         restored = restore(config_text(config), self.space)
         if restored is None:
             raise ValueError("the configuration is not in the family's space")
-        kernel = compile_one(self.family, self.call, self.target, restored)
-        error = self.bench.check(kernel)
-        self.timers.append(self.bench.timers(kernel))
+        made = compile_one(self.family, self.call, self.target, restored, self.sizes, self.bench.repeats)
+        error = self.bench.check(made.kernel)
+        self.timers.append(self.bench.timers(made.kernel, made.steps))
         return {"number": len(self.timers) - 1, "error": error}
 
 

@@ -10,9 +10,11 @@ positions, and each warp every ``warps``-th chunk of those. Keys and values go f
 
 :mod:`.kv_fragments` loads keys and values, and widens codes.
 
-The keys of the next chunk are requested when those of this one are consumed, then the values. Warps merge through shared memory,
-the blocks of a cluster through each other's (distributed shared memory): one launch, no workspace, no state between launches.
-Split softmax as in "Flash-Decoding" (Dao et al., 2023); fragment layouts: PTX ISA, "mma.m16n8k16".
+The keys of the next chunk are requested when those of this one are consumed, then the values. The first ones are on their way
+before ``griddepcontrol.wait``, but for the last chunk of a sequence: no other kernel of the step writes what was there before it,
+nor lengths and block table, and copies between two steps keep those apart. Warps merge through shared memory, the blocks of a
+cluster through each other's (distributed shared memory): one launch, no workspace, no state between launches. Split softmax as in
+"Flash-Decoding" (Dao et al., 2023); fragment layouts: PTX ISA, "mma.m16n8k16".
 
 The size of the clusters is chosen at launch from the number of sequences: few sequences are cut up to fill the GPU, many are not.
 How a sequence is cut therefore depends on its length and on the size of the batch, and the last bits of its row with it. Where
@@ -314,7 +316,6 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
         if dependent_launch:
             T.ptx.griddepcontrol.launch_dependents()
-            T.ptx.griddepcontrol.wait()
         length: T.int32 = lens[sequence]
         low: T.int32 = 0
         if window > 0:
@@ -333,11 +334,18 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             total[h] = T.float32(0)
         for i in T.unroll(halves * v_regs * 4):
             sums[i] = T.float32(0)
-        load_queries()
         if chunk < end:
             page = table[sequence, chunk // page_chunks]
-            load_keys(chunk, page)
-            load_values(chunk, page)
+        if dependent_launch:
+            if chunk < T.min(end, chunks - 1):
+                load_keys(chunk, page)
+                load_values(chunk, page)
+            T.ptx.griddepcontrol.wait()
+        load_queries()
+        if chunk < end:
+            if not dependent_launch or chunk == chunks - 1:
+                load_keys(chunk, page)
+                load_values(chunk, page)
             # The page of the next chunk is known before its keys are asked for.
             page = table[sequence, T.min(chunk + warps, chunks - 1) // page_chunks]
         while chunk < end:

@@ -2,7 +2,8 @@
 
 With hundreds of pairs of a sequence and a KV head the GPU is full without cutting them up, and a chunk of 16 positions is best
 fetched without registers: every warp has a ring of ``depth`` chunks in shared memory, which one of its lanes fills by TMA (128-byte
-swizzle) and all read by ``ldmatrix``. Nothing is shared between warps until the end, so none waits for another.
+swizzle) and all read by ``ldmatrix``. Nothing is shared between warps until the end, so none waits for another. It fills before
+``griddepcontrol.wait`` with what earlier steps wrote, all but the last chunk (see :mod:`.decode_attention`).
 
 - scores = q · kᵀ: A = the group's queries (16 rows), B = keys, 8 positions each.
 - resultᵀ += vᵀ · weightsᵀ: A = vᵀ by transposing ``ldmatrix``, B = the weights, whose fragment is the accumulator's layout.
@@ -112,7 +113,6 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
         T.cuda.warp_sync()
         if dependent_launch:
             T.ptx.griddepcontrol.launch_dependents()
-            T.ptx.griddepcontrol.wait()
 
         q_regs = T.alloc_local((halves * steps * 2,), "uint32")
         sums = T.alloc_local((halves * steps * 4,), "float32")
@@ -247,8 +247,14 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
         asked[0] = 0
         look_up(0, 0)
         look_up(1, 32)
+        if dependent_launch:
+            for s in T.unroll(stages):
+                if first + asked[0] * parts < last:
+                    fetch(s)
+            T.ptx.griddepcontrol.wait()
         for s in T.unroll(stages):
-            fetch(s)
+            if asked[0] == s:
+                fetch(s)
         for h in T.unroll(halves):
             top[h] = T.float32(MASKED)
             total[h] = T.float32(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ from llmc.schedules.cuda import decode_attention, decode_ring
 from llmc.targets import cuda
 from tests.kernels.harness import paged_arrays
 from tests.kernels_cuda.emulated import call, check
+from tests.support.cuda_emulator import source
 
 TARGET = cuda.parse("cuda:sm_90a")
 SMALL = [name for name in decode_attention.SHAPES if name != "heads_32x8_128"]
@@ -23,6 +25,21 @@ def test_reference(name: str) -> None:
     arrays, symbols = paged_arrays(case, [211, 1, 48], [1, 1, 1], seed=5)
     result = call(decode_attention, case, TARGET, arrays, symbols, {"split": 2, "warps": 4, "least": 2, "many": 0})
     check(decode_attention, case, result, decode_attention.reference(case, *arrays))
+
+
+def test_what_is_read_before_the_wait() -> None:
+    """Lengths, block table and keys, but no query; in the kernels for many sequences a box of them is under way."""
+    case = decode_attention.SHAPES["heads_32x8_128"]
+    config = {axis: values[0] for axis, values in decode_attention.space(case, TARGET).items()}
+    kernels = re.findall(
+        r'extern "C" __global__[^;{]*\{\n(.*?)\n}', source(decode_attention.build(case, TARGET, config), TARGET), re.S
+    )
+    assert len(kernels) == 4
+    for body in kernels:
+        before, after = body.split("ptx_griddepcontrol_wait();")
+        assert "lens_ptr" in before and "table_ptr" in before and "lens_ptr" not in after
+        assert "q_ptr" not in before and "q_ptr" in after and "out_ptr" not in before
+        assert ("pages_ptr" in before and "pages_ptr" in after) or ("bulk_tensor" in before and "bulk_tensor" in after)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).parent))
 from cuda_smoke import Runner, fill_weights
 
@@ -75,14 +77,16 @@ def main() -> None:
         report(f"decode, batch {batch}", lambda r=runner, s=sequences: r.step(*((x, 1, 1) for x in s)), args.steps)  # type: ignore[misc]
         runner.executor.close()
     runner = Runner(args.artifact, True, 4096)
-    rows = min(args.rows, runner.manifest.limits.max_rows)
+    most = runner.manifest.limits.max_rows
+    text = np.random.default_rng(0).integers(0, runner.manifest.model.vocab_size, args.rows).tolist()
 
     def prefill() -> None:
-        sequence = runner.sequence([1] * rows)
-        runner.step((sequence, rows, 1))
+        sequence = runner.sequence(text)
+        for done in range(0, args.rows, most):
+            runner.step((sequence, min(most, args.rows - done), 1))
         sequence.table.release()
 
-    report(f"prefill of {rows} tokens", prefill, 4)
+    report(f"prefill of {args.rows} tokens", prefill, 4)
     runner.executor.close()
 
 

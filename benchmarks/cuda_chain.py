@@ -15,7 +15,7 @@ import argparse
 import json
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,10 +53,15 @@ MODELS = {"8b": Model(4096, 14336, 32, 8, 128), "1b": Model(2048, 8192, 32, 8, 6
 
 @dataclass(frozen=True)
 class Linears:
-    """``families``: the first that takes a linear builds it; ``norm``: whether qkv, gate and up take their norm themselves."""
+    """``families``: the first that takes a linear builds it; ``norm``: whether qkv, gate and up take their norm themselves.
+
+    ``roles``: other families for some of the linears; ``settings``: what differs from the first family's default configuration.
+    """
 
     families: tuple[str, ...]
     norm: bool = False
+    roles: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 DENSE = {
@@ -66,8 +71,23 @@ DENSE = {
     "ring, norm inside": Linears(("ring_gemv", "gemv"), True),
 }
 QUANTIZED = {"gemv": Linears(("quantized_gemv",)), "gemv, norm inside": Linears(("quantized_gemv",), True)}
+STREAMED = ("quantized_ring", "quantized_gemv")
+BYTES = {
+    **QUANTIZED,
+    "ring": Linears(STREAMED),
+    "ring, norm inside": Linears(STREAMED, True),
+    "ring of 16 warps, norm inside": Linears(STREAMED, True, settings={"split": [16, 1]}),
+    "ring of two rows, norm inside": Linears(STREAMED, True, settings={"columns": 2}),
+    "ring of two rows and 16 warps, norm inside": Linears(STREAMED, True, settings={"split": [16, 1], "columns": 2}),
+    "ring of larger boxes, norm inside": Linears(STREAMED, True, settings={"split": [8, 2]}),
+    "ring of 4 warps, norm inside": Linears(STREAMED, True, settings={"split": [4, 2]}),
+    "ring of 160 KB, norm inside": Linears(STREAMED, True, settings={"ring": 160 << 10}),
+    "ring of 96 KB, norm inside": Linears(STREAMED, True, settings={"ring": 96 << 10}),
+    "ring but for o, norm inside": Linears(STREAMED, True, roles={"o": ("quantized_gemv",)}),
+    "ring but for o and qkv, norm inside": Linears(STREAMED, True, roles=dict.fromkeys(("o", "qkv"), ("quantized_gemv",))),
+}
 SETS: dict[str, dict[str, Linears]] = {
-    "8b-bf16": DENSE, "1b-bf16": DENSE, "8b-int8": QUANTIZED, "8b-fp8_e4m3": QUANTIZED, "8b-int4_g128": QUANTIZED,
+    "8b-bf16": DENSE, "1b-bf16": DENSE, "8b-int8": BYTES, "8b-fp8_e4m3": BYTES, "8b-int4_g128": QUANTIZED,
     "1b-int4_g128": QUANTIZED,
 }  # fmt: skip
 """Model and weights -> label -> kernels of the linears."""
@@ -97,13 +117,16 @@ def build(folder: Path, only: list[str]) -> None:
     functions: dict[str, Any] = {}
     cases: dict[str, dict[str, Any]] = {}
 
-    built: dict[tuple[str, Any, bool], str] = {}
+    built: dict[tuple[str, Any, bool, str], str] = {}
 
-    def add(family: Any, call: Any, norm: bool = False) -> str:
-        """The name of the kernel in the default configuration."""
-        key = family.NAME, call, norm
+    def add(family: Any, call: Any, norm: bool = False, settings: dict[str, Any] | None = None) -> str:
+        """The name of the kernel in the default configuration, changed by ``settings`` if it has such a split."""
+        key = family.NAME, call, norm, str(settings)
         if key not in built:
-            config = {axis: values[0] for axis, values in family.space(call, target).items()}
+            space, changes = family.space(call, target), settings or {}
+            if "split" not in changes or changes["split"] in space["split"]:
+                space = {**space, **{axis: [value] for axis, value in changes.items()}}
+            config = {axis: values[0] for axis, values in space.items()}
             name = built[key] = f"kernel_{len(functions)}"
             functions[name] = family.build(normed(call) if norm else call, target, config).with_attr("global_symbol", name)
         return built[key]
@@ -129,11 +152,13 @@ def build(folder: Path, only: list[str]) -> None:
             "attend": add(decode_attention, decode_attention._call(model.heads, model.kv_heads, model.d, page_size=PAGE)),
         }
         for label, how in sets.items():
-            families = [importlib.import_module(f"llmc.schedules.cuda.{name}") for name in how.families]
-            linears = {
-                role: add(next(f for f in families if f.matches(call, target)), call, how.norm and role in NORMED)
-                for role, call in calls.items()
-            }
+            linears = {}
+            for role, call in calls.items():
+                names = how.roles.get(role, how.families)
+                families = [importlib.import_module(f"llmc.schedules.cuda.{name}") for name in names]
+                family = next(f for f in families if f.matches(call, target))
+                settings = how.settings if names[0] == how.families[0] and family is families[0] else {}
+                linears[role] = add(family, call, how.norm and role in NORMED, settings)
             others = {role: name for role, name in small.items() if not (how.norm and role == "norm")}
             cases[subject]["sets"][label] = others | linears
     cuda_tools.prepare()

@@ -1,12 +1,12 @@
 """``llmc.norm_linear`` on sm_90a for every number of rows: the linear's kernels, those for few rows with the norm inside.
 
-==============  ===================================  ==============================================================
-rows            kernels                              why
-==============  ===================================  ==============================================================
-1-8             the linear's, with the norm inside   a launch less (:mod:`.input_norm`)
-1-2, quantized  the linear's, with the norm inside   the same, where every block adds up the squares of all rows
-others          ``row_norm``, then the linear's      wgmma reads x as it lies in memory
-==============  ===================================  ==============================================================
+==================  ===================================  ==========================================================
+rows                kernels                              why
+==================  ===================================  ==========================================================
+1-8                 the linear's, with the norm inside   a launch less (:mod:`.input_norm`)
+1-2, quantized      the linear's, with the norm inside   the same; ``quantized_gemv`` adds up squares block by block
+others              ``row_norm``, then the linear's      wgmma reads x as it lies in memory
+==================  ===================================  ==========================================================
 
 Configurations are those of :mod:`.linear_hopper` or :mod:`.quantized_hopper`, and so are the records that say which is best.
 """
@@ -28,11 +28,11 @@ from llmc.targets.base import Target
 
 NAME = "cuda.norm_linear"
 OP = input_norm.OP
-INSIDE = "1-8"
-"""The range whose kernels take the norm."""
+INSIDE = {"ring_gemv": 8, "gemv": 8, "ring": 8}
+"""Kernels that take the norm -> most rows for which they do."""
 
 FEW = 2
-"""Most rows for which quantized kernels do."""
+"""Most rows for which ``quantized_gemv`` does."""
 
 SHAPES: dict[str, KernelCall] = {
     "qkv_6144x4096": normed(linear_call.sample(6144, 4096, phase="decode")),
@@ -40,6 +40,7 @@ SHAPES: dict[str, KernelCall] = {
     "gated_144x264_f16": normed(linear_call.sample(144, 264, "float16", activation="silu_gated", phase="decode")),
     "gate_up_28672x4096_int4": normed(make(28672, 4096, "int4_g128", activation="silu_gated")),
     "edges_136x328_int8": normed(make(136, 328, "int8", bias=1, residual=1)),
+    "gate_up_28672x4096_int8": normed(make(28672, 4096, "int8", activation="silu_gated")),
 }
 
 
@@ -53,8 +54,7 @@ def matches(call: KernelCall, target: Target) -> str | None:
         return None
     family, linear = measured_as(call)
     why: str | None = family.matches(linear, target)
-    most = FEW if call.attr("scheme") else family.BUCKETS[INSIDE]
-    return None if why is None else f"the norm inside the kernel for up to {most} rows, before it for more; {why}"
+    return None if why is None else f"the norm inside the kernels for few rows, before those for more; {why}"
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
@@ -73,11 +73,25 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             return of_range.build(call, target, chosen)
         return _norm_first(call, of_range.build(linear, target, chosen), bool(chosen["dependent_launch"]))
 
+    ranges: dict[str, int | None] = {}
+    chosen: dict[str, Any] = {"dependent_launch": config["dependent_launch"]}
+    before = 0
+    for axis, most in family.BUCKETS.items():
+        inside = _most_inside(linear, config[axis])
+        if inside > before:
+            few = inside if most is None else min(inside, most)
+            ranges[f"{axis}, norm"], chosen[f"{axis}, norm"] = few, {**config[axis], "norm": True}
+        if most is None or inside < most:
+            ranges[axis], chosen[axis] = most, config[axis]
+        before = most or before
     o, k = (linear.attr("o"), linear.attr("k")) if linear.attr("scheme") else linear.args[1].shape
-    inside = {**config[INSIDE], "norm": True}
-    if call.attr("scheme"):
-        return for_rows(f"norm_linear_{o}x{k}", {"few": FEW, **family.BUCKETS}, {**config, "few": inside}, kernel)
-    return for_rows(f"norm_linear_{o}x{k}", family.BUCKETS, {**config, INSIDE: inside}, kernel)
+    return for_rows(f"norm_linear_{o}x{k}", ranges, chosen, kernel)
+
+
+def _most_inside(linear: KernelCall, chosen: dict[str, Any]) -> int:
+    """Rows up to which a configuration's kernel takes the norm; 0: it does not."""
+    name = chosen["kernel"]
+    return FEW if name == "gemv" and linear.attr("scheme") else INSIDE.get(name, 0)
 
 
 def _norm_first(call: KernelCall, linear: Any, dependent_launch: bool) -> Any:

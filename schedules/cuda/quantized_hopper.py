@@ -3,7 +3,8 @@
 =============  ===================  =========================================================================
 rows           kernel               why
 =============  ===================  =========================================================================
-1-8, 9-16      ``quantized_gemv``   mma with the weights as the wide operand; k split over warps
+1-8            ``quantized_ring``   mma with the weights as the wide operand, where there are many of them
+1-8, 9-16      ``quantized_gemv``   the same with more, smaller blocks
 more           ``quantized_gemm``   wgmma over tiles as wide as there are rows; k split over a cluster
 =============  ===================  =========================================================================
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmc.schedules.cuda import quantized_gemm, quantized_gemv
+from llmc.schedules.cuda import quantized_gemm, quantized_gemv, quantized_ring
 from llmc.schedules.cuda import range_candidates as tried
 from llmc.schedules.cuda.host_choice import for_rows
 from llmc.schedules.gpu import quantized_call
@@ -26,7 +27,7 @@ from llmc.targets.base import Target
 
 NAME = "cuda.quantized_hopper"
 OP = quantized_call.OP
-KERNELS = {"gemv": quantized_gemv, "gemm": quantized_gemm}
+KERNELS = {"gemv": quantized_gemv, "ring": quantized_ring, "gemm": quantized_gemm}
 BUCKETS = {"1-8": 8, "9-16": 16, "17-32": 32, "33-64": 64, "65-128": 128, "129-512": 512, "513-": None}
 """An axis of the configuration -> the most rows that its kernel runs for."""
 
@@ -58,7 +59,8 @@ def candidates(call: KernelCall, rows: str) -> list[dict[str, Any]]:
     most = BUCKETS[rows]
     match rows:
         case "1-8":
-            return tried.quantized_gemvs(call, 8)
+            streams, rings = tried.quantized_gemvs(call, 8), tried.quantized_rings(call, 8)
+            return rings + streams if quantized_ring.pays(call) else streams + rings
         case "9-16":
             return tried.quantized_gemvs(call, 16) + tried.quantized_gemms(call, 16)
         case "17-32":

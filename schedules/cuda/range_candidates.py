@@ -9,7 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from llmc.schedules.cuda import gemm_hopper, gemm_split, gemv, linear_call, quantized_gemm, quantized_gemv, ring_gemv
+from llmc.schedules.cuda import (
+    gemm_hopper,
+    gemm_split,
+    gemv,
+    linear_call,
+    quantized_gemm,
+    quantized_gemv,
+    quantized_ring,
+    ring_gemv,
+)
 from llmc.schedules.gpu import layout_mma, quantized_call
 from llmc.schedules.protocol import KernelCall
 
@@ -30,6 +39,7 @@ CODE_REGISTERS = 64
 """Most registers of a lane of :mod:`.quantized_gemv` for codes in flight."""
 
 RINGS = (ring_gemv.RING_BYTES, 160 << 10)
+QUANTIZED_RINGS = (ring_gemv.RING_BYTES, 96 << 10)
 SPLIT_TILES = (
     (128, 16, 2), (128, 16, 1), (64, 16, 2), (128, 32, 2), (128, 32, 1), (64, 32, 2), (256, 32, 1), (128, 64, 2), (128, 64, 1),
     (64, 64, 2), (256, 64, 1), (128, 128, 1), (128, 128, 2), (64, 128, 2), (256, 128, 1), (128, 256, 1),
@@ -109,6 +119,17 @@ def quantized_gemvs(call: KernelCall, columns: int) -> list[Config]:
     return [
         {"kernel": "gemv", "warps": warps, "tiles": tiles, "depth": depth, "columns": columns, "min_blocks": blocks}
         for warps, tiles, depth, blocks in found
+    ]
+
+
+def quantized_rings(call: KernelCall, columns: int) -> list[Config]:
+    """:mod:`.quantized_ring`, its default first; none if it does not take the call."""
+    if quantized_ring.most_rows(call) < columns:
+        return []
+    return [
+        {"kernel": "ring", "split": list(split), "columns": columns, "ring": ring}
+        for ring in QUANTIZED_RINGS
+        for split in quantized_ring.splits(call, columns)
     ]
 
 

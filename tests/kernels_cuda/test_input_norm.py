@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llmc.dialect.norm import rms_norm_reference
-from llmc.schedules.cuda import gemv, input_norm, linear_call, quantized_gemv, ring_gemv
+from llmc.schedules.cuda import gemv, input_norm, linear_call, quantized_gemv, quantized_ring, ring_gemv
 from llmc.schedules.gpu.quantized_call import make
 from llmc.schedules.protocol import KernelCall
 from llmc.targets import cuda
@@ -43,6 +43,8 @@ def emulate(family: Any, case: KernelCall, config: dict[str, Any], arrays: list[
         (ring_gemv, linear_call.sample(48, 1344, bias=1), 3, {}),
         (ring_gemv, linear_call.sample(2600, 128, residual=1), 2, {}),
         (ring_gemv, linear_call.sample(96, 320, activation="gelu_gated"), 11, {"split": [4, 1], "ring": 24 << 10}),
+        (quantized_ring, make(48, 1360, "fp8_e4m3", bias=1), 3, {}),
+        (quantized_ring, make(96, 640, "int8", activation="gelu_gated"), 11, {"split": [4, 1], "ring": 40 << 10}),
         (quantized_gemv, make(48, 1360, "int4_g64", bias=1), 3, {}),
         (quantized_gemv, make(33, 352, "q4_1", residual=1), 8, {"warps": 1}),
         (quantized_gemv, make(64, 136, "int8", "float16", activation="silu_gated"), 9, {"columns": 16}),

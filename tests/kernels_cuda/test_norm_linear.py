@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,6 +45,19 @@ def test_every_number_of_rows(name: str, n: int) -> None:
     arrays = arrays_of(case, n)
     result = call(family, case, TARGET, arrays, {"n": n})
     check(family, case, result, family.reference(case, *arrays), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("scheme", "chosen", "most"),
+    [
+        ("", {"kernel": "ring_gemv"}, 8), ("", {"kernel": "gemv"}, 8), ("", {"kernel": "gemm_hopper"}, 0),
+        ("", {"kernel": "gemm_split"}, 0),
+        ("int8", {"kernel": "ring"}, 8), ("int8", {"kernel": "gemv"}, 2), ("int8", {"kernel": "gemm"}, 0),
+    ],
+)  # fmt: skip
+def test_which_kernels_take_the_norm(scheme: str, chosen: dict[str, Any], most: int) -> None:
+    linear = make(64, 128, scheme) if scheme else linear_call.sample(64, 128)
+    assert family._most_inside(linear, chosen) == most
 
 
 @pytest.mark.parametrize(("k", "dtype"), [(72, "float16"), (4104, "bfloat16"), (8, "bfloat16")])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from llmc.schedules.cuda import quantized_gemm, quantized_gemv
+from llmc.schedules.cuda import quantized_gemm, quantized_gemv, quantized_ring
 from llmc.schedules.cuda import quantized_hopper as family
 from llmc.schedules.gpu.quantized_call import make
 from llmc.targets import cuda
@@ -36,6 +36,25 @@ def test_the_choice_follows_the_configuration() -> None:
     own = {axis: value for axis, value in chosen.items() if axis != "kernel"}
     ours = call(family, case, TARGET, arrays, {"n": 5}, {"1-8": chosen})
     assert np.array_equal(ours.view(np.uint16), call(quantized_gemm, case, TARGET, arrays, {"n": 5}, own).view(np.uint16))
+
+
+def test_a_ring_where_there_are_many_codes() -> None:
+    """First choice between two sizes, if 8 rows of x fit; a kernel of its own to the last bit."""
+    large = [
+        (28672, 4096, "fp8_e4m3"),
+        (128256, 4096, "int8"),
+        (4096, 14336, "int8"),
+        (4096, 4096, "int8"),
+        (28672, 4096, "int4_g128"),
+    ]
+    first = [family.candidates(make(o, k, scheme), "1-8")[0]["kernel"] for o, k, scheme in large]
+    assert first == ["ring", "gemv", "gemv", "gemv", "gemv"]
+    case = family.SHAPES["gated_160x264_int8_f16"]
+    arrays = operands(case, 5, seed=3)
+    chosen = next(c for c in family.candidates(case, "1-8") if c["kernel"] == "ring")
+    own = {axis: value for axis, value in chosen.items() if axis != "kernel"}
+    ours = call(family, case, TARGET, arrays, {"n": 5}, {"1-8": chosen})
+    assert np.array_equal(ours.view(np.uint16), call(quantized_ring, case, TARGET, arrays, {"n": 5}, own).view(np.uint16))
 
 
 @pytest.mark.parametrize(("o", "k"), [(64, 64), (4096, 4096), (28672, 4096), (128256, 2048), (32, 8)])

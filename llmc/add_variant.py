@@ -13,7 +13,7 @@ from pathlib import Path
 
 from llmc import manifest, targets
 from llmc.artifact import ArtifactWriter, explained, link_files
-from llmc.compiler import CompileReport, build_variants, stream_weights, tuning_records
+from llmc.compiler import CompileReport, build_variants, calibrated, stream_weights, tuning_records
 from llmc.errors import ArtifactError, UsageError
 from llmc.extras import require
 from llmc.importer.resolve import resolve
@@ -71,8 +71,9 @@ def add(
         kept = [name for name in old.files if name not in (_REPORT, SBOM)]
         link_files(folder, writer.root, kept)
         records_used = tuning_records(records)
-        built = build_variants(source, chosen, settings_from(old), old.limits, records_used, None, clock, weights, writer.root)
-        written = stream_weights(weights, clock, writer, 1 + len({t.file for t in old.tensors.values()}))
+        with calibrated(settings_from(old), source, None, clock.progress) as settings:
+            built = build_variants(source, chosen, settings, old.limits, records_used, None, clock, weights, writer.root)
+            written = stream_weights(weights, clock, writer, 1 + len({t.file for t in old.tensors.values()}))
         contents = Manifest(
             llmc=old.llmc,
             tvm=old.tvm,

@@ -45,16 +45,17 @@ def options_of(way: str) -> dict[str, Any]:
     name, colon, method = way.partition(":")
     if colon and method not in METHODS:
         raise UsageError(f"--compare {way}: there is no method {method!r}: choose one of {', '.join(METHODS)}")
-    method = method or ROUND_TO_NEAREST
+    checked = method or ROUND_TO_NEAREST
+    named = {"method": method} if method else {}
     if name == NATIVE:
-        QuantOptions(native=True, method=method)
+        QuantOptions(native=True, method=checked)
         return {"dtype": None, "quant": None}
     if budget := _BUDGET.fullmatch(name):
         target = float(budget[1])
-        QuantOptions(target_bpw=target, method=method)
-        return {"target_bpw": target, "method": method}
-    QuantOptions(name, method=method)
-    return {"quant": name, "method": method} if name != NONE else {"quant": NONE, "dtype": "float32"}
+        QuantOptions(target_bpw=target, method=checked)
+        return {"target_bpw": target, **named}
+    QuantOptions(name, method=checked)
+    return {"quant": name, **named} if name != NONE else {"quant": NONE, "dtype": "float32"}
 
 
 def compare(

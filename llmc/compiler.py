@@ -19,6 +19,7 @@ from llmc.importer.resolve import resolve
 from llmc.importer.source import ModelSource, TokenizerInfo
 from llmc.manifest import KernelChoice, Limits, Manifest, ModelInfo, TokenizerFiles, Variant
 from llmc.passes.choices import Choices
+from llmc.passes.quantize.options import ROUND_TO_NEAREST, SMOOTHQUANT
 from llmc.passes.quantize.report import Row, Stored, rows
 from llmc.paths import records_folder
 from llmc.progress import Clock, Phase, Progress, SilentProgress
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
     from llmc.variants import Earlier, SharedWeights
     from llmc.weights_file import Written
 
-CALIBRATION_WINDOW, CALIBRATION_WINDOWS = 512, 32
-"""Tokens of one window of calibration text, and how many windows are taken, spread over the text."""
+CALIBRATION_WINDOW, CALIBRATION_WINDOWS, SMOOTHING_WINDOWS = 512, 32, 2
+"""Tokens of one window of calibration text, and how many windows are taken, spread over the text: few to see how large each channel
+of activations is, which hardly depends on the text."""
 
 
 @dataclass
@@ -71,7 +73,7 @@ def compile(
     kv_dtype: str | None = None,
     quant: str | None = None,
     keep: Sequence[str] = (),
-    method: str = "rtn",
+    method: str | None = None,
     target_bpw: float | None = None,
     calibration: Path | str | None = None,
     context: int | None = None,
@@ -85,18 +87,19 @@ def compile(
 ) -> CompileReport:
     """Compile ``model`` (a folder, a .gguf file, a known name or a hub id) for ``target`` into the folder ``out``.
 
-    Several targets (``["cpu:x86-64-v3", "cuda:sm_80,sm_90a"]``) make variants of one artifact, which share the weights; the loader
-    takes the one that suits its machine best. ``dtype``: how matrices are stored (float32, bfloat16 or float16; None: as the
-    checkpoint has them, quantized ones included); sums are always float32. ``kv_dtype``: the same for the KV cache, or a scheme it
-    is quantized by: int8, fp8_e4m3 or int4, see :mod:`llmc.kv_layout` (None: as ``dtype``). ``quant``: a scheme that matrices are
-    rounded to (``"int4"``, ``"int8"``, ...: see :mod:`llmc.passes.quantize.scheme`); ``keep``: exceptions ``"NAME=SCHEME"`` with a
-    regular expression for names and a scheme or ``none``. ``method``: how matrices are rounded: ``"rtn"`` to the nearest code,
-    ``"awq"`` or ``"gptq"`` by what their layers see of the text in the file ``calibration`` (None: a text in the public domain that
-    comes with llmc). ``target_bpw``: bits per weight of the whole model, in the place of ``quant``. ``context``: the most positions
-    a sequence may have (None: what the model was trained for). ``max_batch``: sequences in one decode step. ``page_size``:
-    positions of one KV page (None: as ``choices`` has it). ``records``: a folder of tuning records to use beside llmc's own and
-    those in the cache. ``choices``: what is fused, and the page size (None: as ``llmc tune`` measured for such models, else
-    the defaults). ``dump_ir``: a folder for the IR after every pass.
+    Several targets (``["cpu:x86-64-v3", "cuda:sm_80,sm_90a"]``) make variants of one artifact, which share the weights; the
+    loader takes the one that suits its machine best. ``dtype``: how matrices are stored (float32, bfloat16 or float16; None: as
+    the checkpoint has them, quantized ones included); sums are always float32. ``kv_dtype``: the same for the KV cache, or a
+    scheme it is quantized by: int8, fp8_e4m3 or int4, see :mod:`llmc.kv_layout` (None: as ``dtype``). ``quant``: a scheme that
+    matrices are rounded to (``"int4"``, ``"int8"``, ...: see :mod:`llmc.passes.quantize.scheme`); ``keep``: exceptions
+    ``"NAME=SCHEME"`` with a regular expression for names and a scheme or ``none``. ``method``: how matrices are rounded:
+    ``"rtn"`` to the nearest code, ``"awq"``, ``"gptq"`` or ``"smoothquant"`` by what their layers see of the text in the file
+    ``calibration`` (None: a text in the public domain that comes with llmc); None: ``"rtn"``, but ``"smoothquant"`` for
+    integers of 8 bits on a CPU. ``target_bpw``: bits per weight of the whole model, in the place of ``quant``. ``context``: the
+    most positions a sequence may have (None: what the model was trained for). ``max_batch``: sequences in one decode step.
+    ``page_size``: positions of one KV page (None: as ``choices`` has it). ``records``: a folder of tuning records to use beside
+    llmc's own and those in the cache. ``choices``: what is fused, and the page size (None: as ``llmc tune`` measured for
+    such models, else the defaults). ``dump_ir``: a folder for the IR after every pass.
 
     Raises an :class:`llmc.errors.LlmcError`; ``out`` is then as it was before.
     """
@@ -108,9 +111,9 @@ def compile(
         with clock.phase("model") as phase:
             source = resolve(model, progress=phase.callback())
         known = tuning_records(records)
-        settings = settings_of(source, dtype, kv_dtype, quant, keep, context, max_batch, method, target_bpw)
+        settings = settings_of(source, dtype, kv_dtype, quant, keep, context, max_batch, method, target_bpw, chosen)
         settings = with_choices(settings, source, chosen, known, choices, page_size)
-        with _calibrated(settings, source, calibration) as settings:
+        with calibrated(settings, source, calibration, clock.progress, optional=method is None) as settings:
             return assemble(model, source, chosen, settings, limits_of(settings, chosen), known, dump_ir, clock, writer)
 
 
@@ -139,7 +142,7 @@ def kernels(
         source = resolve(model, progress=phase.callback())
     with clock.phase("load compiler"):
         from llmc.schedules.lookup import Records
-    settings = settings_of(source, dtype, kv_dtype, quant, keep, context, max_batch)
+    settings = settings_of(source, dtype, kv_dtype, quant, keep, context, max_batch, ROUND_TO_NEAREST)
     settings = with_choices(settings, source, [chosen], Records(), None, page_size)
     imported = imported_model(source, chosen, settings, clock)
     with clock.phase("passes") as phase:
@@ -254,9 +257,15 @@ def stream_weights(weights: SharedWeights, clock: Clock, writer: ArtifactWriter,
 
 
 @contextmanager
-def _calibrated(settings: Settings, source: ModelSource, text: Path | str | None) -> Iterator[Settings]:
-    """The settings with windows of the calibration text and a folder for what is made of it, if their method needs that."""
-    if not settings.quantization.calibrated:
+def calibrated(
+    settings: Settings, source: ModelSource, text: Path | str | None, progress: Progress, *, optional: bool = False
+) -> Iterator[Settings]:
+    """The settings with windows of the calibration text and a folder for what is made of it, if their method needs that.
+
+    ``optional``: matrices are rounded to nearest, with a note, if the model has no tokenizer to read the text with.
+    """
+    asked = settings.quantization
+    if not asked.calibrated:
         if text is not None:
             raise UsageError(f"nothing reads the calibration text {text} with --method rtn and no --target-bpw")
         yield settings
@@ -270,6 +279,10 @@ def _calibrated(settings: Settings, source: ModelSource, text: Path | str | None
     content = read_text(CALIBRATION if text is None else Path(text))
     with tempfile.TemporaryDirectory(prefix="llmc-") as folder:
         files = _write_tokenizer(source, Path(folder))
+        if files is None and optional and asked.target_bpw is None and text is None:
+            progress.note(f"{source.name} has no tokenizer, so no text says how large its activations are: --method rtn it is")
+            yield replace(settings, quantization=replace(asked, method=ROUND_TO_NEAREST))
+            return
         if files is None:
             raise UsageError(f"{source.name} has no tokenizer, so no calibration text can be read: use --quant with --method rtn")
         ids = Tokenizer(Path(folder), files).encode(content)
@@ -279,8 +292,8 @@ def _calibrated(settings: Settings, source: ModelSource, text: Path | str | None
             raise UsageError(
                 f"the calibration text {text} has {len(ids)} tokens, and {length} are read at a time: give a longer one"
             )
-        cut = windows(ids, length, CALIBRATION_WINDOWS, bos)
-        yield replace(settings, calibration=Calibration(np.array(cut), Path(folder)))
+        cut = windows(ids, length, SMOOTHING_WINDOWS if asked.method == SMOOTHQUANT else CALIBRATION_WINDOWS, bos)
+        yield replace(settings, calibration=Calibration(np.array(cut), Path(folder), own=text is None))
 
 
 def imported_model(source: ModelSource, target: Target, settings: Settings, clock: Clock) -> ImportedModel:

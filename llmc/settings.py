@@ -12,7 +12,8 @@ from llmc.importer.source import ModelSource
 from llmc.kv_layout import KV_DTYPES
 from llmc.manifest import Limits, Manifest
 from llmc.passes.choices import DEFAULT, Choices, find, model_call
-from llmc.passes.quantize.options import NATIVE, NONE, ROUND_TO_NEAREST, QuantOptions
+from llmc.passes.quantize.options import NATIVE, NONE, ROUND_TO_NEAREST, SMOOTHQUANT, QuantOptions
+from llmc.passes.quantize.scheme import scheme
 from llmc.targets.base import Target
 
 if TYPE_CHECKING:
@@ -85,18 +86,31 @@ def settings_of(
     keep: Sequence[str],
     context: int | None,
     max_batch: int,
-    method: str = ROUND_TO_NEAREST,
+    method: str | None = None,
     target_bpw: float | None = None,
+    chosen: Sequence[Target] = (),
 ) -> Settings:
-    """The options of :func:`llmc.compile` by the same names. Raises UsageError for one that means nothing."""
+    """The options of :func:`llmc.compile` by the same names; ``chosen``: its targets, which decide on the method if none is named.
+    Raises UsageError for one that means nothing."""
     storage = dtype or source.dtype
     if storage not in STORAGE_DTYPES:
         raise UsageError(f"unknown dtype {storage!r}: choose one of {', '.join(STORAGE_DTYPES)}")
     if kv_dtype is not None and kv_dtype not in KV_DTYPES:
         raise UsageError(f"unknown dtype {kv_dtype!r} for the KV cache: choose one of {', '.join(KV_DTYPES)}")
     trained = default_context(source.config.get_text_config())
-    quantization = QuantOptions(quant, tuple(keep), native=dtype is None, method=method, target_bpw=target_bpw)
+    quantization = QuantOptions(
+        quant, tuple(keep), native=dtype is None, method=method or default_method(quant, chosen), target_bpw=target_bpw
+    )
     return Settings(storage, kv_dtype or storage, quantization, context or trained, max_batch, DEFAULT.page_size)
+
+
+def default_method(quant: str | None, chosen: Sequence[Target]) -> str:
+    """Rounding to nearest; but SmoothQuant first where a CPU is to run weights of 8 bits: it rounds their inputs to 8 bits, too."""
+    if quant not in (None, NONE, NATIVE) and any(target.kind == "cpu" for target in chosen):
+        how = scheme(quant)
+        if how.kind == "int" and how.bits == 8:
+            return SMOOTHQUANT
+    return ROUND_TO_NEAREST
 
 
 def whole_model_of(model: str, **compiling: Any) -> KernelCall:
@@ -110,8 +124,8 @@ def whole_model(source: ModelSource, settings: Settings) -> KernelCall:
     """What records of the model as a whole are kept under."""
     config = source.config.get_text_config()
     hidden, vocab, layers = (int(getattr(config, n, None) or 0) for n in ("hidden_size", "vocab_size", "num_hidden_layers"))
-    scheme = settings.quantization.default
-    return model_call(hidden, vocab, layers, settings.storage_dtype if scheme == NONE else scheme)
+    stored = settings.quantization.default
+    return model_call(hidden, vocab, layers, settings.storage_dtype if stored == NONE else stored)
 
 
 def with_choices(
@@ -139,6 +153,8 @@ def with_choices(
 def described(settings: Settings) -> dict[str, Any]:
     """The options as a manifest has them; :func:`settings_from` reads them back."""
     options = {"dtype": settings.storage_dtype, "kv_dtype": settings.kv_dtype, **settings.quantization.described()}
+    if settings.calibration is not None and not settings.calibration.own:
+        options["calibration"] = "a text of the user's"
     if settings.choices != "default":
         options["choices"] = settings.choices
     if settings.unfused != DEFAULT.unfused:
@@ -149,14 +165,20 @@ def described(settings: Settings) -> dict[str, Any]:
 
 
 def settings_from(m: Manifest) -> Settings:
-    """The options of the compile that made an artifact. Raises UsageError for one whose weights depend on a text."""
-    if "method" in m.options:
+    """The options of the compile that made an artifact. Raises UsageError for one whose weights depend on a text of the user's."""
+    if "calibration" in m.options:
         raise UsageError(
             f"how the weights of {m.model.name} were quantized depends on a text that the artifact does not hold: "
             "compile the model for all targets at once (--target may be repeated)"
         )
     quant, keep = m.options.get("quant", NONE), tuple(m.options.get("keep", ()))
-    options = QuantOptions(None if quant in (NATIVE, NONE) else quant, keep, native=quant == NATIVE)
+    options = QuantOptions(
+        None if quant in (NATIVE, NONE) else quant,
+        keep,
+        native=quant == NATIVE,
+        method=m.options.get("method", ROUND_TO_NEAREST),
+        target_bpw=m.options.get("target_bpw"),
+    )
     return Settings(
         m.options["dtype"],
         m.options["kv_dtype"],

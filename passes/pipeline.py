@@ -256,7 +256,7 @@ PASSES: list[tuple[str, Callable[[_State], None]]] = [
     ("simplify_layouts", lambda s: simplify(s.graphs[0], s.params)),
     ("fuse_bias", lambda s: fuse_bias(s.graphs[0])),
     ("fold_gain", _fold_gain),
-    ("assign_schemes", lambda s: assign(s.graphs[0], s.params, s.plan)),
+    ("assign_schemes", lambda s: assign(s.graphs[0], s.params, s.plan, s.target)),
     ("calibrate", _calibrate),
     ("merge_projections", lambda s: merge_projections(s.graphs[0], s.params)),
     ("fuse_epilogue", lambda s: fuse_epilogue(s.graphs[0])),

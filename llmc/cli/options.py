@@ -88,8 +88,8 @@ def add_method(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--method",
         choices=METHODS,
-        default="rtn",
-        help="how matrices are rounded: to nearest, or by what their layers see of a text (default: rtn)",
+        help="how matrices are rounded: to nearest, or by what their layers see of a text (default: rtn, and smoothquant for 8-bit "
+        "integers on a CPU)",
     )
     group.add_argument(
         "--target-bpw",

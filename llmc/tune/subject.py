@@ -13,6 +13,7 @@ from llmc.importer.resolve import resolve
 from llmc.importer.source import ModelSource
 from llmc.manifest import FILE_NAME, KernelChoice, Limits, Manifest, read
 from llmc.passes.choices import UNFUSABLE, Choices
+from llmc.passes.quantize.options import ROUND_TO_NEAREST, SMOOTHQUANT
 from llmc.progress import Clock, Progress, SilentProgress
 from llmc.schedules.lookup import Records
 from llmc.schedules.protocol import KernelCall
@@ -127,7 +128,7 @@ def _of_artifact(folder: Path, target: Target) -> _Asked:
         raise ArtifactError(
             f"the artifact {folder} has no variant for {target.name} (it has {', '.join(made)}): name one of them with --target"
         )
-    if "method" in m.options:
+    if m.options.get("method", SMOOTHQUANT) != SMOOTHQUANT:
         raise UsageError(
             f"the weights of the artifact {folder} depend on a text that it does not hold: tune the model that it was compiled "
             "from, with the scheme of its --quant"
@@ -138,5 +139,8 @@ def _of_artifact(folder: Path, target: Target) -> _Asked:
             f"the artifact {folder} was not compiled from {m.model.source} as it is now: compile it anew, or tune the model"
         )
     settings = settings_from(m)
+    settings = replace(
+        settings, quantization=replace(settings.quantization, method=ROUND_TO_NEAREST)
+    )  # other scales, the same code
     fused = {name: name not in settings.unfused for name in UNFUSABLE}
     return _Asked(m.model.source, source, settings, m.limits, None, Choices(settings.page_size, chunks=settings.chunks, **fused))

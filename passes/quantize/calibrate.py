@@ -12,8 +12,9 @@ layer can make up for what those before it got wrong (:mod:`.error_propagation`)
 do. AWQ's scales go into the norm or the linear layer before where nothing else reads its result; elsewhere the division is an
 operator of its own, if that gains enough.
 
-SmoothQuant puts its scales where AWQ does, but never adds an operator. It is for 8 bits, where activations are rounded too; AWQ and
-GPTQ are for fewer. What one linear layer reads is quantized so; other matrices are rounded to nearest.
+SmoothQuant puts its scales where AWQ does, but adds no operator, save one behind the lookup in an embedding that is the output
+matrix too: e = multiply(take(Q(w · s), ids), 1 / s). It is for 8 bits, where activations are rounded too; AWQ and GPTQ are for
+fewer. What one linear layer reads is quantized so; other matrices are rounded to nearest.
 The codes go to files at once: memory is that of :mod:`.forward`, one matrix, and a few k × k matrices of moments.
 """
 
@@ -32,16 +33,15 @@ from llmc.dialect.core import attrs_of
 from llmc.importer.finite import check_finite
 from llmc.importer.params import Param, ParamTable
 from llmc.passes.quantize.awq import awq, search
-from llmc.passes.quantize.error_propagation import make_up
+from llmc.passes.quantize.error_propagation import make_up, ridge_factor
 from llmc.passes.quantize.fold_scales import Folds
 from llmc.passes.quantize.forward import Forward, Progress, linear, tensor
-from llmc.passes.quantize.gptq import gptq
+from llmc.passes.quantize.gptq import gptq, walk
 from llmc.passes.quantize.native import native_scheme
 from llmc.passes.quantize.packed import relative_error
-from llmc.passes.quantize.round_to_nearest import quantize
 from llmc.passes.quantize.rounded import Rounded, save
 from llmc.passes.quantize.scheme import QuantizedTensor, Scheme, scheme
-from llmc.passes.quantize.smoothquant import smooth
+from llmc.passes.quantize.smoothquant import Smoothed, sizes, smooth
 from llmc.passes.rewrite import Graph, op_name
 from llmc.schedules import layouts
 from llmc.targets.base import Target
@@ -52,11 +52,13 @@ WORTH_AN_OPERATOR = 0.9
 
 @dataclass
 class Calibration:
-    """``windows``: token ids [windows, length]. ``folder`` takes the codes, and must be there until they have been read."""
+    """``windows``: token ids [windows, length]. ``folder`` takes the codes, and must be there until they have been read. ``own``:
+    the text is the one that comes with llmc."""
 
     windows: np.ndarray
     folder: Path
     progress: Progress = lambda *_: None
+    own: bool = True
     files: int = 0
 
     def keep(self, param: Param, method: str, exact: np.ndarray, tensor: QuantizedTensor) -> None:
@@ -89,10 +91,13 @@ def calibrate(graph: Graph, params: ParamTable, method: str, target: Target, cal
 
 def _layers(graph: Graph, params: ParamTable, method: str, target: Target) -> dict[relax.Var, _Layers]:
     """The layers to quantize, by what they read, in the order of the graph."""
-    uses, weights = graph.uses(), set(graph.params[graph.inputs :])
+    readers, weights = graph.readers(), set(graph.params[graph.inputs :])
     found: dict[relax.Var, _Layers] = {}
     for var, value in graph.bindings:
-        if op_name(value) != "llmc.linear" or value.args[1] not in weights or uses[value.args[1]] != 1:
+        if op_name(value) != "llmc.linear" or value.args[1] not in weights:
+            continue
+        others = [reader for _, reader in readers[value.args[1]] if not reader.same_as(value)]
+        if others and not (method == "smoothquant" and all(op_name(reader) == "relax.take" for reader in others)):
             continue
         param = params[value.args[1].name]
         if param.scheme and _is_worth_it(param, method, target):
@@ -119,7 +124,7 @@ class _Method(ABC):
         self.layers = layers
         self.params = params
         self.calibration = calibration
-        self._latest: tuple[Any, tuple[np.ndarray, ...]] | None = None
+        self._latest: tuple[Any, tuple[Any, ...]] | None = None
 
     @abstractmethod
     def visit(self, run: Forward, var: relax.Var, value: Any) -> np.ndarray | None:
@@ -133,7 +138,7 @@ class _Method(ABC):
         group = self.layers.get(value.args[0]) if op_name(value) == "llmc.linear" else None
         return group is not None and any(call.same_as(value) for _, call in group.members)
 
-    def of_inputs(self, x: relax.Var, products: Callable[[], tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
+    def of_inputs(self, x: relax.Var, products: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
         """``products`` of the rows of ``x``, kept for the other layers that read it."""
         if self._latest is None or not self._latest[0].same_as(x):
             self._latest = (x, products())
@@ -158,11 +163,12 @@ class _Gptq(_Method):
         x = value.args[0]
         seen, meant = (tensor(half) for half in np.split(run.value(x), 2))
 
-        def products() -> tuple[np.ndarray, ...]:
-            return (seen.T @ seen).numpy(), ((meant - seen).T @ seen).numpy()
+        def products() -> tuple[Any, ...]:
+            moments = (seen.T @ seen).numpy()
+            return walk(moments), ridge_factor(moments), ((meant - seen).T @ seen).numpy()
 
-        moments, change = self.of_inputs(x, products)
-        rounded = gptq(make_up(exact, moments, change), moments, how)
+        columns, factor, change = self.of_inputs(x, products)
+        rounded = gptq(make_up(exact, factor, change), columns, how)
         self.calibration.keep(param, "gptq", exact, rounded)
         bias = run.value(value.args[2]) if attrs_of(value)["bias"] else None
         return np.concatenate([linear(seen.numpy(), rounded.dequantize(), bias), linear(meant.numpy(), exact, bias)])
@@ -173,8 +179,6 @@ class _Gptq(_Method):
 
 class _Scaling(_Method):
     """Methods that scale input channels: the model's exact results go on to the layers after."""
-
-    NAME: str
 
     def __init__(self, layers: dict[relax.Var, _Layers], params: ParamTable, calibration: Calibration) -> None:
         super().__init__(layers, params, calibration)
@@ -191,8 +195,8 @@ class _Scaling(_Method):
             weights = [(exact, how) for _, how, exact in (self.weight(call) for _, call in group.members)]
             group.scales = self.scales(run, x, weights, self.folds.costs_an_operator(x, readers))
             self.folds.divide(x, readers, group.scales)
-        param, how, exact = self.weight(value)
-        self.calibration.keep(param, self.NAME, exact * group.scales, self.rounded(run, x, exact, group.scales, how))
+        exact = run.value(value.args[1])
+        self.keep(run, value, group.scales)
         bias = run.value(value.args[2]) if attrs_of(value)["bias"] else None
         return linear(run.value(x), exact, bias)
 
@@ -203,15 +207,16 @@ class _Scaling(_Method):
             rows = tensor(run.value(x))
             return ((rows.T @ rows).numpy(),)
 
-        return self.of_inputs(x, products)[0]
+        found: np.ndarray = self.of_inputs(x, products)[0]
+        return found
 
     @abstractmethod
     def scales(self, run: Forward, x: relax.Var, weights: list[tuple[np.ndarray, Scheme]], costly: bool) -> np.ndarray:
         """The scales of x's channels, float32 [k]; ``costly``: dividing x by them takes an operator."""
 
     @abstractmethod
-    def rounded(self, run: Forward, x: relax.Var, exact: np.ndarray, scales: np.ndarray, how: Scheme) -> QuantizedTensor:
-        """``exact`` · diag(scales) in a scheme."""
+    def keep(self, run: Forward, call: relax.Call, scales: np.ndarray) -> None:
+        """Let the weight of a layer be itself · diag(scales) from now on."""
 
     def finish(self, graph: Graph) -> None:
         if self.folds is not None:
@@ -219,25 +224,39 @@ class _Scaling(_Method):
 
 
 class _Awq(_Scaling):
-    NAME = "awq"
-
     def scales(self, run: Forward, x: relax.Var, weights: list[tuple[np.ndarray, Scheme]], costly: bool) -> np.ndarray:
         found, gain = search(weights, self.moments(run, x))
         return np.ones_like(found) if costly and gain > WORTH_AN_OPERATOR else found
 
-    def rounded(self, run: Forward, x: relax.Var, exact: np.ndarray, scales: np.ndarray, how: Scheme) -> QuantizedTensor:
-        return awq(exact, scales, self.moments(run, x), how)
+    def keep(self, run: Forward, call: relax.Call, scales: np.ndarray) -> None:
+        param, how, exact = self.weight(call)
+        rounded = awq(exact, scales, self.moments(run, call.args[0]), how)
+        self.calibration.keep(param, "awq", exact * scales, rounded)
 
 
 class _SmoothQuant(_Scaling):
-    NAME = "smoothquant"
+    """The weights are left to be rounded as they are read: smoothing needs no rounding to go on."""
 
     def scales(self, run: Forward, x: relax.Var, weights: list[tuple[np.ndarray, Scheme]], costly: bool) -> np.ndarray:
-        largest = np.abs(run.value(x)).max(axis=0)
-        return np.ones_like(largest) if costly else smooth([exact for exact, _ in weights], largest)
+        size = sizes(run.value(x))
+        return np.ones_like(size) if costly else smooth([exact for exact, _ in weights], size)
 
-    def rounded(self, run: Forward, x: relax.Var, exact: np.ndarray, scales: np.ndarray, how: Scheme) -> QuantizedTensor:
-        return quantize(exact * scales, how)
+    def keep(self, run: Forward, call: relax.Call, scales: np.ndarray) -> None:
+        assert self.folds is not None
+        if (scales == 1).all():
+            return
+        param = self.params[call.args[1].name]
+        param.source = Smoothed(param.source, scales)
+        for taken in _looked_up(run.graph, call.args[1]):
+            self.folds.divide_rows_of(taken, scales)
+
+
+def _looked_up(graph: Graph, table: relax.Var) -> list[relax.Var]:
+    """Rows of ``table`` that are looked up, in the type that is computed in."""
+    readers = graph.readers()
+    found = [var for var, value in readers[table] if op_name(value) == "relax.take"]
+    widened = {var: [v for v, value in readers[var] if op_name(value) == "relax.astype"] for var in found}
+    return [casts[0] if len(casts) == len(readers[var]) == 1 else var for var, casts in widened.items()]
 
 
 METHODS: dict[str, type[_Method]] = {"gptq": _Gptq, "awq": _Awq, "smoothquant": _SmoothQuant}

@@ -19,11 +19,16 @@ RIDGE = 0.1
 """λ as a part of the mean of the diagonal."""
 
 
-def make_up(weight: np.ndarray, moments: np.ndarray, change: np.ndarray, share: float = SHARE, ridge: float = RIDGE) -> np.ndarray:
-    """``weight`` float32 [o, k] for inputs with second ``moments`` Σ x̂ x̂ᵀ that were x; ``change``: Σ (x - x̂) x̂ᵀ, both float32
-    [k, k]."""
+def ridge_factor(moments: np.ndarray, ridge: float = RIDGE) -> torch.Tensor:
+    """The lower Cholesky factor of X̂ X̂ᵀ + λ I, float64 [k, k], for inputs with second ``moments`` Σ x̂ x̂ᵀ, float32 [k, k]."""
     h = torch.from_numpy(moments.astype(np.float64))
     h.diagonal().add_(max(float(h.diagonal().mean()) * ridge, 1e-30))
-    step = torch.linalg.solve(h, torch.from_numpy((weight @ change).astype(np.float64)).T).T
+    return torch.linalg.cholesky(h)
+
+
+def make_up(weight: np.ndarray, factor: torch.Tensor, change: np.ndarray, share: float = SHARE) -> np.ndarray:
+    """``weight`` float32 [o, k] for inputs x̂ that were x, with the :func:`ridge_factor` of x̂; ``change``: Σ (x - x̂) x̂ᵀ, float32
+    [k, k]."""
+    step = torch.cholesky_solve(torch.from_numpy((weight @ change).astype(np.float64)).T, factor).T
     corrected: np.ndarray = (weight + share * step.numpy()).astype(np.float32)
     return corrected

@@ -136,19 +136,29 @@ def _attention(attrs: dict[str, Any], q: np.ndarray, k: np.ndarray, v: np.ndarra
     length = attrs["length"]
     group = q.shape[1] // k.shape[1]
     mask = tensor(visible(np.arange(length), np.arange(length), attrs["window"], attrs["chunk"]))
-    out = np.empty((*q.shape[:2], v.shape[2]), np.float32)
-    for start in range(0, len(q), length):
-        rows = slice(start, start + length)
-        queries, keys, values = (tensor(a[rows]).transpose(0, 1) for a in (q, k, v))
-        scores = queries @ keys.repeat_interleave(group, 0).transpose(1, 2) * attrs["scale"]
-        if attrs["softcap"] > 0:
-            scores = attrs["softcap"] * torch.tanh(scores / attrs["softcap"])
-        scores = scores.masked_fill(~mask, float("-inf"))
-        if sinks:
-            scores = torch.cat([scores, tensor(sinks[0])[:, None, None].expand(-1, length, 1)], dim=2)
-        weights = torch.softmax(scores, dim=2)[:, :, :length]
-        out[rows] = (weights @ values.repeat_interleave(group, 0)).transpose(0, 1).numpy()
+    queries, keys, values = (tensor(a).view(-1, length, *a.shape[1:]).transpose(1, 2) for a in (q, k, v))  # [windows, h, length, d]
+    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    if sinks or attrs["softcap"] > 0:
+        y = torch.stack([_attended(attrs, mask, *each, *sinks) for each in zip(queries, keys, values, strict=True)])
+    elif torch.equal(mask, mask.new_ones(mask.shape).tril()):
+        y = functional.scaled_dot_product_attention(queries, keys, values, is_causal=True, scale=attrs["scale"])
+    else:
+        y = functional.scaled_dot_product_attention(queries, keys, values, mask, scale=attrs["scale"])
+    out: np.ndarray = y.transpose(1, 2).reshape(*q.shape[:2], -1).numpy()
     return out
+
+
+def _attended(
+    attrs: dict[str, Any], mask: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *sinks: np.ndarray
+) -> Any:
+    """Attention of one window, q, k and v [h, length, d], with what torch's own has not."""
+    scores = q @ k.transpose(1, 2) * attrs["scale"]
+    if attrs["softcap"] > 0:
+        scores = attrs["softcap"] * torch.tanh(scores / attrs["softcap"])
+    scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks:
+        scores = torch.cat([scores, tensor(sinks[0])[:, None, None].expand(-1, len(mask), 1)], dim=2)
+    return torch.softmax(scores, dim=2)[:, :, : len(mask)] @ v
 
 
 def _moe(attrs: dict[str, Any], x: np.ndarray, ids: np.ndarray, shares: np.ndarray, *weights: np.ndarray) -> np.ndarray:

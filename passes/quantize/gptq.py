@@ -12,6 +12,8 @@ the weights with H_jj as the importance of a column; so the order needs nothing 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -21,22 +23,40 @@ from llmc.passes.quantize.scheme import QuantizedTensor, Scheme, floats
 
 DAMPING = 0.01
 """λ as a part of the mean of the diagonal, as in the paper."""
-BLOCK = 128
+BLOCK = 32
 """Columns whose corrections of the rest are applied at once, as one product of matrices."""
 
 
-def gptq(weight: np.ndarray, moments: np.ndarray, scheme: Scheme, damping: float = DAMPING) -> QuantizedTensor:
-    """``weight`` float32 [o, k] in ``scheme``, for inputs with second ``moments`` Σ x xᵀ, float32 [k, k]."""
+@dataclass(frozen=True)
+class Walk:
+    """What rounding takes of a layer's inputs; all layers that read the same inputs share it.
+
+    ``importance``: H_jj without λ, float32 [k]; ``order``: the columns as they are walked; ``upper``: U in that order, float32
+    [k, k].
+    """
+
+    importance: np.ndarray
+    order: np.ndarray
+    upper: np.ndarray
+
+
+def walk(moments: np.ndarray, damping: float = DAMPING) -> Walk:
+    """The walk for inputs with second ``moments`` Σ x xᵀ, float32 [k, k]."""
     importance = np.diagonal(moments)
-    grid = quantize(weight, scheme, importance)
     order = np.argsort(-importance, kind="stable")
-    upper = _inverse_factor(moments[np.ix_(order, order)], damping)
+    return Walk(importance, order, _inverse_factor(moments[np.ix_(order, order)], damping))
+
+
+def gptq(weight: np.ndarray, inputs: Walk, scheme: Scheme) -> QuantizedTensor:
+    """``weight`` float32 [o, k] in ``scheme``, for a layer's ``inputs``."""
+    order, upper = inputs.order, inputs.upper
+    grid = quantize(weight, scheme, inputs.importance)
     group = scheme.group or weight.shape[1]
     column_group = order // group
     scales, offsets, zeros = _grids(grid)
     encode = encoder(scheme)
     left = np.ascontiguousarray(weight.T[order])  # [k, o]: a column is contiguous
-    codes = np.empty_like(grid.codes)
+    codes = np.empty_like(left, dtype=grid.codes.dtype)
     for start in range(0, len(order), BLOCK):
         end = min(start + BLOCK, len(order))
         errors = np.empty((end - start, len(weight)), np.float32)
@@ -44,12 +64,14 @@ def gptq(weight: np.ndarray, moments: np.ndarray, scheme: Scheme, damping: float
             g, column = column_group[j], left[j]
             scale, offset, zero = scales[g], offsets[g], zeros[g]
             scaled = np.divide(column - offset, scale, out=np.zeros_like(column), where=scale != 0) + zero
-            value, codes[:, order[j]] = encode(scaled)
+            value, codes[j] = encode(scaled)
             error = (column - ((value - zero) * scale + offset)) / upper[j, j]
             errors[j - start] = error
             left[j + 1 : end] -= upper[j, j + 1 : end, None] * error
         left[end:] -= upper[start:end, end:].T @ errors
-    return QuantizedTensor(scheme, codes, grid.scales, zeros=grid.zeros, minima=grid.minima)
+    stored = np.empty_like(grid.codes)
+    stored[:, order] = codes.T
+    return QuantizedTensor(scheme, stored, grid.scales, zeros=grid.zeros, minima=grid.minima)
 
 
 def _grids(grid: QuantizedTensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -14,8 +14,10 @@ NATIVE = "native"
 NONE = "none"
 FINEST = "int8_g64"
 """What a budget starts from."""
+INT8_ROW = "int8_row"
 ROUND_TO_NEAREST = "rtn"
-METHODS = (ROUND_TO_NEAREST, "awq", "gptq", "smoothquant")
+SMOOTHQUANT = "smoothquant"
+METHODS = (ROUND_TO_NEAREST, "awq", "gptq", SMOOTHQUANT)
 
 
 @dataclass(frozen=True)
@@ -86,10 +88,10 @@ class QuantOptions:
 
 
 def _rounding(name: str) -> str:
-    """The full name of a scheme that weights can be rounded to."""
+    """The full name of a scheme that weights can be rounded to. ``int8_row`` keeps its name: a target may store ``int8`` finer."""
     found = scheme(name)
     if found.super_group:
         raise UsageError(
             f"weights cannot be rounded to {found.name}, a format that GGUF files come in: use int4z_g32, int6_g16 or the like"
         )
-    return found.name
+    return name if name == INT8_ROW else found.name

@@ -10,6 +10,7 @@ import numpy as np
 
 from llmc.importer.params import DTYPES, Concat, Source
 from llmc.passes.quantize.scheme import QuantizedTensor, floats, scheme, stored
+from llmc.passes.quantize.smoothquant import NAME, Smoothed
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +64,12 @@ def save(path: Path, tensor: QuantizedTensor) -> None:
 
 
 def rounding(source: Source) -> tuple[float, str]:
-    """The relative error that the codes of ``source`` already hold, and the method that chose them; 0 for a file's own codes."""
+    """The relative error that the codes of ``source`` already hold, and the method that chose them or what is rounded; 0 for a
+    file's own codes and for what is yet to be rounded."""
     if isinstance(source, Concat):
         parts = [(prod(p.shape), *rounding(p)) for p in source.parts]
         total = sum(size for size, _, _ in parts)
         return sqrt(sum(size * error**2 for size, error, _ in parts) / total), parts[0][2]
+    if isinstance(source, Smoothed):
+        return 0.0, NAME
     return (source.error, source.method) if isinstance(source, Rounded) else (0.0, "")

@@ -17,9 +17,9 @@ from tests.cli.test_eval import TEXT
 @pytest.mark.parametrize(
     ("way", "options"),
     [
-        ("int4_g64", {"quant": "int4_g64", "method": "rtn"}),
+        ("int4_g64", {"quant": "int4_g64"}),
         ("int4_g64:gptq", {"quant": "int4_g64", "method": "gptq"}),
-        ("4.5bpw", {"target_bpw": 4.5, "method": "rtn"}),
+        ("4.5bpw", {"target_bpw": 4.5}),
         ("5bpw:awq", {"target_bpw": 5.0, "method": "awq"}),
         ("native", {"dtype": None, "quant": None}),
         ("none", {"dtype": "float32", "quant": "none"}),

@@ -99,7 +99,7 @@ def _paged_phases(case: str, quant: str = "none") -> tuple[graphs.Built, list[Kv
     built = graphs.build(graphs.CASES[case])
     graph = optimised(built)
     plan = Plan(QuantOptions(quant))
-    assign(graph, built.table, plan)
+    assign(graph, built.table, plan, parse("cpu"))
     quantize_weights(graph, built.table, plan, parse("cpu"))
     layers = paged_attention(graph, 4, "float32")
     return built, layers, {g.name: g for g in phases(graph)}

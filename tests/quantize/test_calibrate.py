@@ -114,6 +114,20 @@ def test_smoothquant_keeps_the_model_and_w8a8_says_what_becomes_of_inputs(tmp_pa
     assert found["layers.0.mlp.down_proj.weight"] == "inputs as they are: no kernel here rounds them to fp8_e4m3"
 
 
+@pytest.mark.parametrize("storage", ["float32", "bfloat16"])
+def test_smoothquant_divides_what_is_looked_up_in_a_smoothed_output_matrix(storage: str, tmp_path: Path) -> None:
+    config = replace(CONFIGS["offset_norm"], storage=storage)
+    built, graph = prepared(config, QuantOptions("int8", method="smoothquant"))
+    ids = tokens(config)
+    exact, embedding = logits(built, graph, ids), built.table["embed"].source.read().astype(np.float32)
+    calibrate(graph, built.table, "smoothquant", TARGET, Calibration(ids, tmp_path))
+    ratio = built.table["embed"].source.read().astype(np.float32) / embedding
+    assert np.abs(ratio[0] - 1).max() > 0.1 and np.abs(ratio / ratio[0] - 1).max() < 0.01, "a factor for each column"
+    assert sum(op_name(value) == "relax.multiply" for _, value in graph.bindings) > 0
+    assert [p.name for p in built.table.values() if "inverse_scales" in p.name] == ["llmc.inverse_scales.0"]
+    assert np.linalg.norm(logits(built, graph, ids) - exact) < (1e-5 if storage == "float32" else 0.05) * np.linalg.norm(exact)
+
+
 def lowered_model(config: graphs.Config, quantization: QuantOptions, folder: Path) -> tuple[graphs.Built, Lowered]:
     built = graphs.build(config)
     calibration = Calibration(tokens(config), folder) if quantization.calibrated else None

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from llmc.passes.quantize.awq import awq, output_error, search
-from llmc.passes.quantize.error_propagation import make_up
-from llmc.passes.quantize.gptq import DAMPING, gptq
+from llmc.passes.quantize.error_propagation import make_up, ridge_factor
+from llmc.passes.quantize.gptq import DAMPING, gptq, walk
 from llmc.passes.quantize.round_to_nearest import quantize
 from llmc.passes.quantize.scheme import QuantizedTensor, floats, scheme
-from llmc.passes.quantize.smoothquant import smooth
+from llmc.passes.quantize.smoothquant import sizes, smooth
 
 SCHEMES = ["int4_g32", "int4z_g64", "int4p_g32", "int3_g16", "nf4_g64", "int2z_g16", "int4_row"]
 SIZES = [(24, 64), (17, 70), (9, 33)]
@@ -53,7 +53,7 @@ def brain_surgeon(weight: np.ndarray, moments: np.ndarray, grid: QuantizedTensor
 def test_gptq_is_optimal_brain_quantization(name: str, o: int, k: int) -> None:
     weight, inputs = layer(o, k)
     moments = inputs.T @ inputs
-    found = gptq(weight, moments, scheme(name))
+    found = gptq(weight, walk(moments), scheme(name))
     grid = quantize(weight, scheme(name), np.diagonal(moments))
     expected = brain_surgeon(weight, moments, grid)
     np.testing.assert_array_equal(found.scales, grid.scales)
@@ -69,7 +69,7 @@ def test_gptq_is_optimal_brain_quantization(name: str, o: int, k: int) -> None:
 def test_gptq_beats_rounding_to_nearest(name: str, o: int, k: int) -> None:
     weight, inputs = layer(o, k, seed=1)
     moments = inputs.T @ inputs
-    found = gptq(weight, moments, scheme(name))
+    found = gptq(weight, walk(moments), scheme(name))
     assert found.codes.shape == (o, k) and int(found.codes.max()) < 1 << found.scheme.bits
     plain = output_error(weight, quantize(weight, scheme(name)).dequantize(), moments)
     assert output_error(weight, found.dequantize(), moments) < 0.6 * plain
@@ -82,10 +82,10 @@ def test_gptq_takes_dead_and_equal_columns() -> None:
     weight, inputs = layer(8, 32)
     inputs[:, 5] = 0
     inputs[:, 7] = inputs[:, 6]
-    found = gptq(weight, inputs.T @ inputs, scheme("int4_g32")).dequantize()
+    found = gptq(weight, walk(inputs.T @ inputs), scheme("int4_g32")).dequantize()
     assert np.isfinite(found).all()
     assert np.abs(found[:, 5] - weight[:, 5]).max() < 0.2
-    assert np.isfinite(gptq(weight, np.zeros((32, 32), np.float32), scheme("int4_g32")).dequantize()).all()
+    assert np.isfinite(gptq(weight, walk(np.zeros((32, 32), np.float32)), scheme("int4_g32")).dequantize()).all()
 
 
 @pytest.mark.parametrize(("o", "k"), SIZES)
@@ -98,14 +98,14 @@ def test_weights_make_up_for_changed_inputs(o: int, k: int) -> None:
     rows = np.concatenate([seen, damping * np.eye(k)]).astype(np.float64)
     wanted = np.concatenate([meant @ weight.T, damping * weight.T]).astype(np.float64)
     expected = np.linalg.lstsq(rows, wanted, rcond=None)[0].T
-    found = make_up(weight, moments, change, share=1.0, ridge=0.2)
+    found = make_up(weight, ridge_factor(moments, 0.2), change, share=1.0)
     assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
-    half = make_up(weight, moments, change, ridge=0.2)
+    half = make_up(weight, ridge_factor(moments, 0.2), change)
     np.testing.assert_allclose(half, (found + weight) / 2, atol=1e-6)
     wrong = [np.linalg.norm(seen @ w.T - meant @ weight.T) for w in (weight, half, found)]
     assert wrong[2] < wrong[1] < wrong[0]
     unseen = np.zeros_like(moments)
-    np.testing.assert_array_equal(make_up(weight, unseen, unseen), weight)
+    np.testing.assert_array_equal(make_up(weight, ridge_factor(unseen), unseen), weight)
 
 
 @pytest.mark.parametrize("name", ["int4_g32", "int4z_g64", "int3_g16"])
@@ -145,8 +145,11 @@ def test_importance_lowers_the_weighted_error(name: str, o: int, k: int) -> None
 @pytest.mark.parametrize(("o", "k"), SIZES)
 def test_smoothquant_lowers_the_error_of_eight_bit_activations(o: int, k: int) -> None:
     weight, inputs = layer(o, k, seed=5)
-    s = smooth([weight, weight[:2] * 3], np.abs(inputs).max(axis=0))
-    expected = np.sqrt(np.abs(inputs).max(axis=0) / np.abs(np.concatenate([weight, weight[:2] * 3])).max(axis=0))
+    inputs[0] *= 1000  # one token that is as large as all others together
+    both = [weight, weight[:2] * 3]
+    s = smooth(both, sizes(inputs))
+    size = np.sqrt(np.mean([np.square(x / np.linalg.norm(x)) for x in inputs.astype(np.float64)], axis=0))
+    expected = np.sqrt(size / np.linalg.norm(np.concatenate(both).astype(np.float64), axis=0))
     np.testing.assert_allclose(s / s[0], expected / expected[0], rtol=1e-5)
     assert np.log(s).mean() == pytest.approx(0, abs=1e-5)
 
@@ -157,7 +160,7 @@ def test_smoothquant_lowers_the_error_of_eight_bit_activations(o: int, k: int) -
         return np.rint(x / step) * step @ quantize(weight * scales, scheme("w8a8")).dequantize().T
 
     exact = (inputs @ weight.T).astype(np.float64)
-    plain, smoothed = (np.linalg.norm(product(scales) - exact) for scales in (np.ones(k, np.float32), s))
+    plain, smoothed = (np.linalg.norm((product(v) - exact) / np.linalg.norm(exact, axis=1)[:, None]) for v in (np.ones(k), s))
     assert smoothed < 0.8 * plain
 
 
@@ -165,5 +168,6 @@ def test_smoothquant_leaves_unused_channels_alone() -> None:
     weight, inputs = layer(4, 8)
     inputs[:, 3] = 0
     weight[:, 5] = 0
-    s = smooth([weight], np.abs(inputs).max(axis=0))
+    s = smooth([weight], sizes(inputs))
     assert s[3] == s[5] == 1 and np.isfinite(s).all() and (s > 0).all()
+    np.testing.assert_array_equal(smooth([weight], sizes(np.zeros_like(inputs))), np.ones(8))

@@ -88,6 +88,6 @@ class Bench:
 
     def _timer(self, case: _Case, kernel: Callable[..., Any], step: Callable[..., Any] | None) -> Callable[[], float]:
         if step is None:
-            return self.device.timer(kernel, case.sets)  # type: ignore[no-any-return]
+            return self.device.timer(kernel, case.sets)
         whole = self.device.timer(step, [[argument for one in case.sets for argument in one]])
         return lambda: whole() / len(case.sets)

@@ -57,8 +57,9 @@ def from_json(value: dict[str, Any]) -> Packed:
     return Packed(finds, value["artifacts"])
 
 
-def prepare(folder: Path, only: str) -> None:
-    """Compile every subject whose name contains ``only``."""
+def prepare(folder: Path, only: str, share: tuple[int, int]) -> None:
+    """Compile every subject whose name contains ``only``. ``share``: of its artifacts every n-th from the i-th on, (i, n): several
+    processes may share the work."""
     import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
     from llmc import targets
     from llmc.progress import SilentProgress
@@ -70,14 +71,14 @@ def prepare(folder: Path, only: str) -> None:
         if only not in name:
             continue
         start = time.perf_counter()
-        source = folder / f"{name}.model"
+        source = folder / f"{name}.model{share[0]}"
         write_model(source, MODELS[size], zeros=True)
         compiling = {"dtype": "bfloat16", "quant": quant}
         with headers_only(), Subject(str(source), target, compiling, SilentProgress()) as subject:
             subject.earlier.folder = None  # there are no weights to link to
             finds = _finds(tasks_of(subject.kernels(), target))
             packed = Packed(finds, _sets(finds))
-            for i, taken in enumerate(packed.artifacts):
+            for i, taken in list(enumerate(packed.artifacts))[share[0] :: share[1]]:
                 verdicts = [finds[j].verdict(True, 1.0, name, "", "") for j in taken]
                 subject.build(Records(load([SHIPPED]).entries).supposing(verdicts), folder / name / str(i))
                 print(f"{name} {i}: {[finds[j].label for j in taken]} after {time.perf_counter() - start:.0f} s", flush=True)
@@ -184,10 +185,14 @@ def main() -> None:
     parser.add_argument("what", choices=("prepare", "run", "import"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default="", help="subjects whose name contains this")
+    parser.add_argument(
+        "--share", default="0/1", metavar="I/N", help="prepare: every N-th artifact from the I-th on (default: all)"
+    )
     parser.add_argument("--records", type=Path, default=SHIPPED / "cuda-sm_90a.jsonl", help="import: the file of records")
     args = parser.parse_args()
     if args.what == "prepare":
-        prepare(args.folder, args.only)
+        i, _, n = args.share.partition("/")
+        prepare(args.folder, args.only, (int(i), int(n)))
     elif args.what == "run":
         run(args.folder, args.only)
     else:

@@ -185,9 +185,7 @@ def main() -> None:
     parser.add_argument("what", choices=("prepare", "run", "import"))
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default="", help="subjects whose name contains this")
-    parser.add_argument(
-        "--share", default="0/1", metavar="I/N", help="prepare: every N-th artifact from the I-th on (default: all)"
-    )
+    parser.add_argument("--share", default="0/1", metavar="I/N", help="prepare: every N-th artifact from the I-th (default: all)")
     parser.add_argument("--records", type=Path, default=SHIPPED / "cuda-sm_90a.jsonl", help="import: the file of records")
     args = parser.parse_args()
     if args.what == "prepare":

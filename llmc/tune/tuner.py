@@ -237,9 +237,11 @@ class Tuner:
         return propose(state.candidates, state.tried, count, score, self.rng)
 
     def _worker_for(self, state: State) -> Worker:
-        if self._worker is None or self._worker[0] is not state.task:
-            self._close()
+        if self._worker is None:
             self._worker = (state.task, self._new_worker(state.task.setup()))
+        elif self._worker[0] is not state.task:
+            self._worker[1].switch(state.task.setup())
+            self._worker = (state.task, self._worker[1])
         return self._worker[1]
 
     def _close(self) -> None:

@@ -1,7 +1,8 @@
 """The process that builds, checks and times candidates of one kernel call, and may crash or hang doing so.
 
-``python -m llmc.tune.worker`` reads a JSON object a line and answers each with one; :class:`Worker` is the other end. The first is
-``{family, call, target, sizes, part}``; then ``{"build": config}`` builds and checks a candidate, ``{"time": number}`` times one.
+``python -m llmc.tune.worker`` reads a JSON object a line and answers each with one; :class:`Worker` is the other end.
+``{family, call, target, sizes, part}`` says which call from now on; then ``{"build": config}`` builds and checks a candidate,
+``{"time": number}`` times one.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ class CandidateFailed(Exception):
 
 
 class Worker:
-    """A worker process for one call. It is started again after a candidate has ended it; candidates built before are gone then."""
+    """A worker process for one call at a time. It is started again after a candidate has ended it; candidates built before are gone
+    then."""
 
     def __init__(
         self, setup: dict[str, Any], *, build_seconds: float = 60.0, time_seconds: float = 20.0, module: str = "llmc.tune.worker"
@@ -29,8 +31,13 @@ class Worker:
         self.device = ""
         self._start()
 
+    def switch(self, setup: dict[str, Any]) -> None:
+        """Go on with another call, in the same process: importing a compiler takes seconds. Raises as :meth:`__init__`."""
+        self._setup = setup
+        self._start()
+
     def _start(self) -> None:
-        self._child, self._built = Child(self._module), {}
+        self._child, self._built = self._child or Child(self._module), {}
         try:
             answer = self._ask(self._setup, 300.0)
         except CandidateFailed as error:
@@ -124,8 +131,11 @@ def serve() -> None:
 
     def answer(message: dict[str, Any]) -> dict[str, Any]:
         nonlocal server
-        if server is not None:
+        if server is not None and "family" not in message:
             return server.answer(message)
+        if server is not None:
+            server.device.close()
+            server = None  # its inputs make room for the next
         try:
             server = _Server(message)
         except LlmcError as error:

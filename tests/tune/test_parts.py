@@ -149,6 +149,9 @@ class _FakeWorker:
     device = "a GPU"
 
     def __init__(self, setup: dict[str, Any]) -> None:
+        self.switch(setup)
+
+    def switch(self, setup: dict[str, Any]) -> None:
         self.space, self.part, self.sizes = linear_hopper.space(CALL, HOPPER), setup["part"], setup["sizes"]
         self.built: dict[str, int] = {}
 

@@ -119,6 +119,20 @@ def test_the_next_trials_go_where_the_most_is_to_win() -> None:
     assert heavy.excess == pytest.approx(8e-6)
 
 
+def test_a_worker_goes_on_with_another_call_in_the_same_process(worker: Worker) -> None:
+    worker.build(config("none"), "first")
+    process = worker._child
+    worker.switch(T.Task(linear, linear._call(24, 32), host(), 1, 0, ({"n": 3},)).setup())
+    assert not worker.has("first")
+    other = {axis: values[0] for axis, values in linear.space(linear._call(24, 32), host()).items()}
+    worker.build(other, "other")
+    assert len(worker.time("other")) == 1
+    assert worker._child is process
+    worker.switch(task().setup())
+    worker.build(config("fine"), "fine")
+    assert len(worker.time("fine")) == 2
+
+
 @pytest.mark.parametrize("label", ["square_256_int4_g128_bias", "odd_33x70_int8"])
 def test_quantized_weights_are_packed_and_the_result_is_right(label: str) -> None:
     call = quantized_linear.SHAPES[label]

@@ -16,6 +16,7 @@ from typing import Any
 import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 
 # isort: split
+import tvm
 from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
@@ -102,12 +103,12 @@ def read(buffer: Expr, *index: Expr, lanes: int = 1) -> Expr:
     return buffer[(*index[:-1], span(index[-1], lanes))]
 
 
-def prefetch(buffer: Expr, *index_and_bytes: Expr) -> None:
-    """Ask for memory ahead of time, a cache line at a time: ``prefetch(buffer, *index, count)``, ``count`` bytes of a buffer of
-    bytes from ``index`` on. Where there is none to be read, nothing happens."""
-    *index, count = index_and_bytes
+def prefetch(buffer: Expr, *index_and_count: Expr) -> None:
+    """Ask for memory ahead of time, a cache line at a time: ``prefetch(buffer, *index, count)``, ``count`` elements of a buffer
+    from ``index`` on. Where there is none to be read, nothing happens."""
+    *index, count = index_and_count
     read_once, near, data = (tirx.const(v, "int32") for v in (0, 3, 1))
-    for line in range(0, count, 64):
+    for line in range(0, count, 64 * 8 // tvm.DataType(str(buffer.ty.dtype)).bits):
         address = tirx.address_of(buffer[(*index[:-1], index[-1] + line)])
         T.evaluate(tirx.call_intrin("void", "tirx.prefetch", address, read_once, near, data))
 

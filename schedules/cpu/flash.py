@@ -162,6 +162,8 @@ class Flash:
             )
             store(self.page, page, i64(r))
             store(self.slot, slot, i64(r))
+            for side in (keys, self.value_side):
+                side.ask(page, head, slot)
             for i in range(keys.scheme.parameters(h.d) if keys.scheme else 0):
                 store(self.parameters, keys.parameter(page, head, slot, i), i64(i * self.chunk) + i64(r))
 

@@ -8,7 +8,7 @@ from typing import Any
 from tvm import tirx
 
 from llmc.kv_layout import KvScheme, PageLayout
-from llmc.schedules.cpu.emit import Simd, bind, each_vector, f32, local, read, shuffle, store, vector, words
+from llmc.schedules.cpu.emit import Simd, bind, each_vector, f32, local, prefetch, read, shuffle, store, vector, words
 from llmc.schedules.cpu.quantized_rows import rounded
 from llmc.schedules.kv_codes import decode, down, encode_e4m3, parameter, scale_of, upper_half
 
@@ -44,6 +44,10 @@ class Side:
         low, high = bind(pair & _ints(15, half)), bind(pair >> _ints(4, half))
         both = shuffle([low, high], [i // 2 + half * (i % 2) for i in range(lanes)])
         return tirx.Cast(vector("float32", lanes), both)
+
+    def ask(self, page: Expr, head: Expr, slot: Expr) -> None:
+        """Have the codes of a slot fetched: slots of one page lie together, pages anywhere."""
+        prefetch(self.pages, page, head, self.start + slot * self.width, self.width)
 
     def parameter(self, page: Expr, head: Expr, slot: Expr, index: int) -> Expr:
         """A parameter of a slot as float32: the scale of each group, then each minimum."""

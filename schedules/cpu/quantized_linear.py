@@ -118,7 +118,7 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     many = at.panels >= MANY_PANELS
     first = 0 if at.bits == 8 else AHEAD if many else AHEAD // 2
     ahead = [first, *(bytes_ for bytes_ in (0, 512, 1024, 2048, 4096, 8192) if bytes_ != first)]
-    streams = [1] if call.phase != "decode" else [2, 1, 4] if many else [1, 2, 4]
+    streams = [1] if call.phase != "decode" else [2, 1, 4]
     return {"rows": tiles, "row_block": blocks, "ahead": ahead, "streams": streams}
 
 

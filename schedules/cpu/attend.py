@@ -76,8 +76,8 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """``row_block``: rows of a task, which share one gathering of keys and values. ``queries``: of a register tile, which share
     the loads of keys and values."""
     group = int(call.args[0].shape[1]) // int(call.args[1].shape[1])
-    # Whole rows of a group: 6 queries with 4 vectors of keys are 24 accumulators.
-    queries = [6 // group * group or 4, 4, 2, 8, 1] if Simd(target).registers >= 32 else [2, 4, 1, 3]
+    # Whole rows of a group: 6 queries with 4 vectors of keys are 24 accumulators, 3 with 4 are 12.
+    queries = [6 // group * group or 4, 4, 2, 8, 1] if Simd(target).registers >= 32 else [3 if group == 3 else 2, 2, 4, 1, 3]
     queries = list(dict.fromkeys(queries))
     return {"row_block": [1] if call.phase == "decode" else [32, 16, 64, 128, 8], "queries": queries}
 

@@ -16,6 +16,8 @@ from llmc.schedules.protocol import KernelCall
 from llmc.tune import inputs
 
 MOST_SETS = 48
+CALLS = 8
+"""Calls that are timed as one step of a model: beyond, only compiling the step takes longer."""
 
 
 @dataclass
@@ -52,7 +54,8 @@ class Bench:
         specs = (*self.call.args, self.call.result)
         total = sum(device_bytes(spec.bind(symbols), spec.dtype) for spec in specs)
         sets, first = [], None
-        for _ in range(min(MOST_SETS, max(1, -(-self.device.rotated // total)))):
+        count = min(MOST_SETS, max(1, -(-self.device.rotated // total)))
+        for _ in range(count if count < CALLS else -(-count // CALLS) * CALLS):
             buffer, out = self.device.empty(self.call.result.bind(symbols), self.call.result.dtype)
             uploaded = [self.device.upload(a, spec.dtype) for a, spec in zip(arrays, self.call.args, strict=True)]
             sets.append([*uploaded, out])
@@ -73,8 +76,8 @@ class Bench:
 
     @property
     def repeats(self) -> list[int]:
-        """For each size, over how many copies of the inputs it is timed."""
-        return [len(case.sets) for case in self._cases]
+        """For each size, how many calls are timed as one step."""
+        return [min(CALLS, len(case.sets)) for case in self._cases]
 
     def timers(
         self, kernel: Callable[..., Any], steps: Mapping[int, Callable[..., Any]] | None = None
@@ -84,10 +87,14 @@ class Bench:
         ``steps``: by the number of calls, a function that makes them all as a step of a model does. A call is timed as part of such
         a step where there is one: alone it would begin with threads asleep.
         """
-        return [self._timer(case, kernel, (steps or {}).get(len(case.sets))) for case in self._cases]
+        return [self._timer(case, kernel, steps or {}, calls) for case, calls in zip(self._cases, self.repeats, strict=True)]
 
-    def _timer(self, case: _Case, kernel: Callable[..., Any], step: Callable[..., Any] | None) -> Callable[[], float]:
-        if step is None:
+    def _timer(
+        self, case: _Case, kernel: Callable[..., Any], steps: Mapping[int, Callable[..., Any]], calls: int
+    ) -> Callable[[], float]:
+        if calls not in steps:
             return self.device.timer(kernel, case.sets)
-        whole = self.device.timer(step, [[argument for one in case.sets for argument in one]])
-        return lambda: whole() / len(case.sets)
+        starts = range(0, len(case.sets), calls)
+        groups = [[argument for one in case.sets[i : i + calls] for argument in one] for i in starts]
+        step = self.device.timer(steps[calls], groups)
+        return lambda: step() / calls

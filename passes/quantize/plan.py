@@ -26,9 +26,9 @@ HEAD = "lm_head.weight"
 EMBEDDING = "embed_tokens.weight"
 OUTER_SCHEME = INT8_ROW
 """What the embedding and the output matrix get where a scheme of fewer bits is asked for everything."""
-FINER = {"cpu": {"int8": "int8_g64"}}
-"""By kind of target, what a scheme's name stands for there: kernels of a CPU scale blocks of columns anyway, so 0.2 bits more halve
-the error of 8-bit weights. ``int8_row`` is a scale for a whole row everywhere."""
+FINER = {"cpu": {"int8": "int8_g32"}}
+"""By kind of target, what a scheme's name stands for there: kernels of a CPU scale blocks of 32 columns anyway, so 0.5 bits more
+halve the squared error of 8-bit weights and cost no time. ``int8_row`` is a scale for a whole row everywhere."""
 
 
 @dataclass

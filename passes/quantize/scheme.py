@@ -7,7 +7,7 @@ name                                     weight
 ``int4z_g64``                            scale · code + minimum
 ``int4p_g128``                           scale · (code - zero point)
 ``int8``, ``int4_row``, ``int4p_row``    the same with one scale for a whole row (an output channel); asked for by ``int8``, a CPU
-                                         takes ``int8_g64``, by ``int8_row`` nothing else
+                                         takes ``int8_g32``, by ``int8_row`` nothing else
 ``fp8_e4m3``                             scale · value(code), a scale per row; ``fp8_e4m3_t``: one for the matrix;
                                          ``fp8_e4m3_b128``: one per block of 128 × 128
 ``mxfp4``                                OCP MX: FP4 E2M1 with a power of two for 32 columns

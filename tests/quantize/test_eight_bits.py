@@ -1,4 +1,4 @@
-"""What ``--quant int8`` means on a CPU without more being said: groups of 64, and activations made fit for 8 bits first."""
+"""What ``--quant int8`` means on a CPU without more being said: groups of 32, and activations made fit for 8 bits first."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def compiled(model: Path, out: Path, **options: object) -> tuple[dict[str, objec
 def test_a_plain_int8_is_smoothed_and_in_groups(tied: Path, tmp_path: Path) -> None:
     options, stored = compiled(tied, tmp_path / "out", quant="int8")
     assert (options["quant"], options["method"]) == ("int8", "smoothquant") and "calibration" not in options
-    assert stored["model.embed_tokens.weight"] == ("int8_g64", "smoothquant")
-    assert stored["model.layers.*.mlp.down_proj.weight"] == ("int8_g64", "smoothquant")
-    assert stored["model.layers.*.self_attn.o_proj.weight"] == ("int8_g64", "")  # it would take an operator
+    assert stored["model.embed_tokens.weight"] == ("int8_g32", "smoothquant")
+    assert stored["model.layers.*.mlp.down_proj.weight"] == ("int8_g32", "smoothquant")
+    assert stored["model.layers.*.self_attn.o_proj.weight"] == ("int8_g32", "")  # it would take an operator
 
 
 def test_a_model_without_a_tokenizer_is_rounded(tied: Path, tmp_path: Path) -> None:

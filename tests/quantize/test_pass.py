@@ -105,7 +105,7 @@ def test_logits_are_those_of_the_dequantized_weights(case: str, name: str) -> No
 )
 def test_integer_schemes_with_rounded_activations(case: str, name: str) -> None:
     """What rounding activations to 8 bits costs, on a model of random weights: about a percent."""
-    full = {"int8": "int8_g64"}.get(name, scheme(name).name)  # finer on a CPU
+    full = {"int8": "int8_g32"}.get(name, scheme(name).name)  # finer on a CPU
     outer = full if name == "int8" else "int8"
     chosen = {m: outer if m in ("embed", "lm_head.weight") else full for m in matrices(case)}
     worst, _ = error(case, options(name), chosen)
@@ -148,8 +148,8 @@ def test_experts_are_quantized_and_their_router_is_not() -> None:
     _, lowered = compiled("experts", options("int8"))
     found = by_name(lowered)
     assert "experts" in found["layers.0.mlp.router.weight"].reason
-    assert [found[f"layers.0.mlp.{n}"].scheme for n in ("gate_up", "down")] == ["int8_g64", "int8_g64"]
-    assert found["layers.0.attn.o_proj.weight"].scheme == "int8_g64"
+    assert [found[f"layers.0.mlp.{n}"].scheme for n in ("gate_up", "down")] == ["int8_g32", "int8_g32"]
+    assert found["layers.0.attn.o_proj.weight"].scheme == "int8_g32"
 
 
 def test_experts_are_quantized_together_or_not_at_all() -> None:
@@ -157,7 +157,7 @@ def test_experts_are_quantized_together_or_not_at_all() -> None:
     found = by_name(lowered)
     assert found["layers.0.mlp.down"].scheme == found["layers.0.mlp.gate_up"].scheme == "bfloat16"
     assert "layers.0.mlp.down of these experts stays" in found["layers.0.mlp.gate_up"].reason
-    assert found["layers.1.mlp.gate_up"].scheme == "int8_g64"
+    assert found["layers.1.mlp.gate_up"].scheme == "int8_g32"
 
 
 def test_experts_on_gpus_are_quantized_where_their_layout_takes_the_scheme() -> None:

@@ -171,10 +171,12 @@ class Replay:
         rng: random.Random,
     ) -> None:
         model, call = CostModel(lambda c: self.family.space(c, self.target)), self.records[0].call
+        times = slowdowns(self.records)
         model.fit(known)
         while len(tried) < trials:
             score = (lambda configs: model.score(configs, call)) if model.ready else None
-            tried += propose(everything, tried, min(BATCH, trials - len(tried)), score, rng)
+            fastest_first = sorted(tried, key=lambda c: times.get(config_text(c), math.inf))
+            tried += propose(everything, fastest_first, min(BATCH, trials - len(tried)), score, rng)
             if len(tried) < trials:
                 model.fit([*known, *(r for c in tried for r in by_config[config_text(c)])])
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from llmc.schedules.protocol import KernelCall
 from llmc.schedules.records import Record, axes, restore
-from llmc.tune.search import Config
+from llmc.tune.search import Config, numbers
 
 PARAMETERS = {
     "objective": "rank:pairwise", "eta": 0.15, "max_depth": 3, "min_child_weight": 0.0, "reg_lambda": 0.1, "colsample_bytree": 0.5,
@@ -38,26 +38,12 @@ def features(config: Config, call: KernelCall) -> dict[str, float]:
     A part's axis (:mod:`llmc.schedules.parts`) is a name, and the kernel's own axes below it are features as if there were no
     parts: what is learned of one range of rows is tried on the next.
     """
-    axes = dict(_numbers(config))
+    axes = dict(numbers(config))
     sizes = [math.log2(d) for spec in call.args[:2] for d in spec.shape if isinstance(d, int) and d > 0]
     found = {**axes, "all": sum(axes.values())}
     for i, size in enumerate(sizes):
         found |= {f"size{i}": size, **{f"size{i}/{name}": size - value for name, value in axes.items()}}
     return found
-
-
-def _numbers(config: Config) -> Iterator[tuple[str, float]]:
-    for axis, value in config.items():
-        if isinstance(value, dict):
-            yield f"is {axis}", 1.0
-            yield from _numbers(value)
-        elif isinstance(value, str):
-            yield f"{axis} is {value}", 1.0
-        else:
-            parts = [math.log2(1 + abs(float(p))) for p in (value if isinstance(value, tuple | list) else (value,))]
-            yield from ((f"{axis}{i or ''}", p) for i, p in enumerate(parts))
-            if len(parts) > 1:
-                yield f"{axis}*", math.log2(math.prod(2**p for p in parts))
 
 
 class CostModel:

@@ -29,7 +29,7 @@ from llmc.tune.task import Task, find, workloads
 from llmc.tune.validate import Find
 from llmc.tune.worker import CandidateFailed, Worker
 
-BATCH = 6
+BATCH = 4
 ROUNDS = 5
 FINAL_ROUNDS = 11
 LEAST = 0.03
@@ -76,7 +76,9 @@ class State:
 
     @property
     def tried(self) -> list[Config]:
-        return [c for c in self.candidates if config_text(c) in self.seconds or config_text(c) in self.failed]
+        """The configurations that were tried, the fastest first."""
+        done = [c for c in self.candidates if config_text(c) in self.seconds or config_text(c) in self.failed]
+        return sorted(done, key=lambda c: self.cost(config_text(c)) if config_text(c) in self.seconds else math.inf)
 
     @property
     def left(self) -> bool:

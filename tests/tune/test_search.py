@@ -15,7 +15,7 @@ from llmc.schedules.cpu import linear
 from llmc.schedules.protocol import KernelCall
 from llmc.schedules.records import Record, config_text
 from llmc.tune.cost_model import CostModel, features
-from llmc.tune.search import enumerate_space, propose, unlike
+from llmc.tune.search import enumerate_space, near, propose
 
 SPACE: dict[str, list[Any]] = {
     "warps": [8, 4, 2, 1, 16], "tile": [(128, 256), (64, 64), (128, 64)], "depth": [4, 2, 8, 16], "early": [True, False],
@@ -46,11 +46,24 @@ def test_enumeration_starts_with_the_default_and_has_every_point_once() -> None:
     assert len({config_text(p) for p in points}) == len(points) == 5 * 3 * 4 * 2
 
 
-def test_unlike_covers_every_value_of_every_axis_early() -> None:
+def test_neighbours_are_few_steps_away_and_each_in_a_direction_of_its_own() -> None:
     points = enumerate_space(SPACE, random.Random(0))
-    chosen = unlike(points, [points[0]], 12, random.Random(1))
-    for axis, values in SPACE.items():
-        assert {config_text({axis: c[axis]}) for c in [points[0], *chosen]} == {config_text({axis: v}) for v in values}
+    base = next(p for p in points if p == {"warps": 4, "tile": (128, 64), "depth": 4, "early": True})
+    chosen = near([p for p in points if p != base], base, [base], 7, random.Random(1))
+    wanted = [{"warps": 2}, {"warps": 8}, {"depth": 2}, {"depth": 8}, {"early": False}, {"tile": (64, 64)}, {"tile": (128, 256)}]
+    moves = [{axis: v for axis, v in c.items() if v != base[axis]} for c in chosen]
+    assert all(move in wanted for move in moves[:6])
+    assert len({config_text(c) for c in chosen}) == 7
+    again = near([p for p in points if p != base and p not in chosen], base, [base, *chosen], 3, random.Random(1))
+    assert all(sum(c[axis] != base[axis] for axis in base) == 2 for c in again)  # every single step was tried
+
+
+def test_a_part_has_the_axes_of_its_kernel() -> None:
+    kernels = [{"1-8": {"kernel": "gemv", "warps": w, "depth": d}} for w in (8, 4, 2) for d in (1, 2, 4)]
+    other = {"1-8": {"kernel": "gemm", "tile": [64, 64]}}
+    chosen = near([*kernels[1:], other], kernels[0], [kernels[0]], 2, random.Random(0))
+    assert chosen[0]["1-8"] in ({"kernel": "gemv", "warps": 8, "depth": 2}, {"kernel": "gemv", "warps": 4, "depth": 1})
+    assert other not in chosen
 
 
 def test_proposals_are_new_and_end_with_the_space() -> None:
@@ -68,6 +81,7 @@ def search(call: KernelCall, trials: int, seed: int, known: list[Record]) -> flo
     model.fit(known)
     while len(tried) < trials:
         score = (lambda configs: model.score(configs, call)) if model.ready else None
+        tried.sort(key=lambda c: time_of(c, call))
         tried += propose(points, tried, min(4, trials - len(tried)), score, rng)
         model.fit([*known, *(record(c, call) for c in tried)])
     return min(time_of(c, call) for c in tried) / min(time_of(c, call) for c in points)

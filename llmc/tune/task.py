@@ -22,6 +22,9 @@ from llmc.tune.validate import Find
 TOKENS_PER_PROMPT = 128
 """Tokens generated for each prompt that is read: how decode steps weigh against prefills."""
 
+PROMPT = 512
+"""Tokens of a prompt that kernels of a single row of it are judged by."""
+
 STEP_ROWS = 128
 """Rows up to which a part counts as run by decode steps: more sequences are rarely decoded together, shorter prompts rarely
 read."""
@@ -31,7 +34,8 @@ read."""
 class Task:
     """A distinct kernel call of a model, taken by ``family``, or a part of one. ``per_token``, ``per_prefill``: how often a step of
     decode and of extend runs it; ``sizes``: the symbols it is timed at; ``label``: for people; ``part``: the axis that is searched
-    alone, empty for the whole space (:mod:`llmc.schedules.parts`)."""
+    alone, empty for the whole space (:mod:`llmc.schedules.parts`); ``logits``: it gives the logits, of a prompt those of its last
+    row alone."""
 
     family: Any
     call: KernelCall
@@ -41,6 +45,7 @@ class Task:
     sizes: tuple[dict[str, int], ...] = field(hash=False)
     label: str = ""
     part: str = ""
+    logits: bool = False
 
     @property
     def space(self) -> dict[str, list[Any]]:
@@ -74,7 +79,7 @@ def workloads(task: Task) -> list[Workload]:
     for size in task.sizes:
         steps = max(size.values()) <= STEP_ROWS if task.part else task.call.phase == "decode"
         if not steps:
-            found.append(Workload("prefill", size["n"]))
+            found.append(Workload("prefill", PROMPT if task.logits else size["n"]))
         elif "context" in size:
             found.append(Workload("decode", size["b"], size["context"]))
         else:
@@ -125,10 +130,11 @@ def tasks_of(choices: Sequence[KernelChoice], target: Target, pattern: str = "*"
         at = counts.setdefault(key, [0, 0])
         at[0 if choice.function == "decode" else 1] += choice.count
         names[key] = choice.kernel if call.phase in choice.kernel or measured != call else f"{choice.kernel} {call.phase}"
-    found = []
+    heads = [choice.call for choice in choices if choice.function == "extend" and choice.op in LAYERS]
+    head, found = call_from_json(heads[-1]) if heads else None, []
     for (name, call), (per_token, per_prefill) in counts.items():
         if prod(map(len, families[name].space(call, target).values())) > 1:
-            found += make(families[name], call, target, per_token, per_prefill, names[name, call])
+            found += make(families[name], call, target, per_token, per_prefill, names[name, call], logits=call == head)
     if not found:
         kernels = sorted({c.kernel for c in choices if c.call})
         raise UsageError(
@@ -138,11 +144,25 @@ def tasks_of(choices: Sequence[KernelChoice], target: Target, pattern: str = "*"
     return found
 
 
-def make(family: Any, call: KernelCall, target: Target, per_token: int = 1, per_prefill: int = 0, label: str = "") -> list[Task]:
-    """The tasks of a call: one with the sizes of :func:`llmc.tune.inputs.sizes`, or one for each part of the family."""
+LAYERS = ("llmc.linear", "llmc.quantized_linear")
+"""The last of these in a model gives its logits."""
+
+
+def make(
+    family: Any,
+    call: KernelCall,
+    target: Target,
+    per_token: int = 1,
+    per_prefill: int = 0,
+    label: str = "",
+    logits: bool = False,
+) -> list[Task]:
+    """The tasks of a call: one with the sizes of :func:`llmc.tune.inputs.sizes`, or one for each part of the family. Without parts,
+    one that gives ``logits`` runs a prompt's last row."""
     name, (family, call) = label or f"{family.NAME}_{call.args[1].shape}", kept_under(family, call)
     if not has_parts(family):
-        return [Task(family, call, target, per_token, per_prefill, tuple(inputs.sizes(call, target.kind)), name)]
+        sizes = [{"n": 1}] if logits else inputs.sizes(call, target.kind)
+        return [Task(family, call, target, per_token, per_prefill, tuple(sizes), name, logits=logits)]
     found = []
     for part, sizes in family.parts(call, target).items():
         if len(family.space(call, target)[part]) < 2:

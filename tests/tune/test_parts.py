@@ -16,11 +16,13 @@ from llmc.manifest import KernelChoice
 from llmc.schedules import lookup as L
 from llmc.schedules import parts
 from llmc.schedules import records as R
+from llmc.schedules.cpu import linear
 from llmc.schedules.cuda import linear_hopper, quantized_hopper
 from llmc.schedules.protocol import KernelCall
 from llmc.tune.cost_model import CostModel
-from llmc.tune.task import Task, make, tasks_of
+from llmc.tune.task import Task, make, tasks_of, workloads
 from llmc.tune.tuner import Budget, Tuner
+from llmc.tune.turns import Workload
 from tests.support.tuning import verdict
 
 HOPPER = targets.parse("cuda:sm_90a")
@@ -68,6 +70,22 @@ def test_both_phases_are_tuned_once_and_each_part_is_a_task() -> None:
     assert (by_part["1025-"].per_token, by_part["1025-"].per_prefill) == (0, 5)
     assert by_part["1-8"].sizes == ({"n": 1}, {"n": 8})
     assert by_part["1-8"].label == "linear_4096x4096 n=1-8"
+
+
+def test_a_prompt_has_logits_of_its_last_row_alone() -> None:
+    def choice(function: str, o: int) -> KernelChoice:
+        call = dataclasses.replace(linear._call(o, 64), phase=function)
+        return KernelChoice(function, call.op, f"linear_{o}", linear.NAME, 1, "", {}, "", "default", R.call_to_json(call))
+
+    host = targets.parse("cpu")
+    tasks = {t.label: t for t in tasks_of([choice(f, o) for f in ("decode", "extend") for o in (48, 256)], host)}
+    assert {label: t.sizes for label, t in tasks.items()} == {
+        "linear_48 decode": ({"n": 1}, {"n": 8}),
+        "linear_256 decode": ({"n": 1}, {"n": 8}),
+        "linear_48 extend": ({"n": 512},),
+        "linear_256 extend": ({"n": 1},),
+    }
+    assert workloads(tasks["linear_256 extend"]) == workloads(tasks["linear_48 extend"]) == [Workload("prefill", 512)]
 
 
 @pytest.mark.parametrize("phase", ["decode", "extend"])

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from llmc.errors import LlmcError
 from llmc.schedules.lookup import Records
@@ -110,6 +110,13 @@ class Comparison:
     def loses(self) -> bool:
         """Whether it is slower at anything."""
         return bool(self.failed) or any(r.log < -r.certain for r in self.ratios.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """How many times as fast, on the whole and at each test, with the error there and the seconds of both."""
+        tests = {
+            str(test): {"gain": math.exp(r.log), "error": r.error, "seconds": list(r.seconds)} for test, r in self.ratios.items()
+        }
+        return {"gain": self.gain, "tests": tests, "failed": self.failed}
 
     def __str__(self) -> str:
         return self.failed or ", ".join(f"{test} {math.exp(r.log):.3f}x ± {r.error:.3f}" for test, r in self.ratios.items())

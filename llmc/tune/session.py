@@ -6,7 +6,6 @@ Whatever ends it, what models gained by until then is in the records, and compil
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -44,9 +43,13 @@ class Plan:
     choices: bool = True
     _start: float = field(default_factory=time.monotonic)
 
+    def elapsed(self) -> float:
+        """Seconds since it was made."""
+        return time.monotonic() - self._start
+
     def over(self) -> bool:
         """Whether the time is up."""
-        return self.seconds is not None and time.monotonic() - self._start >= self.seconds
+        return self.seconds is not None and self.elapsed() >= self.seconds
 
     def budget(self) -> Budget:
         """For the search of kernels alone."""
@@ -153,7 +156,10 @@ class Session:
         return {
             "records": str(self.out),
             "interrupted": self.interrupted,
+            "seconds": self.plan.elapsed(),
             "kernels": [] if self.tuner is None else self.tuner.outcome(),
-            "model": {} if validation is None else {rows: math.exp(c.log) for rows, c in validation.final.items()},
+            "curve": [] if self.tuner is None else self.tuner.curve(),
+            "decisions": [] if validation is None else [group.to_json() for group in validation.groups],
+            "model": {} if validation is None else {rows: c.to_json() for rows, c in validation.final.items()},
             "choices": None if self.outcome is None else whole.to_json(self.outcome),
         }

@@ -142,6 +142,8 @@ class Tuner:
         self.states = [State(t, enumerate_space(t.space, self.rng), [limits.seconds(t, s) for s in t.sizes]) for t in tasks]
         self._worker: tuple[Task, Worker] | None = None
         self._device = ""
+        self._start = time.monotonic()
+        self._history: list[tuple[float, list[str | None]]] = []
 
     def run(self) -> None:
         """Search until the budget is spent or every space is exhausted, then time the winners once more.
@@ -181,6 +183,18 @@ class Tuner:
             }
             for s in self.states
         ]
+
+    def curve(self) -> list[tuple[float, float]]:
+        """After how many seconds what was found, with today's knowledge of its times, made kernels how many times as fast as with
+        what compiles used before: the geometric mean over all of them, each alone."""
+        found = []
+        for seconds, taken in self._history:
+            logs = [0.0] * len(self.states)
+            for i, (s, text) in enumerate(zip(self.states, taken, strict=True)):
+                if text in s.seconds and s.used in s.seconds:
+                    logs[i] = s.cost(s.used) - s.cost(text)
+            found.append((seconds, math.exp(statistics.fmean(logs))))
+        return found
 
     def finds(self) -> list[Find]:
         """What is faster than what compiles use now, and no model has turned down."""
@@ -263,6 +277,7 @@ class Tuner:
         best = state.best
         improved = best is not None and state.cost(best) < old - 0.01
         state.claim = 1.0 if improved else state.claim * PATIENCE
+        self._history.append((time.monotonic() - self._start, [s.taken for s in self.states]))
         self.show(self.states, state.task.label)
 
     def _measure(self, state: State, configs: Sequence[Config], rounds: int) -> None:

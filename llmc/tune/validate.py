@@ -75,6 +75,11 @@ class Group:
     tried: tuple[Find, ...]
     kept: tuple[Find, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        kernels = [find.label for find in self.tried]
+        return {"family": self.tried[0].family, "kernels": kernels, "kept": bool(self.kept), **self.comparison.to_json()}
+
 
 Build = Callable[[frozenset[Find], Path], Any]
 """Compiles the model into a folder as if the finds had won."""

@@ -204,6 +204,10 @@ def test_tuner_finds_the_best_of_each_part(tmp_path: Path, monkeypatch: pytest.M
     assert [str(test) for test, _ in finds["1-8"].saves] == ["1 sequence", "8 sequences"]
     assert [str(test) for test, _ in finds["129-256"].saves] == ["prompt of 256"]
     assert all(seconds > 0 for f in finds.values() for _, seconds in f.saves)
+    curve = tuner.curve()
+    assert [gain for _, gain in curve] == sorted(gain for _, gain in curve)
+    assert curve[0][1] == 1.0
+    assert curve[-1][1] == pytest.approx(2.0)
     again = Tuner(tasks, known, tmp_path / "r.jsonl", Budget(400), worker=_FakeWorker, resume=True)  # type: ignore[arg-type]
     again.run()
     assert again.trials == 0

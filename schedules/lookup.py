@@ -201,9 +201,10 @@ def distance(a: KernelCall, b: KernelCall) -> float:
     """How far apart the sizes of two calls of one kind are, in octaves; infinite for calls that differ in anything else: how their
     weights are stored, or whether they are gated. A bias or another activation makes no difference.
     """
-    if (a.op, a.phase, a.attr("scheme"), _is_gated(a)) != (b.op, b.phase, b.attr("scheme"), _is_gated(b)):
+    if _kind(a) != _kind(b):
         return math.inf
-    pairs = list(zip(a.args[:2], b.args[:2], strict=True))  # a bias or a residual more or less changes little
+    operands = 5 if a.op == "llmc.moe" else 2  # a bias or a residual more or less changes little
+    pairs = list(zip(a.args[:operands], b.args[:operands], strict=True))
     if any(x.dtype != y.dtype or len(x.shape) != len(y.shape) for x, y in pairs):
         return math.inf
     total = 0.0
@@ -212,7 +213,16 @@ def distance(a: KernelCall, b: KernelCall) -> float:
             total += math.log2(max(m, 1) / max(n, 1)) ** 2
         elif m != n:
             return math.inf
+    for m, n in ((a.attr(name), b.attr(name)) for name in ("experts", "inner")):
+        if m and n:
+            total += math.log2(int(m) / int(n)) ** 2
     return math.sqrt(total)
+
+
+def _kind(call: KernelCall) -> tuple[Any, ...]:
+    """What calls must have in common to be near."""
+    stored = (call.attr(name) for name in ("scheme", "gate_up_scheme", "down_scheme"))
+    return (call.op, call.phase, *stored, call.attr("gated"), _is_gated(call))
 
 
 def _is_gated(call: KernelCall) -> bool:

@@ -80,6 +80,8 @@ def make(call: KernelCall, symbols: dict[str, int], seed: int = 0, packed: Seque
     maker, rng = _MAKERS.get(call.op), np.random.default_rng(seed)
     if call.op == "llmc.quantized_linear":
         return _quantized_linear(call, symbols, rng, packed or packed_parts(call))
+    if call.op in MOE:
+        return _moe(call, symbols, rng, packed or packed_parts(call))
     if maker is None:
         raise UnsupportedError(f"tuning knows no inputs for {call.op}: leave it out with --kernels")
     return maker(call, symbols, rng)
@@ -115,12 +117,26 @@ def _codes(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator) 
 
 
 def packed_parts(call: KernelCall) -> tuple[Array, ...]:
-    """The parts of a quantized weight as the compiler packs them; none of calls that need no compiler for their inputs."""
-    if call.op != "llmc.quantized_linear" or call.attr("layout") == SEPARATE_LAYOUT:
+    """The parts of quantized weights as the compiler packs them; none of calls that need no compiler for their inputs."""
+    if call.op not in ("llmc.quantized_linear", "llmc.quantized_moe") or call.attr("layout") == SEPARATE_LAYOUT:
         return ()
-    from llmc.tune.packed import packed_weight
+    from llmc.tune.packed import packed_experts, packed_weight
 
-    return packed_weight(call)
+    return packed_weight(call) if call.op == "llmc.quantized_linear" else packed_experts(call)
+
+
+MOE = ("llmc.moe", "llmc.quantized_moe")
+
+
+def _moe(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator, packed: Sequence[Array]) -> list[Array]:
+    """Each row has experts of its own, all different; their weights add up to about one."""
+    x, ids, weights, *rest = call.args
+    experts = int(call.attr("experts") or rest[0].shape[0])
+    rows, top_k = ids.bind(symbols)
+    chosen = np.argsort(rng.random((rows, experts)), axis=1)[:, :top_k].astype(np.int32)
+    gates = narrow(np.abs(random(TensorSpec(weights.shape, "float32"), symbols, rng, 1 / top_k)), weights.dtype)
+    fixed = list(packed) or [random(spec, symbols, rng, int(spec.shape[-1]) ** -0.5) for spec in rest[:2]]
+    return [random(x, symbols, rng), chosen, gates, *fixed, *(random(spec, symbols, rng) for spec in rest[len(fixed) :])]
 
 
 def _quantized_linear(call: KernelCall, symbols: dict[str, int], rng: np.random.Generator, packed: Sequence[Array]) -> list[Array]:
@@ -199,7 +215,7 @@ QUANTIZED = 3e-2
 
 def tolerance(call: KernelCall) -> float:
     """Largest error of a result, in units of the largest value of the reference: that of its coarsest dtype."""
-    if call.op == "llmc.quantized_linear":
+    if call.op in ("llmc.quantized_linear", "llmc.quantized_moe"):
         return QUANTIZED
     return max(TOLERANCE[s.dtype] for s in (*call.args, call.result) if s.dtype in TOLERANCE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from typing import Any
 
@@ -14,13 +15,18 @@ import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 # isort: split
 import torch
 
+from llmc import targets
 from llmc.errors import UnsupportedError
 from llmc.runtime.tensors import storage_dtype
-from llmc.schedules.cpu import attend, linear, rope
+from llmc.schedules.cpu import attend, linear, moe, quantized_moe, rope
 from llmc.schedules.cuda import linear_call, linear_hopper, quantized_hopper
 from llmc.schedules.gpu import quantized_call
+from llmc.schedules.gpu import quantized_moe as gpu_quantized_moe
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.tune import inputs
+from llmc.tune.bench import Bench
+from llmc.tune.build import compile_one
+from llmc.tune.devices import open_device
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -96,6 +102,42 @@ def test_quantized_weights_for_gpus_need_no_compiler(name: str, monkeypatch: pyt
     assert wanted.shape == (5, 48)
     assert 0.1 < np.std(wanted) < 1e3
     assert np.isfinite(wanted).all()
+
+
+@pytest.mark.parametrize(
+    ("family", "label"),
+    [
+        (moe, "odd_57_19"),
+        (moe, "interleaved_bias"),
+        (quantized_moe, "int4_two_of_eight_64x96"),
+        (quantized_moe, "clipped_gate_64x40_mxfp4"),
+        (quantized_moe, "interleaved_q4_k_256x24"),
+    ],
+)
+def test_experts_have_inputs_and_a_right_kernel_passes(family: Any, label: str) -> None:
+    """Every configuration of the space is right by the reference, at few rows and at more than are compared."""
+    call, host = family.SHAPES[label], targets.parse("cpu")
+    assert inputs.sizes(call, "cpu") == [{"n": 512}]
+    sizes = [{"n": 1}, {"n": 37}]
+    arrays = [inputs.make(call, s) for s in sizes]
+    for made, symbols in zip(arrays, sizes, strict=True):
+        for array, spec in zip(made, call.args, strict=True):
+            assert (array.shape, array.dtype) == (spec.bind(symbols), storage_dtype(spec.dtype))
+        ids = made[1]
+        assert all(len(set(row)) == len(row) for row in ids.tolist())
+    wanted = [inputs.expected(family, call, s, a) for s, a in zip(sizes, arrays, strict=True)]
+    bench = Bench(open_device("cpu"), call, sizes, arrays, wanted)
+    space = family.space(call, host)
+    for point in itertools.product(*space.values()):
+        bench.check(compile_one(family, call, host, dict(zip(space, point, strict=True)), sizes).kernel)
+
+
+def test_experts_packed_for_gpus() -> None:
+    call = gpu_quantized_moe.SHAPES[next(iter(gpu_quantized_moe.SHAPES))]
+    arrays = inputs.make(call, {"n": 3})
+    for array, spec in zip(arrays, call.args, strict=True):
+        assert (array.shape, array.dtype) == (spec.bind({"n": 3}), storage_dtype(spec.dtype))
+    assert np.isfinite(inputs.expected(gpu_quantized_moe, call, {"n": 3}, arrays)).all()
 
 
 def test_error_is_of_the_largest_value_and_sees_nan() -> None:

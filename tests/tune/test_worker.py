@@ -25,6 +25,9 @@ CALL = linear._call(40, 72, bias=1)
 CONTROLLED = partial(Worker, module="tests.tune.faulty", build_seconds=8.0)
 
 
+Q4_K = next(label for label, call in quantized_linear.SHAPES.items() if call.attr("scheme") == "q4_k")
+
+
 def task() -> T.Task:
     return T.Task(FAULTY, CALL, host(), 3, 1, ({"n": 5}, {"n": 40}), "faulty")
 
@@ -133,7 +136,7 @@ def test_a_worker_goes_on_with_another_call_in_the_same_process(worker: Worker) 
     assert len(worker.time("fine")) == 2
 
 
-@pytest.mark.parametrize("label", ["square_256_int4_g128_bias", "odd_33x70_int8"])
+@pytest.mark.parametrize("label", ["square_256_int4_g128_bias", "odd_33x70_int8", Q4_K])
 def test_quantized_weights_are_packed_and_the_result_is_right(label: str) -> None:
     call = quantized_linear.SHAPES[label]
     made = T.Task(quantized_linear, call, host(), 1, 0, ({"n": 7},))

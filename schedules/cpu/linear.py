@@ -6,6 +6,10 @@ every weight once (decode: the machine's memory bandwidth), and with many rows t
 The first row of a block streams the weights in the order they lie in memory (with k of a few hundred, several short rows at
 once defeat the hardware's prefetch); the others find them in the cache and go through the register tile ``rows × outputs`` of
 ``tile``, rows left over one at a time.
+
+In the extend phase the others read a copy of the weights, if they are narrow or k is long: float32, side by side; with a long k
+a copy of x too, both in blocks. Rows whose length is a power of two would lie in the same few cache sets and in a page each,
+and narrow weights would be widened for every few rows. The sums are the same bits.
 """
 
 from __future__ import annotations
@@ -18,7 +22,20 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.schedules.cpu.dot import TileShape, dot_block, dot_tile, output_blocks, tile_shapes
-from llmc.schedules.cpu.emit import PARALLEL_WORK, Simd, Symbols, arguments, ceildiv, function, i64, local, read, store, when
+from llmc.schedules.cpu.emit import (
+    PARALLEL_WORK,
+    Simd,
+    Symbols,
+    arguments,
+    ceildiv,
+    each_vector,
+    function,
+    i64,
+    local,
+    read,
+    store,
+    when,
+)
 from llmc.schedules.cpu.math import ACTIVATIONS, Math
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import Target
@@ -49,6 +66,9 @@ SHAPES: dict[str, KernelCall] = {
     "odd_19x57_bias": _call(19, 57, bias=1),
     "odd_37x100_f16_silu": _call(37, 100, "float16", activation="silu", bias=1, residual=1),
     "odd_19x57_bf16_gelu": _call(19, 57, "bfloat16", activation="gelu", bias=1),
+    "long_k_21x3200_bf16_bias": _call(21, 3200, "bfloat16", bias=1),
+    "power_of_two_9x2048_f16": _call(9, 2048, "float16", activation="silu"),
+    "power_of_two_decode_5x2048": _call(5, 2048, phase="decode"),
     "one_output": _call(1, 33, activation="relu"),
     "tiny_k": _call(8, 3, "bfloat16", activation="relu2", residual=1),
     "gelu_tanh_64x48": _call(64, 48, "float16", activation="gelu_tanh", phase="decode"),
@@ -92,6 +112,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     with function(f"linear_{o}x{k}") as done:
         buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
         n = symbols.dim(call.args[0].shape[0])
+        pack_block, narrow = int(config["k_block"]) // WIDTH["float32"], call.args[1].dtype != "float32"
+        packs = call.phase != "decode" and k % simd.lanes == 0 and (narrow or k > pack_block)
+        x_blocks = _blocks(simd, buffers["x"], n, k, pack_block) if packs and k > pack_block else None
         full, rest = o // tile.outputs, output_blocks(o, tile.outputs)
         tasks = full + (1 if rest else 0)
 
@@ -104,6 +127,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
         def columns(low: Expr, high: Expr, first: Expr, outputs: int) -> None:
             rows(low, 1, first, outputs, stream=True)
+            if packs:
+                when(low + 1 < high, lambda: packed(low + 1, high, first, outputs))
+                return
             if k > k_block:
                 blocked(low + 1, high, first, outputs)
                 return
@@ -128,12 +154,62 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
                 each_tile(low, high, tile_rows)
 
+            def sums() -> None:
+                whole = k // k_block - (0 if k % k_block else 1)
+                with T.serial(0, whole) as b:
+                    over(i64(b) * k_block, k_block, False)
+                over(i64(whole * k_block), k - whole * k_block, True)
+
+            clear_and_finish(scratch, low, high, first, outputs, sums)
+
+        def packed(low: Expr, high: Expr, first: Expr, outputs: int) -> None:
+            """All rows over the weights' copy, which holds one block of k after the other."""
+            weights = T.alloc_buffer((outputs, min(k, pack_block)), "float32")
+            w_rows = [(i64(j),) for j in range(outputs)]
+
+            def pack(start: Expr, count: int) -> None:
+                for j in range(outputs):
+
+                    def copy(at: Expr, lanes: int, j: int = j) -> None:
+                        value = simd.load(buffers["weight"], first + j, start + at, lanes=lanes)
+                        store(weights, value, i64(j), at, lanes=lanes)
+
+                    each_vector(count, simd.lanes, copy)
+
+            if x_blocks is None:
+                pack(i64(0), k)
+
+                def tile_rows(row: Expr, size: int) -> None:
+                    sums = dot_tile(simd, buffers["x"], [(row + i,) for i in range(size)], weights, w_rows, k)
+                    for i, value in enumerate(sums):
+                        _finish(call, simd, buffers, value, row + i, first, outputs)
+
+                each_tile(low, high, tile_rows)
+                return
+            scratch = local(simd.lanes, (block - 1) * outputs)
+
+            def over(b: Expr, count: int) -> None:
+                pack(b * pack_block, count)
+
+                def tile_rows(row: Expr, size: int) -> None:
+                    x_rows, slots = [(b, row + i) for i in range(size)], [(row - low + i) * outputs for i in range(size)]
+                    dot_block(simd, x_blocks, x_rows, weights, w_rows, k, scratch, slots, i64(0), count, False)
+
+                each_tile(low, high, tile_rows)
+
+            clear_and_finish(scratch, low, high, first, outputs, lambda: each_block(over))
+
+        def each_block(over: Callable[[Expr, int], None]) -> None:
+            with T.serial(0, k // pack_block) as b:
+                over(i64(b), pack_block)
+            if k % pack_block:
+                over(i64(k // pack_block), k % pack_block)
+
+        def clear_and_finish(scratch: Expr, low: Expr, high: Expr, first: Expr, outputs: int, sums: Callable[[], None]) -> None:
+            """``sums`` adds to the accumulators of the rows in ``scratch``."""
             with T.serial(0, (high - low) * outputs) as i:
                 store(scratch, simd.splat(0.0, simd.lanes), i64(i) * simd.lanes, lanes=simd.lanes)
-            whole = k // k_block - (0 if k % k_block else 1)
-            with T.serial(0, whole) as b:
-                over(i64(b) * k_block, k_block, False)
-            over(i64(whole * k_block), k - whole * k_block, True)
+            sums()
             with T.serial(low, high) as r:
                 row = T.bind(i64(r))
                 vectors = [read(scratch, ((row - low) * outputs + j) * simd.lanes, lanes=simd.lanes) for j in range(outputs)]
@@ -164,6 +240,20 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         with T.serial(0, extent) if small else T.parallel(0, extent) as t:
             task(t)
     return done()
+
+
+def _blocks(simd: Simd, x: Expr, n: Expr, k: int, block: int) -> Expr:
+    """A copy of ``x`` [n, k] as [blocks of k, n, block], made on all threads. The rest of a last block that is short is not set."""
+    copy = T.alloc_buffer((-(-k // block), n, block), "float32")
+    with T.parallel(0, n) as r:
+        row = i64(r)
+        for low in range(0, k, block):
+
+            def move(at: Expr, lanes: int, low: int = low) -> None:
+                store(copy, read(x, row, at + low, lanes=lanes), i64(low // block), row, at, lanes=lanes)
+
+            each_vector(min(block, k - low), simd.lanes, move)
+    return copy
 
 
 def _names(call: KernelCall) -> list[str]:

@@ -28,7 +28,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     budget.add_argument("--records", type=Path, metavar="DIR", help="folder for the records (default: records in llmc's cache)")
     elsewhere = parser.add_argument_group("a machine without a compiler or a network")
-    elsewhere.add_argument("--offline", type=Path, metavar="DIR", help="time nothing: pack the candidates and a runner into DIR")
+    elsewhere.add_argument(
+        "--offline",
+        type=Path,
+        metavar="DIR",
+        help="time nothing: pack candidates and a runner into DIR; with --trials 0 the model, with and without what was found",
+    )
     elsewhere.add_argument("--import", dest="results", type=Path, metavar="FILE", help="add the records that a packed runner wrote")
     options.add_compile(parser)
     options.add_output(parser, json="the outcome for every kernel")
@@ -59,7 +64,7 @@ def _import(path: Path, folder: Path) -> int:
 
     count, notes = import_results(path, folder)
     _warn(notes)
-    print(f"{count} records added to {folder}")
+    print(f"{count} lines added to {folder}; compiles use what a model gained by: see --resume, or --offline with --trials 0")
     return 0
 
 
@@ -94,6 +99,15 @@ def _tune(args: argparse.Namespace, folder: Path) -> int:
         if args.only != "whole":
             plan.tasks = tasks_of(subject.kernels(), target, args.kernels)
         known = load([SHIPPED, folder])
+        if args.offline is not None and args.trials == 0:
+            from llmc.tune import pack_model
+
+            with progress.phase("artifacts") as phase:
+                pack_model.write(args.offline, subject, plan.tasks, known, phase.callback())
+            print(
+                f"{args.offline}: carry it to the machine, run `python {args.offline.name}/run.py` there, bring verdicts.jsonl back"
+            )
+            return 0
         if args.offline is not None:
             problems = pack_offline(args.offline, target, plan.tasks, known, args.trials or TRIALS * len(plan.tasks), progress)
             _warn([*known.notes, *problems])
@@ -106,6 +120,10 @@ def _tune(args: argparse.Namespace, folder: Path) -> int:
     _warn(known.notes)
     _print(session, args.json)
     return 130 if session.interrupted else 0
+
+
+def _carry(folder: Path, results: str) -> None:
+    print(f"{folder}: carry it to the machine, run `python {folder.name}/run.py` there, bring {results} back")
 
 
 def _print(session: Session, as_json: bool) -> None:

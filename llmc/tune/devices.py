@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from llmc.errors import LlmcError
 from llmc.runtime.device import cuda_devices
 from llmc.runtime.gpu.cudart import Cuda, DeviceTensors, device_bytes
 from llmc.runtime.host import default_threads
@@ -176,3 +177,13 @@ class CudaDevice:
 def open_device(kind: str) -> Any:
     """The device that kernels of targets of ``kind`` run on here. Raises LlmcError if there is none."""
     return CudaDevice() if kind == "cuda" else CpuDevice()
+
+
+def device_name(kind: str) -> str:
+    """The name of the device that :func:`open_device` opens, as records have it. Raises LlmcError if there is none."""
+    if kind != "cuda":
+        return this_host().cpu_name
+    found = cuda_devices()
+    if not found:
+        raise LlmcError("models for CUDA are tuned on a GPU, and this machine has none that CUDA sees: run `llmc doctor`")
+    return found[0].name

@@ -16,7 +16,7 @@ from llmc.progress import Progress
 from llmc.schedules.lookup import Records
 from llmc.tune import whole
 from llmc.tune.compare import Runner, Site
-from llmc.tune.devices import open_device
+from llmc.tune.devices import device_name
 from llmc.tune.display import Show
 from llmc.tune.subject import Subject
 from llmc.tune.task import Task
@@ -26,7 +26,7 @@ from llmc.tune.validate import Build, Find, Validation
 TRIALS = 64
 """Configurations of a kernel that are tried unless the user says otherwise."""
 
-SEARCH = 0.6
+SEARCH = 0.45
 """Part of the time that kernels are searched alone; the rest is for what was found of them."""
 
 
@@ -101,7 +101,7 @@ class Session:
             self.known,
             self.out,
             subject.folder,
-            self._device(),
+            device_name(subject.target.kind),
             versions(),
             self.progress.note,
             self.plan.over,
@@ -124,13 +124,6 @@ class Session:
             self.subject.build(before.supposing(supposed), folder)
 
         return build
-
-    def _device(self) -> str:
-        if self.tuner is not None:
-            return self.tuner.states[0].device
-        device = open_device(self.subject.target.kind)
-        device.close()
-        return str(device.name)
 
     def summary(self) -> list[str]:
         """What compiles gain by, a line each."""

@@ -31,7 +31,7 @@ from llmc.tune.worker import CandidateFailed, Worker
 
 BATCH = 4
 ROUNDS = 5
-FINAL_ROUNDS = 11
+FINAL_ROUNDS = 7
 LEAST = 0.03
 """Part of its time that a kernel may always win: the roofline is measured, and so never exact."""
 
@@ -156,7 +156,7 @@ class Tuner:
             while (room := self.budget.left(self.trials)) and (promising := self._next()) is not None:
                 self._batch(promising, self._propose(promising, min(BATCH, room)))
             for state in self.states:
-                if state.trials:
+                if state.trials and state.taken != state.used:
                     self._repeat(state)
         finally:
             self._close()
@@ -334,7 +334,7 @@ class Tuner:
     def _repeat(self, state: State) -> None:
         """Time the winner, the runners-up, the default and what is used once more, all in the same rounds."""
         checked: set[str] = set()
-        for _ in range(4):
+        for _ in range(2):
             ranked = sorted(state.seconds, key=state.cost)
             wanted = {*ranked[:3], state.default, state.used} & set(state.seconds)
             if not wanted - checked or wanted <= {state.default, state.used}:

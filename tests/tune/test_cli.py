@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,41 @@ def test_offline(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert main(["tune", str(model), "--dtype", "float32", *kernels, "--offline", str(folder), "--quiet"]) == 0
     assert f"python {folder.name}/run.py" in capsys.readouterr().out
     assert len(json.loads((folder / "pack.json").read_text())["tasks"][0]["candidates"]) == 2
+
+
+def test_finds_are_decided_where_there_is_no_compiler(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The second trip: the model with and without what was found; the runner there needs no compiler."""
+    from llmc import targets
+    from llmc.progress import SilentProgress
+    from llmc.schedules.records import Record, append, config_text, machine_class, source_hash
+    from llmc.tune.subject import Subject
+    from llmc.tune.task import tasks_of
+
+    host, records, folder = targets.parse("cpu"), tmp_path / "records", tmp_path / "pack"
+    arguments = ["tune", str(model), "--dtype", "float32", "--kernels", "linear*", "--records", str(records)]
+    assert main([*arguments, "--offline", str(folder), "--trials", "0", "--quiet"]) == 2
+    assert "there is nothing to try" in capsys.readouterr().err
+    with Subject(str(model), host, {"dtype": "float32"}, SilentProgress()) as subject:
+        task = next(t for t in tasks_of(subject.kernels(), host, "linear*") if t.call.phase == "decode")
+    texts = [config_text({axis: values[i] for axis, values in task.space.items()}) for i in (0, -1)]
+    lines = [
+        Record(
+            task.family.NAME, task.call, tuple(size.items()), host.name, machine_class(host), "here", text, 1e-5 * (2 - i), 0.0, "",
+            source_hash(task.family, text), "test",
+        )
+        for i, text in enumerate(texts) for size in task.sizes
+    ]  # fmt: skip
+    append(records / "cpu.jsonl", lines)
+    assert main([*arguments, "--offline", str(folder), "--trials", "0", "--quiet"]) == 0
+    assert sorted(p.name for p in folder.iterdir()) == ["0", "1", "finds.json", "run.py"]
+    assert not (folder / "1" / "weights").exists()
+    blocked = "import runpy, sys; sys.modules['tvm'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", blocked, str(folder / "run.py")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "kept" in done.stdout
+    capsys.readouterr()
+    assert main(["tune", "--import", str(folder / "verdicts.jsonl"), "--records", str(records)]) == 0
+    assert [v.config for v in load([records]).verdicts.values()] == [texts[1]]
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,7 @@ def calibrate(graph: Graph, params: ParamTable, method: str, target: Target, cal
     work = METHODS[method](layers, params, calibration)
     run = Forward(graph, params, np.tile(calibration.windows, (work.RUNS, 1)))
     last = max(i for i, (_, value) in enumerate(graph.bindings) if work.concerns(value))
+    work.last = graph.bindings[last][0]
     run.visit(work.visit, lambda done, total, what: calibration.progress(done, total, f"{method} {what}"), last + 1)
     work.finish(graph)
 
@@ -115,10 +116,11 @@ def _is_worth_it(param: Param, method: str, target: Target) -> bool:
 
 
 class _Method(ABC):
-    """What methods share. ``RUNS``: how many times
-    the text goes through the graph side by side."""
+    """What methods share. ``RUNS``: how many times the text goes through the graph side by side. ``last``: the last layer to be
+    quantized. Nothing reads its result, which may be as wide as a vocabulary."""
 
     RUNS = 1
+    last: relax.Var | None = None
 
     def __init__(self, layers: dict[relax.Var, _Layers], params: ParamTable, calibration: Calibration) -> None:
         self.layers = layers
@@ -133,6 +135,10 @@ class _Method(ABC):
     @abstractmethod
     def finish(self, graph: Graph) -> None:
         """Change the graph, if the method does, once all matrices are done."""
+
+    def result(self, var: relax.Var, parts: Callable[[], list[np.ndarray]]) -> np.ndarray:
+        """The rows ``parts`` of the layer ``var``, one below the other."""
+        return np.empty(0, np.float32) if self.last is not None and var.same_as(self.last) else np.concatenate(parts())
 
     def concerns(self, value: Any) -> bool:
         group = self.layers.get(value.args[0]) if op_name(value) == "llmc.linear" else None
@@ -171,7 +177,7 @@ class _Gptq(_Method):
         rounded = gptq(make_up(exact, factor, change), columns, how)
         self.calibration.keep(param, "gptq", exact, rounded)
         bias = run.value(value.args[2]) if attrs_of(value)["bias"] else None
-        return np.concatenate([linear(seen.numpy(), rounded.dequantize(), bias), linear(meant.numpy(), exact, bias)])
+        return self.result(var, lambda: [linear(seen.numpy(), rounded.dequantize(), bias), linear(meant.numpy(), exact, bias)])
 
     def finish(self, graph: Graph) -> None:
         """Nothing is left to do: the graph stays as it was."""
@@ -198,7 +204,7 @@ class _Scaling(_Method):
         exact = run.value(value.args[1])
         self.keep(run, value, group.scales)
         bias = run.value(value.args[2]) if attrs_of(value)["bias"] else None
-        return linear(run.value(x), exact, bias)
+        return self.result(var, lambda: [linear(run.value(x), exact, bias)])
 
     def moments(self, run: Forward, x: relax.Var) -> np.ndarray:
         """Σ x xᵀ over all tokens, float32 [k, k]."""

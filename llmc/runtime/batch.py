@@ -25,6 +25,7 @@ class Step:
 
     ``input_ids``, ``positions``, ``slot_mapping``: [n]. ``q_indptr``: [b + 1]. ``seq_lens``: [b], with this step's rows.
     ``block_table``: [b, m]. ``logit_rows``: [r], the rows whose logits are wanted; None for the decode phase, which gives all.
+    ``pages``: how many entries of each row of the block table there are.
     """
 
     input_ids: np.ndarray
@@ -34,6 +35,7 @@ class Step:
     seq_lens: np.ndarray
     block_table: np.ndarray
     logit_rows: np.ndarray | None
+    pages: tuple[int, ...] = ()
 
 
 def build_step(chunks: Items[Chunk]) -> Step:
@@ -66,4 +68,5 @@ def build_step(chunks: Items[Chunk]) -> Step:
         seq_lens=np.array([c.sequence.table.length + c.rows for c in chunks], np.int32),
         block_table=table,
         logit_rows=None if decode else np.array(wanted or [indptr[-1] - 1], np.int32),
+        pages=tuple(len(c.sequence.table.pages) for c in chunks),
     )

@@ -12,6 +12,7 @@ flight is read to its end, tokens of samples that have ended are dropped, and th
 from __future__ import annotations
 
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -69,10 +70,13 @@ class Scheduler:
         plan = self._plan()
         if not plan:
             return []
+        pipeline = self._executor.pipeline
+        if pipeline is not None and all(g.sequence.pending == 1 for g, _ in plan):
+            with suppress(OutOfPagesError):  # the first of them is all that follows then
+                self._reserve_ahead([g for g, _ in plan])
         chunks = [Chunk(g.sequence, rows, int(rows == g.sequence.pending)) for g, rows in plan]
         done = [g for (g, _), chunk in zip(plan, chunks, strict=True) if chunk.logits]
         step = build_step(chunks)
-        pipeline = self._executor.pipeline
         if pipeline is not None and self._on_device(pipeline, step, done):
             return self._start(pipeline, step, plan, done)
         logits = self._executor.run(step)
@@ -138,8 +142,7 @@ class Scheduler:
             return False
         tables = [s.sequence.table for s in ahead.samples]
         try:
-            for table in tables:
-                table.reserve(1, self._executor.copy_page)
+            self._reserve_ahead(ahead.samples)
         except OutOfPagesError:
             return False
         if not ahead.flight.again([table.pages for table in tables]):
@@ -147,6 +150,13 @@ class Scheduler:
         for table in tables:
             table.advance(1)
         return True
+
+    def _reserve_ahead(self, samples: list[Generation]) -> None:
+        """Reserve the next position of each sample, and the one after it, whose slot the device finds in the same step. Raises
+        OutOfPagesError, with the pages of some reserved."""
+        for sample in samples:
+            table = sample.sequence.table
+            table.reserve(min(2, self._bounds.context - table.length), self._executor.copy_page)
 
     def close(self) -> None:
         """End everything; every page is free again."""

@@ -22,7 +22,7 @@ from llmc.runtime.footprint import footprint
 from llmc.runtime.gpu import cudart
 from llmc.runtime.gpu.cuda import CudaExecutor
 from llmc.runtime.gpu.cudart import Cuda, DeviceTensors, Piece
-from llmc.runtime.gpu.executor import _RESERVE, StepTimer, _Arguments
+from llmc.runtime.gpu.executor import _RESERVE, GpuExecutor, StepTimer, _Arguments
 from llmc.runtime.library import load_runtime
 from llmc.runtime.model import Model
 from tests.runtime import module
@@ -151,6 +151,61 @@ def test_the_block_table_is_sent_once_and_then_only_its_new_entries(artifact: Pa
         small = [n for n in gpus[-1].copied if n <= 16]
         assert small == [4] * (22 // module.PAGE_SIZE)
         assert len(gpus[-1].copied) - len(small) == 2
+
+
+def test_every_position_has_its_slot_while_steps_are_in_flight(
+    artifact: Path, gpus: list[FakeCuda], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the first ones of pages, whose entry of the block table comes while steps are in flight."""
+    forward, found = GpuExecutor._forward, []
+
+    def watched(self: GpuExecutor, phase: str, rows: int) -> None:
+        arguments = self._arguments
+        width = arguments.table_width
+
+        def look() -> None:
+            def there(name: str, count: int) -> np.ndarray:
+                address = arguments.address + arguments.offset[name]
+                return np.ctypeslib.as_array((ctypes.c_int32 * count).from_address(address)).copy()
+
+            at, table = there("positions", rows), there("block_table", rows * width).reshape(rows, width)
+            own = table[np.arange(rows), at // module.PAGE_SIZE] * module.PAGE_SIZE + at % module.PAGE_SIZE
+            found.append((there("slot_mapping", rows).tolist(), own.tolist()))
+
+        if phase == "decode":
+            gpus[-1].enqueue(look)
+        forward(self, phase, rows)
+
+    monkeypatch.setattr(GpuExecutor, "_forward", watched)
+    for pages in (7, 24):
+        with on_gpu(artifact, pages, graphs=False) as device:
+            device.generate([[1, 2], [3, 4, 5], [6] * 7], max_tokens=11)
+    assert len(found) > 20
+    assert all(slots == own and len(set(slots)) == len(slots) for slots, own in found)
+
+
+class Streams(Cuda):
+    """A driver without a GPU that notes what it waits for."""
+
+    def __init__(self, stream: int, waited: list[int]) -> None:
+        self.device, self.stream, self._waited = 3, stream, waited
+        self._events, self._pinned, self._allocations = [], [], []
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        if name == "StreamSynchronize":
+            self._waited.append(arguments[0].value)
+
+
+def test_models_of_a_process_take_turns_on_a_device() -> None:
+    waited: list[int] = []
+    one, other = Streams(5, waited), Streams(6, waited)
+    for driver in (one, one, other, one):
+        driver.use()
+    assert waited == [5, 6]
+    one.close()
+    other.use()
+    assert waited == [5, 6, 5]
+    other.close()
 
 
 def test_device_time_is_that_of_the_steps(artifact: Path, gpus: list[FakeCuda]) -> None:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -163,7 +163,9 @@ class Cuda:
     where the rest of the name is another."""
 
     graphs = True
+    stream = 0
     prefix = "cuda"
+    _latest: ClassVar[dict[tuple[str, int], Cuda]] = {}
     renamed: Mapping[str, str] = MappingProxyType({})
 
     def __init__(self, device: int) -> None:
@@ -204,8 +206,15 @@ class Cuda:
             raise InternalError(f"{self._name(name)}: {words}")
 
     def use(self) -> None:
-        """See :meth:`Driver.use`."""
+        """See :meth:`Driver.use`. What another one has put into its stream is done first: the models of a process take the memory
+        of a call from one pool, which is in stream order for one stream alone."""
         self._call("SetDevice", self.device)
+        place = self.prefix, self.device
+        before = self._latest.get(place)
+        if before is not self:
+            if before is not None:
+                before.synchronize()
+            self._latest[place] = self
 
     def memory(self) -> tuple[int, int]:
         """See :meth:`Driver.memory`."""
@@ -339,6 +348,8 @@ class Cuda:
     def close(self) -> None:
         """See :meth:`Driver.close`."""
         self.synchronize()
+        if self._latest.get((self.prefix, self.device)) is self:
+            del self._latest[self.prefix, self.device]
         for event in self._events:
             self._call("EventDestroy", ctypes.c_void_p(event))
         self._events = []

@@ -5,7 +5,8 @@ the arrays of the next step behind it. So the host may start several in a row. E
 their own with an event behind them; reading one waits for that event and nothing later. Everything is in one stream: pages
 that the host gives to another sequence are written by later steps than those still in flight.
 
-While steps are in flight a sequence can outgrow its pages: the new entries of the block table go to the device between two steps.
+While steps are in flight a sequence can outgrow its pages: the new entries of the block table go to the device between two steps. A
+step finds the slot of the next one, so that a page has to be there a step before it is written to.
 """
 
 from __future__ import annotations
@@ -133,7 +134,9 @@ class CudaFlight:
         self._samplers = samplers
         self._slots: deque[_Slot] = deque()
         # pages of each sequence that the device knows; from the one it writes to on none is shared, so that more can only follow
-        self._known = [] if step is None else (-(-step.seq_lens // pipeline.executor.page_size)).tolist()
+        self._known = [] if step is None else list(step.pages)
+        # positions that it has, and so the next one that is written
+        self._written: list[int] = [] if step is None else step.seq_lens.tolist()
 
     @property
     def in_flight(self) -> int:
@@ -142,8 +145,9 @@ class CudaFlight:
     def again(self, tables: Sequence[Sequence[int]]) -> bool:
         """See :meth:`Flight.again`."""
         pipeline = self._pipeline
-        if pipeline.current is not self:
-            return False
+        page_size = pipeline.executor.page_size
+        if pipeline.current is not self or any(w // page_size >= k for w, k in zip(self._written, self._known, strict=True)):
+            return False  # or the last step did not know the page of this one's slot
         pipeline.cuda.use()
         slot = pipeline.take_slot()
         if not self._send(tables, slot):
@@ -151,6 +155,7 @@ class CudaFlight:
             return False
         pipeline.executor.step_on_device(len(self._samplers))
         self.finish_step(slot)
+        self._written = [w + 1 for w in self._written]
         return True
 
     def _send(self, tables: Sequence[Sequence[int]], slot: _Slot) -> bool:

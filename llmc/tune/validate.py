@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmc.errors import LlmcError
+from llmc.errors import LlmcError, OutputError
 from llmc.schedules.protocol import KernelCall
 from llmc.schedules.records import Verdict
 from llmc.tune.compare import Comparison, Site, check_runs, compare
@@ -169,6 +169,8 @@ class Validation:
         try:
             rival, opened = self._artifact([*self._below, *everything]), self._tests(everything)
             return {rows: compare(self.site.runner, base, rival, self._tests(group), opened) for rows, group in members.items()}
+        except OutputError:
+            raise  # a full disk says nothing of what was found
         except (RunFailed, LlmcError) as error:
             return {rows: Comparison({}, failed=str(error)) for rows in members}
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmc.errors import LlmcError
+from llmc.errors import LlmcError, OutputError
 from llmc.passes import choices as family
 from llmc.schedules.protocol import KernelCall
 from llmc.schedules.records import Record, Verdict, config_text, machine_class, source_hash
@@ -82,6 +82,8 @@ class Search:
         try:
             self.build(family.Choices(**choices), rival)
             return compare(self.site.runner, best, rival, list(RUNS), runs=RUNS)
+        except OutputError:
+            raise  # a full disk says nothing of the choice
         except (RunFailed, LlmcError) as error:
             return Comparison({}, failed=str(error))
 

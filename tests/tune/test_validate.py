@@ -15,7 +15,7 @@ import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 import pytest
 
 from llmc import targets
-from llmc.errors import LlmcError
+from llmc.errors import LlmcError, OutputError
 from llmc.schedules import lookup as L
 from llmc.schedules import records as R
 from llmc.schedules.cpu import attend, linear
@@ -179,6 +179,18 @@ def test_what_crashes_is_dropped_and_a_model_that_does_not_run_at_all_is_an_erro
 
     with pytest.raises(LlmcError, match="as it is compiled now it does not run: no such instruction"):
         validate(tmp_path / "b", Dead(finds, lambda f, test: 0.02))
+
+
+def test_a_full_disk_is_no_verdict(tmp_path: Path) -> None:
+    class Full(Machine):
+        def build(self, finds: frozenset[Find], folder: Path) -> None:
+            if finds:
+                raise OutputError("no room")
+            super().build(finds, folder)
+
+    with pytest.raises(OutputError, match="no room"):
+        validate(tmp_path, Full([find(SHAPES[0])], lambda f, test: 0.02))
+    assert L.load([tmp_path]).verdicts == {}
 
 
 def test_stopping_keeps_what_was_validated(tmp_path: Path) -> None:

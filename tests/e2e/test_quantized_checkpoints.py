@@ -98,7 +98,7 @@ def test_layers_without_quantization_stay_and_others_can_be_rounded_anew(
     assert rows["model.layers.*.self_attn.q_proj+k_proj.weight"].scheme == "int4_g32_bf16"
     assert rows["model.layers.*.self_attn.v_proj.weight"].scheme == "float32"
     assert rows["model.layers.*.self_attn.o_proj.weight"].scheme == "float32"
-    assert rows["model.layers.*.mlp.down_proj.weight"].scheme == "int8"
+    assert rows["model.layers.*.mlp.down_proj.weight"].scheme == "int8_g32"  # int8, on a CPU
     assert 0 < rows["model.layers.*.mlp.down_proj.weight"].error < 1e-2
     assert logits_error(tmp_path / "out", floats) < ROUNDED
 

@@ -119,6 +119,7 @@ class Validation:
         key = frozenset(finds)
         if key not in self._built:
             folder = self.site.folder / f"model{len(self._built)}"
+            self.site.say(f"compiling the model with {len(key)} finds" if key else "compiling the model as it is")
             self.build(key, folder)
             self._built[key] = folder
         return self._built[key]

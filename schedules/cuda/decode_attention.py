@@ -28,6 +28,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from llmc.schedules.cuda import decode_ring, hopper
+from llmc.schedules.cuda.decode_softmax import CHUNK, MASKED, softmaxer
 from llmc.schedules.cuda.host_choice import host_choice
 from llmc.schedules.cuda.kv_fragments import LOAD, SCHEMES, fragments
 from llmc.schedules.cuda.quantized_codes import as_float
@@ -38,12 +39,7 @@ from llmc.targets.base import Target
 
 NAME = "cuda.decode_attention"
 OP = "llmc.attend"
-CHUNK = 16
-"""Positions that a warp handles at once: the k of one mma."""
-
 HEADS = 16
-MASKED = -1e30
-"""The score of a position out of sight: finite, so that a difference of two of them is no NaN."""
 
 
 def _call(hq: int, hk: int, d: int, dv: int = 0, page_size: int = 16, dtype: str = "bfloat16", **attrs: Any) -> KernelCall:
@@ -101,8 +97,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     group, dtype, out_dtype = hq // hk, call.args[0].dtype, call.result.dtype
     has_sinks = bool(call.attr("sinks"))
     sink_dtype = call.args[5].dtype if has_sinks else dtype
-    window, span, softcap = int(call.attr("window")), int(call.attr("chunk")), float(call.attr("softcap"))
-    scale = float(call.attr("scale"))
+    window, span = int(call.attr("window")), int(call.attr("chunk"))
 
     most, fill, warps, least, min_blocks = (int(config[axis]) for axis in ("split", "fill", "warps", "least", "min_blocks"))
     dependent_launch = bool(config["dependent_launch"])
@@ -116,7 +111,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     key_scales, value_scales = (read.layout.key_parameters, read.layout.value_parameters) if codes else (0, 0)
     mma_type = hopper.PTX_TYPE[dtype]
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
-    to_pair = hopper.packed_convert(dtype)
+    softmax = softmaxer(call, halves, v_regs, lambda member, j, e: member * 4 + j * 2 + e, bool(codes))
 
     def cluster(sequences: Any) -> Any:
         """Blocks of a cluster: the largest power of two that does not fill the GPU more than once. Half of it is enough for those
@@ -255,47 +250,6 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     score[i] = score[i] * as_float(scales[i // 4], i % 2, "bfloat16")
 
         @T.inline
-        def softmax(chunk) -> None:
-            """Scores to weights, in units of log2; a lane has heads g and g + 8, positions 4 t + 2 j + e."""
-            for h in T.unroll(halves):
-                highest: T.float32 = top[h]
-                for j in T.unroll(2):
-                    for e in T.unroll(2):
-                        at = T.meta_var(chunk * CHUNK + member * 4 + j * 2 + e)
-                        i = T.meta_var(j * 4 + h * 2 + e)
-                        if softcap > 0:
-                            # tanh(x) = 2 sigmoid(2 x) - 1
-                            hopper.sigmoid(factor[0], score[i] * T.float32(2 * scale / softcap))
-                            score[i] = factor[0] * T.float32(2 * softcap * hopper.LOG2E) - T.float32(softcap * hopper.LOG2E)
-                        else:
-                            score[i] = score[i] * T.float32(scale * hopper.LOG2E)
-                        score[i] = T.if_then_else(at >= low and at < length, score[i], T.float32(MASKED))
-                        highest = T.max(highest, score[i])
-                highest = T.max(highest, T.tvm_warp_shuffle_xor(T.uint32(hopper.FULL_WARP), highest, 1, 32, 32))
-                highest = T.max(highest, T.tvm_warp_shuffle_xor(T.uint32(hopper.FULL_WARP), highest, 2, 32, 32))
-                T.ptx["ex2.approx.ftz.f32"](factor[0], top[h] - highest)
-                top[h] = highest
-                total[h] = total[h] * factor[0]
-                for j in T.unroll(2):
-                    for e in T.unroll(2):
-                        T.ptx["ex2.approx.ftz.f32"](score[j * 4 + h * 2 + e], score[j * 4 + h * 2 + e] - highest)
-                        total[h] = total[h] + score[j * 4 + h * 2 + e]
-                    if codes:
-                        for e in T.unroll(2):
-                            i = T.meta_var(j * 4 + h * 2 + e)
-                            score[i] = score[i] * as_float(scales[2 + j], e, "bfloat16")
-                    T.ptx[to_pair](p_fragment[h * 2 + j], score[j * 4 + h * 2 + 1], score[j * 4 + h * 2])
-                # The columns of a result tile are heads 2 t and 2 t + 1, whose factors the lanes of those rows have.
-                left: T.float32 = T.tvm_warp_shuffle(T.uint32(hopper.FULL_WARP), factor[0], member * 8, 32, 32)
-                right: T.float32 = T.tvm_warp_shuffle(T.uint32(hopper.FULL_WARP), factor[0], member * 8 + 4, 32, 32)
-                for m in T.unroll(v_regs):
-                    base = T.meta_var((h * v_regs + m) * 4)
-                    sums[base] = sums[base] * left
-                    sums[base + 1] = sums[base + 1] * right
-                    sums[base + 2] = sums[base + 2] * left
-                    sums[base + 3] = sums[base + 3] * right
-
-        @T.inline
         def multiply_values() -> None:
             for m in T.unroll(v_regs):
                 for pair in T.unroll(2):
@@ -355,7 +309,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             multiply_keys()
             if following < end:
                 load_keys(following, next_page)
-            softmax(chunk)
+            softmax(chunk, low, length, member, score, top, total, sums, factor, p_fragment, scales)
             multiply_values()
             if following < end:
                 load_values(following, next_page)

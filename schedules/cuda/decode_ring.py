@@ -19,20 +19,15 @@ from typing import Any
 from tvm.script import tirx as T
 
 from llmc.schedules.cuda import hopper
+from llmc.schedules.cuda.decode_softmax import CHUNK, MASKED, softmaxer
 from llmc.schedules.kv_pages import stored_as
 from llmc.schedules.protocol import KernelCall
-
-CHUNK = 16
-"""Positions of one step: the k of one mma."""
 
 WARPS = 4
 SHARED = 108 << 10
 """Bytes of shared memory of a block: two blocks to a multiprocessor."""
 
 DEEPEST = 6
-MASKED = -1e30
-"""The score of a position out of sight: finite, so that a difference of two of them is no NaN."""
-
 LOAD_ROWS = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
 LOAD_COLUMNS = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
 
@@ -60,15 +55,14 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
     group, dtype, out_dtype = hq // hk, call.args[0].dtype, call.result.dtype
     has_sinks = bool(call.attr("sinks"))
     sink_dtype = call.args[5].dtype if has_sinks else dtype
-    window, span, softcap = int(call.attr("window")), int(call.attr("chunk")), float(call.attr("softcap"))
-    scale = float(call.attr("scale"))
+    window, span = int(call.attr("window")), int(call.attr("chunk"))
 
     stages, atoms, page_chunks, pairs = depth(call), d // hopper.ATOM, page_size // CHUNK, WARPS // parts
     halves, steps, threads = -(-group // 8), d // 16, 32 * WARPS
     chunk_bytes = 2 * CHUNK * d * 2
     mma_type = hopper.PTX_TYPE[dtype]
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
-    to_pair = hopper.packed_convert(dtype)
+    softmax = softmaxer(call, halves, steps, lambda member, j, e: j * 8 + member * 2 + e, False)
 
     @T.prim_func
     def attend(
@@ -197,41 +191,6 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
                     )  # fmt: skip
 
         @T.inline
-        def softmax(chunk) -> None:
-            """Scores to weights, in units of log2; a lane has heads g and g + 8, positions 8 j + 2 t + e."""
-            for h in T.unroll(halves):
-                highest: T.float32 = top[h]
-                for j in T.unroll(2):
-                    for e in T.unroll(2):
-                        at = T.meta_var(chunk * CHUNK + j * 8 + member * 2 + e)
-                        i = T.meta_var(j * 4 + h * 2 + e)
-                        if softcap > 0:
-                            # tanh(x) = 2 sigmoid(2 x) - 1
-                            hopper.sigmoid(factor[0], score[i] * T.float32(2 * scale / softcap))
-                            score[i] = factor[0] * T.float32(2 * softcap * hopper.LOG2E) - T.float32(softcap * hopper.LOG2E)
-                        else:
-                            score[i] = score[i] * T.float32(scale * hopper.LOG2E)
-                        score[i] = T.if_then_else(at >= low and at < length, score[i], T.float32(MASKED))
-                        highest = T.max(highest, score[i])
-                highest = T.max(highest, hopper.exchange(highest, 1))
-                highest = T.max(highest, hopper.exchange(highest, 2))
-                T.ptx["ex2.approx.ftz.f32"](factor[0], top[h] - highest)
-                top[h] = highest
-                total[h] = total[h] * factor[0]
-                for j in T.unroll(2):
-                    for e in T.unroll(2):
-                        T.ptx["ex2.approx.ftz.f32"](score[j * 4 + h * 2 + e], score[j * 4 + h * 2 + e] - highest)
-                        total[h] = total[h] + score[j * 4 + h * 2 + e]
-                    T.ptx[to_pair](p_fragment[h * 2 + j], score[j * 4 + h * 2 + 1], score[j * 4 + h * 2])
-                # The columns of a result tile are heads 2 t and 2 t + 1, whose factors the lanes of those rows have.
-                left: T.float32 = hopper.shuffle(factor[0], member * 8)
-                right: T.float32 = hopper.shuffle(factor[0], member * 8 + 4)
-                for m in T.unroll(steps * 2):
-                    base = T.meta_var(h * steps * 4 + m * 2)
-                    sums[base] = sums[base] * left
-                    sums[base + 1] = sums[base + 1] * right
-
-        @T.inline
         def multiply_values(stage) -> None:
             for m in T.unroll(steps):
                 piece(stage, 1, m)
@@ -273,7 +232,7 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
         while done < count:
             T.cuda.mbarrier_wait(full.ptr_to([warp, stage]), phase)
             multiply_keys(stage)
-            softmax(first + done * parts)
+            softmax(first + done * parts, low, length, member, score, top, total, sums, factor, p_fragment, factor)
             multiply_values(stage)
             # All lanes have read the chunk before the next one takes its place.
             T.cuda.warp_sync()

@@ -53,7 +53,7 @@ OP = "llmc.quantized_linear"
 AHEAD = 4096
 """Bytes before they are needed that weights of few bits are asked for: the processor does not look beyond a page by itself."""
 MANY_PANELS = 64
-"""From so many panels on, a single row's tasks take two at a time and still can be dealt out evenly."""
+"""From so many panels on, a single row asks for weights further ahead."""
 UNROLLED = 2
 """Blocks that share a scale and are written out one after the other; more are a loop."""
 ROWS_CACHE = 28 << 10

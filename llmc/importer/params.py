@@ -134,16 +134,14 @@ class Mapped:
         return f"{self.label}({', '.join(s.describe() for s in self.inputs)})"
 
 
-@dataclass(frozen=True)
-class Swapped:
-    """A source with its last two axes exchanged: a Conv1D's ``[k, o]`` as ``[o, k]``, experts ``[E, k, o]`` as ``[E, o, k]``."""
+class Derived:
+    """What is computed from one other source: of its shape and dtype, as plain numbers, where a kind does not say otherwise."""
 
     source: Source
 
     @property
     def shape(self) -> tuple[int, ...]:
-        *leading, rows, columns = self.source.shape
-        return (*leading, columns, rows)
+        return self.source.shape
 
     @property
     def dtype(self) -> str:
@@ -152,6 +150,18 @@ class Swapped:
     @property
     def scheme(self) -> str:
         return self.dtype
+
+
+@dataclass(frozen=True)
+class Swapped(Derived):
+    """A source with its last two axes exchanged: a Conv1D's ``[k, o]`` as ``[o, k]``, experts ``[E, k, o]`` as ``[E, o, k]``."""
+
+    source: Source
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *leading, rows, columns = self.source.shape
+        return (*leading, columns, rows)
 
     def read(self) -> np.ndarray:
         return np.ascontiguousarray(np.swapaxes(self.source.read(), -1, -2))

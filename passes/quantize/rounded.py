@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 
-from llmc.importer.params import DTYPES, Concat, Source
+from llmc.importer.params import DTYPES, Concat, Derived, Source
 from llmc.passes.quantize.scheme import QuantizedTensor, floats, scheme, stored
 from llmc.passes.quantize.smoothquant import NAME, Smoothed
 
 
 @dataclass(frozen=True, eq=False)
-class Rounded:
+class Rounded(Derived):
     """``source``, quantized to the scheme ``quantization`` by ``method`` into the file ``path``.
 
     ``error``: the relative rounding error as in :func:`~llmc.passes.quantize.packed.relative_error`. ``row_factors``: [o], what
@@ -27,14 +27,6 @@ class Rounded:
     path: Path
     error: float
     row_factors: np.ndarray | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.source.dtype
 
     @property
     def scheme(self) -> str:

@@ -19,7 +19,7 @@ from hashlib import sha256
 
 import numpy as np
 
-from llmc.importer.params import DTYPES, Source
+from llmc.importer.params import DTYPES, Derived, Source
 
 NAME = "smoothquant"
 LEAST = 1e-4
@@ -48,25 +48,13 @@ def smooth(weights: Sequence[np.ndarray], size: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True, eq=False)
-class Smoothed:
+class Smoothed(Derived):
     """``source`` [o, k] with its columns multiplied by ``scales``, float32 [k], and its rows by ``row_factors``, float32 [o] or
     None. It is rounded when it is read for the artifact, as any other matrix is."""
 
     source: Source
     scales: np.ndarray
     row_factors: np.ndarray | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def dtype(self) -> str:
-        return self.source.dtype
-
-    @property
-    def scheme(self) -> str:
-        return self.dtype
 
     def read(self) -> np.ndarray:
         value = self.source.read().astype(np.float32)

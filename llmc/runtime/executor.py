@@ -139,7 +139,7 @@ class TvmExecutor:
         count = default_threads() if threads is None else threads
         if not 1 <= count <= len(host().cpus):
             raise RequestError(f"threads={count} cannot be: this process may use 1 to {len(host().cpus)} processors")
-        ffi = load_runtime(artifact.folder)
+        ffi = load_runtime(artifact.folder, artifact.manifest.tvm)
         self._ffi = ffi
         self.num_pages = num_pages
         self.threads = count

@@ -86,17 +86,17 @@ def installed_version() -> str | None:
         return None
 
 
-def load_runtime(artifact: Path | None = None) -> ModuleType:
+def load_runtime(artifact: Path | None = None, version: str | None = None) -> ModuleType:
     """Load the TVM runtime into this process and return ``tvm_ffi``.
 
-    The library of an imported ``tvm`` serves as it is; else the one in ``artifact/runtime/``; else the installed package's.
-    Raises MissingExtraError if there is none, and ArtifactError if the one found cannot be loaded.
+    The library of an imported ``tvm`` serves as it is; else, if it is of TVM ``version`` (which built the artifact), the installed
+    package's: the compiler uses that one, and a process that loads two aborts. Else the one in ``artifact/runtime/``, and without
+    that the installed one. Raises MissingExtraError if there is none, and ArtifactError if the one found cannot be loaded.
     """
     ffi = import_ffi()
     if "tvm" in sys.modules or _loaded:
         return ffi
-    own = None if artifact is None else artifact / "runtime" / LIBRARY_NAME
-    path = own if own is not None and own.is_file() else installed_library()
+    path = _library(LIBRARY_NAME, artifact, version)
     if path is None:
         raise MissingExtraError(
             f"running an artifact needs {LIBRARY_NAME}: it is neither in the artifact's runtime folder nor in an installed "
@@ -111,26 +111,34 @@ def load_runtime(artifact: Path | None = None) -> ModuleType:
     return ffi
 
 
-def load_cuda_runtime(artifact: Path | None = None) -> ModuleType:
+def load_cuda_runtime(artifact: Path | None = None, version: str | None = None) -> ModuleType:
     """As :func:`load_runtime`, with TVM's CUDA runtime as well; ``libcudart`` must be in the process already.
 
     Raises MissingExtraError if there is none, and ArtifactError if the one found cannot be loaded (no driver).
     """
-    return _with_device("cuda", CUDA_LIBRARY_NAME, "install the NVIDIA driver for CUDA 13", artifact)
+    return _with_device("cuda", CUDA_LIBRARY_NAME, "install the NVIDIA driver for CUDA 13", artifact, version)
 
 
-def load_metal_runtime(artifact: Path | None = None) -> ModuleType:
+def load_metal_runtime(artifact: Path | None = None, version: str | None = None) -> ModuleType:
     """As :func:`load_runtime`, with TVM's Metal runtime as well. Errors are those of :func:`load_cuda_runtime`."""
-    return _with_device("metal", METAL_LIBRARY_NAME, "run it on macOS 13 or newer", artifact)
+    return _with_device("metal", METAL_LIBRARY_NAME, "run it on macOS 13 or newer", artifact, version)
 
 
-def _with_device(kind: str, library: str, remedy: str, artifact: Path | None) -> ModuleType:
+def _library(name: str, artifact: Path | None, version: str | None) -> Path | None:
+    """Where :func:`load_runtime` takes a library from."""
+    own = None if artifact is None else artifact / "runtime" / name
+    if own is None or not own.is_file():
+        return installed_library(name)
+    same = version is not None and version == installed_version()
+    return (installed_library(name) if same else None) or own
+
+
+def _with_device(kind: str, library: str, remedy: str, artifact: Path | None, version: str | None) -> ModuleType:
     """The TVM runtime with the part for one kind of device."""
-    ffi = load_runtime(artifact)
+    ffi = load_runtime(artifact, version)
     if ffi.get_global_func(f"ffi.Module.load_from_bytes.{kind}", allow_missing=True) is not None:
         return ffi
-    own = None if artifact is None else artifact / "runtime" / library
-    path = own if own is not None and own.is_file() else installed_library(library)
+    path = _library(library, artifact, version)
     if path is None:
         raise MissingExtraError(
             f"running on a GPU needs {library}: it is neither in the artifact's runtime folder nor in an installed "

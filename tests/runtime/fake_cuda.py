@@ -11,7 +11,6 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -188,7 +187,7 @@ def install(monkeypatch: pytest.MonkeyPatch, page_size: int) -> list[FakeCuda]:
         work = _sample if name == "sample" else _advance(page_size)
         return lambda *arguments: gpu.enqueue(lambda: work(*(a for a, _ in arguments)))
 
-    def runtime(folder: Path) -> Any:
+    def runtime(*_: Any) -> Any:
         return SimpleNamespace(use_raw_stream=lambda *_: nullcontext(), device=lambda *_: None)
 
     monkeypatch.setattr(cuda, "Cuda", device)

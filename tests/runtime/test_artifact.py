@@ -274,7 +274,7 @@ def test_the_runtime_library_is_found_without_importing_tvm(monkeypatch: pytest.
     assert path.name == library.LIBRARY_NAME
     monkeypatch.delitem(sys.modules, "tvm", raising=False)
     monkeypatch.setattr(library, "_loaded", [])
-    monkeypatch.setattr(library, "installed_library", lambda: None)
+    monkeypatch.setattr(library, "installed_library", lambda _: None)
     with pytest.raises(MissingExtraError, match="pip install apache-tvm=="):
         library.load_runtime(Path("nowhere"))
 

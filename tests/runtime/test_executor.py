@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from llmc.errors import ArtifactError, InternalError, RequestError
-from llmc.runtime import load
+from llmc.runtime import library, load
 from llmc.runtime.artifact import open_artifact
 from llmc.runtime.batch import Chunk, build_step
 from llmc.runtime.executor import TvmExecutor
@@ -173,6 +173,7 @@ def test_a_process_without_compiler_runs_the_same(text_artifact: Path) -> None:
 IDLE = """
 import sys, time
 import llmc.runtime
+from llmc.runtime import library
 from llmc.runtime.host import host
 model = llmc.runtime.load(sys.argv[1], threads=len(host().cpus))
 model.generate([3, 1, 4], max_tokens=4, ignore_eos=True)
@@ -191,3 +192,22 @@ def test_threads_sleep_when_nothing_runs(artifact: Path) -> None:
     done = subprocess.run([sys.executable, "-c", IDLE, str(artifact)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 0.1
+
+
+COMPILER_AFTER = """
+import sys
+from llmc import load
+from llmc.runtime.library import LIBRARY_NAME
+with load(sys.argv[1]) as model:
+    print(model.generate([1, 2, 3], max_tokens=2).token_ids)
+import llmc.compiler, tvm
+print(sum(line.endswith("/" + LIBRARY_NAME + "\\n") for line in open("/proc/self/maps") if " r-xp " in line))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_compiler_can_be_imported_after_an_artifact_with_its_own_runtime_ran(llama_artifact: Path) -> None:
+    assert (llama_artifact / "runtime" / library.LIBRARY_NAME).is_file()
+    done = subprocess.run([sys.executable, "-c", COMPILER_AFTER, str(llama_artifact)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[1] == "1"  # the installed library alone

@@ -28,7 +28,7 @@ class CudaExecutor(GpuExecutor):
     def load_module(self, artifact: Artifact) -> tuple[DeviceTensors, dict[str, Callable[..., Any]]]:
         """See :meth:`GpuExecutor.load_module`."""
         device = self.driver.device
-        ffi = load_cuda_runtime(artifact.folder)
+        ffi = load_cuda_runtime(artifact.folder, artifact.manifest.tvm)
         self._stream = ffi.use_raw_stream(ffi.device("cuda", device), self.driver.stream)
         vm = load_vm(ffi, artifact.folder / artifact.variant.library, (DL_CUDA, device), (DL_CPU, 0))
         return DeviceTensors(ffi, device), {name: vm_function(vm, name) for name in FUNCTIONS}

@@ -221,7 +221,7 @@ class LaunchExecutor(GpuExecutor):
 
     def load_module(self, artifact: Artifact) -> tuple[DeviceTensors, dict[str, Callable[..., Any]]]:
         """See :meth:`GpuExecutor.load_module`."""
-        ffi = load_runtime(artifact.folder)
+        ffi = load_runtime(artifact.folder, artifact.manifest.tvm)
         tensors = DeviceTensors(ffi, self.driver.device, self.device_type)
         self._workspace = Workspace(self.driver)
         imported = _Imported(ffi, self.driver, tensors, self._workspace)

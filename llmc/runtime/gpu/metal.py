@@ -53,7 +53,7 @@ class MetalExecutor:
 
     def load_runtime(self, artifact: Artifact) -> Any:
         """tvm-ffi, with TVM's runtime for the device in the process."""
-        return load_metal_runtime(artifact.folder)
+        return load_metal_runtime(artifact.folder, artifact.manifest.tvm)
 
     def _call(self, name: str, *arguments: Any) -> Any:
         return self._ffi.get_global_func(f"runtime.{name}")(*arguments)

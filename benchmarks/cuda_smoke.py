@@ -18,7 +18,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -180,15 +182,30 @@ class TorchDecoder:
         names = manifest.variants[0].weights
         stored = dict(zip(names, map_weights(folder, manifest.tensors, names), strict=True))
         self.weights: dict[str, Any] = {}
+        quantized: dict[str, dict[str, tuple[np.ndarray, str]]] = {}
         for name, (array, kind) in stored.items():
             matrix, _, part = name.rpartition(".")
-            if f"{matrix}.codes" not in stored:
+            if f"{matrix}.codes" in stored:
+                quantized.setdefault(matrix, {})[part] = array, kind
+            else:
                 values = torch.from_numpy(array.view(np.int16) if kind == "bfloat16" else array)
                 self.weights[name] = (values.view(torch.bfloat16) if kind == "bfloat16" else values).cuda().to(self.dtype)
-            elif part == "codes":
-                parts = {n.rpartition(".")[2]: a for n, a in stored.items() if n.rpartition(".")[0] == matrix}
-                values = torch.from_numpy(self._dequantized(matrix, parts, manifest.tensors[name].scheme))
-                self.weights[matrix] = values.cuda().to(self.dtype)
+        if quantized:
+            from llmc.schedules.gpu import layout_mma  # noqa: F401  (here, and not in every thread at once)
+
+        def dequantized(matrix: str) -> Any:
+            values = self._dequantized(matrix, quantized[matrix], manifest.tensors[f"{matrix}.codes"].scheme)
+            return torch.from_numpy(values).cuda().to(self.dtype)
+
+        with ThreadPoolExecutor() as threads:
+            self.weights |= zip(quantized, threads.map(dequantized, quantized), strict=True)
+
+    def rounded(self, dtype: str) -> TorchDecoder:
+        """This decoder with its weights rounded to another dtype, in which it then computes."""
+        other = copy(self)
+        other.dtype = getattr(self.torch, dtype)
+        other.weights = {name: values.to(other.dtype) for name, values in self.weights.items()}
+        return other
 
     def _dequantized(self, name: str, parts: dict[str, tuple[np.ndarray, str]], scheme_name: str) -> np.ndarray:
         import ml_dtypes

@@ -38,7 +38,9 @@ def check(folder: Path) -> list[tuple[str, float, float, int]]:
     config = MODELS[folder.name.split("-")[0]]
     chunks = [c for c in CHUNKS if c <= limits.max_rows]
     text = [int(t) for t in np.random.default_rng(3).integers(0, config["vocab_size"], sum(chunks))]
-    wanted, narrow = (TorchDecoder(folder, runner.manifest, config, dtype).logits(text) for dtype in ("float32", "bfloat16"))
+    wide = TorchDecoder(folder, runner.manifest, config)
+    wanted, narrow = wide.logits(text), wide.rounded("bfloat16").logits(text)
+    del wide
     torch.cuda.empty_cache()
     found = [*_prefill(runner, text, chunks), *_decode(runner, text, [b for b in BATCHES if b <= limits.max_batch])]
     runner.executor.close()

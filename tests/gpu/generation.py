@@ -29,13 +29,13 @@ from tests.gpu.models import _misses
 BATCHES = (1, 8, 32, 128)
 TOKENS = 176
 RUNS = 3
-READ = 16
+READ = 8
 """Sequences of a batch that are read again as prompts."""
 
 ROUNDING = 3e-2
 """Relative error of a logit between the kernels of decode and those of prefill: random weights round by more than real ones."""
 
-MEMORY = 8 << 30
+MEMORY = 4 << 30
 
 
 class Loaded:

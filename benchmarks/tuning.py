@@ -33,7 +33,7 @@ import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 from llmc import targets
 from llmc.schedules.lookup import Records, slowdowns
 from llmc.schedules.parts import spaces
-from llmc.schedules.records import Record, axes, call_from_json, call_to_json, config_text
+from llmc.schedules.records import Record, axes, call_from_json, config_text
 from llmc.tune.build import family_named
 from llmc.tune.cost_model import CostModel
 from llmc.tune.search import Config, enumerate_space, propose
@@ -63,13 +63,17 @@ def write_calls(path: Path, kernels: str, quant: str | None) -> None:
 
     from llmc import compiler
 
-    lines: dict[str, None] = {}
+    befores: dict[str, dict[str, Any]] = {}
     for name in MODELS:
         with tempfile.TemporaryDirectory() as source:
             write_model(Path(source) / name, SIZES[name], zeros=True)
             choices = compiler.kernels(str(Path(source) / name), target=TARGET, dtype="bfloat16", quant=quant, max_batch=16)
         for task in tasks_of(choices, targets.parse(TARGET), kernels):
-            lines[json.dumps({"family": task.family.NAME, "call": call_to_json(task.call)}) + "\n"] = None
+            setup = task.setup()
+            of_call = befores.setdefault(json.dumps({"family": setup["family"], "call": setup["call"]}), {})
+            if setup["before"] is not None:
+                of_call.setdefault("decode" if task.in_steps else "extend", setup["before"])
+    lines = (json.dumps({**json.loads(line), "before": before}) + "\n" for line, before in befores.items())
     path.write_text("".join(lines), encoding="utf-8")
 
 
@@ -81,7 +85,12 @@ def read_tasks(paths: Sequence[Path], parts: Sequence[str], shapes: Sequence[str
     for value in (json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines()):
         call, family = call_from_json(value["call"]), family_named(value["family"], target)
         if not shapes or "x".join(map(str, _shape(call))) in shapes:
-            found += [t for t in make(family, call, target, 1, 1, _title(family.NAME, call)) if not parts or t.part in parts]
+            before = {
+                phase: (family_named(first["family"], target), call_from_json(first["call"]))
+                for phase, first in value["before"].items()
+            }
+            tasks = make(family, call, target, 1, 1, _title(family.NAME, call), before=before)
+            found += [t for t in tasks if not parts or t.part in parts]
     return found
 
 

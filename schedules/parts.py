@@ -47,11 +47,15 @@ def spaces(family: Any, call: KernelCall, target: Any) -> list[Space]:
 
 
 def build(family: Any, call: KernelCall, target: Any, config: Config) -> Any:
-    """The PrimFunc of a configuration of any of :func:`spaces`."""
-    if not has_parts(family):
+    """The PrimFunc of a configuration of any of :func:`spaces`, or of the family's whole space."""
+    if not _of_part(family, config):
         return family.build(call, target, config)
     ((axis, value),) = config.items()
     return family.build_part(call, target, axis, value)
+
+
+def _of_part(family: Any, config: Config) -> bool:
+    return has_parts(family) and len(config) == 1
 
 
 @cache
@@ -66,8 +70,8 @@ def kernel_of(family: Any, config: str) -> Any:
 
 
 def built_by(family: Any, config: Config) -> Any:
-    """What decides the code of a configuration of any of :func:`spaces`: equal for equal code."""
-    return next(iter(config.values())) if has_parts(family) else config
+    """What decides the code that :func:`build` makes of a configuration: equal for equal code."""
+    return next(iter(config.values())) if _of_part(family, config) else config
 
 
 def by_rows(buckets: dict[str, int | None], many: int) -> dict[str, list[dict[str, int]]]:

@@ -6,7 +6,8 @@ Thin, like everything that a machine without a compiler runs: ``tvm_ffi`` and Nu
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import cycle, islice
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,30 @@ CALLS = 8
 """Calls that are timed as one step of a model: beyond, only compiling the step takes longer."""
 
 
+LEAST = 1e-8
+"""Seconds that a call takes at least: behind another kernel it is timed as a difference."""
+
+
+@dataclass(frozen=True)
+class Before:
+    """The kernel that runs before the candidates, as in a model. ``sizes``, ``arrays``: its own, for each size of theirs."""
+
+    kernel: Callable[..., Any]
+    call: KernelCall
+    sizes: Sequence[dict[str, int]]
+    arrays: Sequence[Sequence[np.ndarray]]
+
+
 @dataclass
 class _Case:
-    """A call at one size. ``sets``: arguments over copies of the inputs; ``out``: the buffer of the first set's result."""
+    """A call at one size. ``sets``: arguments over copies of the inputs; ``out``: the buffer of the first set's result;
+    ``before``: as many sets of the kernel before."""
 
     symbols: dict[str, int]
     sets: list[list[Any]]
     out: Any
     wanted: np.ndarray
+    before: list[list[Any]] = field(default_factory=list)
 
 
 class WrongResult(Exception):
@@ -44,23 +61,32 @@ class Bench:
         sizes: Sequence[dict[str, int]],
         arrays: Sequence[Sequence[np.ndarray]],
         wanted: Sequence[np.ndarray],
+        before: Before | None = None,
     ) -> None:
         """``arrays``, ``wanted``: what :func:`llmc.tune.inputs.make` and :func:`~llmc.tune.inputs.expected` give for each of
-        ``sizes``."""
-        self.device, self.call = device, call
+        ``sizes``. ``before``: candidates are timed behind it, and not behind themselves."""
+        self.device, self.call, self.before = device, call, before
         self._cases = [self._case(*case) for case in zip(sizes, arrays, wanted, strict=True)]
+        if before is not None:
+            for case, symbols, own in zip(self._cases, before.sizes, before.arrays, strict=True):
+                case.before = list(islice(cycle(self._sets(before.call, symbols, own)[0]), len(case.sets)))
+        self._before_timers: dict[int, Callable[[], float]] = {}
 
     def _case(self, symbols: dict[str, int], arrays: Sequence[np.ndarray], wanted: np.ndarray) -> _Case:
-        specs = (*self.call.args, self.call.result)
-        total = sum(device_bytes(spec.bind(symbols), spec.dtype) for spec in specs)
+        sets, first = self._sets(self.call, symbols, arrays)
+        return _Case(symbols, sets, first, wanted)
+
+    def _sets(self, call: KernelCall, symbols: dict[str, int], arrays: Sequence[np.ndarray]) -> tuple[list[list[Any]], Any]:
+        """Arguments over copies of the inputs that are together larger than the caches; the buffer of the first set's result."""
+        total = sum(device_bytes(spec.bind(symbols), spec.dtype) for spec in (*call.args, call.result))
         sets, first = [], None
         count = min(MOST_SETS, max(1, -(-self.device.rotated // total)))
         for _ in range(count if count < CALLS else -(-count // CALLS) * CALLS):
-            buffer, out = self.device.empty(self.call.result.bind(symbols), self.call.result.dtype)
-            uploaded = [self.device.upload(a, spec.dtype) for a, spec in zip(arrays, self.call.args, strict=True)]
+            buffer, out = self.device.empty(call.result.bind(symbols), call.result.dtype)
+            uploaded = [self.device.upload(a, spec.dtype) for a, spec in zip(arrays, call.args, strict=True)]
             sets.append([*uploaded, out])
             first = buffer if first is None else first
-        return _Case(symbols, sets, first, wanted)
+        return sets, first
 
     def check(self, kernel: Callable[..., Any]) -> float:
         """The largest error over all sizes. Raises WrongResult if one is beyond the tolerance (or a result not written at all)."""
@@ -85,9 +111,25 @@ class Bench:
         """For each size a function that gives the seconds of one call now.
 
         ``steps``: by the number of calls, a function that makes them all as a step of a model does. A call is timed as part of such
-        a step where there is one: alone it would begin with threads asleep.
+        a step where there is one: alone it would begin with threads asleep. Behind a kernel before it takes what it adds to that
+        one's time: it may have started, and fetched weights, while that one ended.
         """
+        if self.before is not None:
+            return [self._behind(i, case, kernel, self.before.kernel) for i, case in enumerate(self._cases)]
         return [self._timer(case, kernel, steps or {}, calls) for case, calls in zip(self._cases, self.repeats, strict=True)]
+
+    def _behind(self, number: int, case: _Case, kernel: Callable[..., Any], before: Callable[..., Any]) -> Callable[[], float]:
+        count = len(case.before[0])
+
+        def both(*arguments: Any) -> None:
+            before(*arguments[:count])
+            kernel(*arguments[count:])
+
+        if number not in self._before_timers:
+            self._before_timers[number] = self.device.timer(before, case.before)
+        alone = self._before_timers[number]
+        pair = self.device.timer(both, [[*first, *second] for first, second in zip(case.before, case.sets, strict=True)])
+        return lambda: max(pair() - alone(), LEAST)
 
     def _timer(
         self, case: _Case, kernel: Callable[..., Any], steps: Mapping[int, Callable[..., Any]], calls: int

@@ -44,6 +44,17 @@ def sizes(call: KernelCall, device_kind: str) -> list[dict[str, int]]:
     return [{name: n} for n in ((1, 8) if call.phase == "decode" else prompts)]
 
 
+def at_rows(call: KernelCall, rows: int) -> dict[str, int]:
+    """Sizes of the call's symbols in a step of ``rows`` rows: as many sequences with few tokens, or one prompt."""
+    if call.op == "llmc.attend":
+        return _paged(call, rows, rows, SHORT) if call.phase == "decode" else _paged(call, 1, rows, rows)
+    return {"n": rows}
+
+
+SHORT = 64
+"""Positions of a sequence whose attention is not what is timed."""
+
+
 def _paged(call: KernelCall, batch: int, rows: int, context: int) -> dict[str, int]:
     blocks = -(-context // int(call.attr("page_size")))
     return {"n": rows, "b": batch, "b+1": batch + 1, "m": blocks, "num_pages": batch * blocks, "context": context}
@@ -167,6 +178,10 @@ _MAKERS: dict[str, Callable[[KernelCall, dict[str, int], np.random.Generator], l
     "llmc.linear": _linear,
     "llmc.attend": _attend,
 }
+
+
+KNOWN = frozenset({*_MAKERS, "llmc.quantized_linear", *MOE})
+"""Ops that :func:`make` has inputs for."""
 
 
 def compared(call: KernelCall, symbols: dict[str, int]) -> tuple[Array, Array]:

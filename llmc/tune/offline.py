@@ -74,7 +74,7 @@ def _child(folder: Path, number: int, skipped: set[int], rounds: int) -> None:
     each result, in lines on stdout."""
     from llmc.runtime.library import import_ffi
     from llmc.tune import inputs
-    from llmc.tune.bench import Bench
+    from llmc.tune.bench import Before, Bench
     from llmc.tune.devices import open_device
 
     pack = json.loads((folder / "pack.json").read_text(encoding="utf-8"))
@@ -83,11 +83,23 @@ def _child(folder: Path, number: int, skipped: set[int], rounds: int) -> None:
     with np.load(folder / f"task{number:03}.npz") as saved:
         packed, wanted = ([saved[name] for name in saved.files if name.startswith(kind)] for kind in ("packed", "wanted"))
     arrays = [inputs.make(call, symbols, packed=packed) for symbols in sizes]
+    libraries: dict[str, Any] = {}
+
+    def loaded(place: dict[str, Any]) -> Any:
+        library = place["library"]
+        if library not in libraries:
+            libraries[library] = import_ffi().load_module(str(folder / library))
+        return libraries[library][place["symbol"]]
+
+    first = task["before"]
+    if first is not None:
+        call_before = call_from_json(first["call"])
+        arrays_before = [inputs.make(call_before, symbols) for symbols in first["sizes"]]
     device = open_device(pack["kind"])
     sys.stdin.readline()
-    bench = Bench(device, call, sizes, arrays, wanted)
+    before = None if first is None else Before(loaded(first), call_before, first["sizes"], arrays_before)
+    bench = Bench(device, call, sizes, arrays, wanted, before)
     del arrays
-    libraries: dict[str, Any] = {}
     timers: dict[int, Any] = {}
 
     def say(r: Record) -> None:
@@ -99,10 +111,7 @@ def _child(folder: Path, number: int, skipped: set[int], rounds: int) -> None:
             continue
         print(f"at {i}", flush=True)
         try:
-            library = candidate["library"]
-            if library not in libraries:
-                libraries[library] = import_ffi().load_module(str(folder / library))
-            kernel = libraries[library][candidate["symbol"]]
+            kernel = loaded(candidate)
             bench.check(kernel)
             timers[i] = bench.timers(kernel)
         except Exception as error:  # a candidate may fail in any way

@@ -3,7 +3,7 @@
 ::
 
     run.py            python run.py: checks and times everything, writes results.jsonl; needs numpy, tvm_ffi and the TVM runtime
-    pack.json         tasks: call, family, sizes, and for every candidate its library, symbol and configuration
+    pack.json         tasks: call, family, sizes, for every candidate its library, symbol and configuration; the kernel before it
     task000.npz       the results expected of the task, computed here by the family's reference, and weights packed here
     kernels000.so     compiled candidates of one call, sixteen at most
     llmc/             the few modules of llmc that the runner imports
@@ -30,7 +30,7 @@ from llmc.errors import InternalError, LlmcError, OutputError
 from llmc.schedules import records as records_module
 from llmc.schedules.parts import build, built_by
 from llmc.schedules.protocol import KernelCall
-from llmc.schedules.records import config_text, machine_class, source_hash
+from llmc.schedules.records import call_to_json, config_text, machine_class, source_hash
 from llmc.targets.base import Target
 from llmc.tune import inputs
 from llmc.tune.build import export_kernels
@@ -128,7 +128,8 @@ def write(
         folder.mkdir(parents=True, exist_ok=True)
         _copy_modules(folder)
         jobs: list[_Job] = [_Expect(task, folder / f"task{number:03}.npz") for number, (task, _) in enumerate(chosen)]
-        jobs = _compiles(chosen, folder) + jobs
+        firsts = {id(task): task.preceding() for task, _ in chosen}
+        jobs = _compiles([*chosen, *((first, [first.default]) for first in firsts.values() if first is not None)], folder) + jobs
         done, total = 0, sum(len(job.configs) for job in jobs if isinstance(job, _Compile))
         for job, result in _done(jobs, workers):
             if isinstance(job, _Compile):
@@ -145,7 +146,11 @@ def write(
                 if place is not None:
                     source = source_hash(task.family, config_text(config))
                     candidates.append({**place, "config": config, "source": source})
-            tasks.append({**task.setup(), "label": task.label, "candidates": candidates})
+            described = {**task.setup(), "label": task.label, "candidates": candidates}
+            first, described["before"] = firsts[id(task)], None
+            if first is not None and (key := (first.family.NAME, first.call, _text(first, first.default))) in found:
+                described["before"] = {**found[key], "call": call_to_json(first.call), "sizes": first.sizes}
+            tasks.append(described)
         contents = {
             "target": target.name,
             "kind": target.kind,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -30,12 +30,16 @@ STEP_ROWS = 128
 read."""
 
 
+Before = tuple[Any, KernelCall]
+"""Family and call of a kernel that runs before another."""
+
+
 @dataclass(frozen=True)
 class Task:
     """A distinct kernel call of a model, taken by ``family``, or a part of one. ``per_token``, ``per_prefill``: how often a step of
     decode and of extend runs it; ``sizes``: the symbols it is timed at; ``label``: for people; ``part``: the axis that is searched
     alone, empty for the whole space (:mod:`llmc.schedules.parts`); ``logits``: it gives the logits, of a prompt those of its last
-    row alone."""
+    row alone; ``before``: what runs before it, and what it is timed behind (None: behind itself)."""
 
     family: Any
     call: KernelCall
@@ -46,6 +50,7 @@ class Task:
     label: str = ""
     part: str = ""
     logits: bool = False
+    before: Before | None = None
 
     @property
     def space(self) -> dict[str, list[Any]]:
@@ -56,6 +61,11 @@ class Task:
     @property
     def default(self) -> dict[str, Any]:
         return {axis: values[0] for axis, values in self.space.items()}
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether decode steps run it at its sizes, and not prompts."""
+        return max(self.sizes[-1].values()) <= STEP_ROWS if self.part else self.call.phase == "decode"
 
     @property
     def weight(self) -> int:
@@ -70,15 +80,23 @@ class Task:
             "target": self.target.name,
             "sizes": list(self.sizes),
             "part": self.part,
+            "before": None if self.before is None else {"family": self.before[0].NAME, "call": call_to_json(self.before[1])},
         }
+
+    def preceding(self) -> Task | None:
+        """The kernel before, at the sizes of the steps that have the task's."""
+        if self.before is None:
+            return None
+        family, call = self.before
+        sizes = [inputs.at_rows(call, self.call.args[0].bind(size)[0]) for size in self.sizes]
+        return Task(family, call, self.target, 0, 0, tuple(sizes))
 
 
 def workloads(task: Task) -> list[Workload]:
     """What shows the task's kernel at work in a model, one for each of its sizes."""
     found = []
     for size in task.sizes:
-        steps = max(size.values()) <= STEP_ROWS if task.part else task.call.phase == "decode"
-        if not steps:
+        if not task.in_steps:
             found.append(Workload("prefill", PROMPT if task.logits else size["n"]))
         elif "context" in size:
             found.append(Workload("decode", size["b"], size["context"]))
@@ -108,7 +126,9 @@ def from_setup(setup: dict[str, Any]) -> Task:
 
     target = targets.parse(setup["target"])
     family, call = family_named(setup["family"], target), call_from_json(setup["call"])
-    return Task(family, call, target, 0, 0, tuple(setup["sizes"]), part=setup["part"])
+    first = setup["before"]
+    before = None if first is None else (family_named(first["family"], target), call_from_json(first["call"]))
+    return Task(family, call, target, 0, 0, tuple(setup["sizes"]), part=setup["part"], before=before)
 
 
 def tasks_of(choices: Sequence[KernelChoice], target: Target, pattern: str = "*") -> list[Task]:
@@ -130,17 +150,38 @@ def tasks_of(choices: Sequence[KernelChoice], target: Target, pattern: str = "*"
         at = counts.setdefault(key, [0, 0])
         at[0 if choice.function == "decode" else 1] += choice.count
         names[key] = choice.kernel if call.phase in choice.kernel or measured != call else f"{choice.kernel} {call.phase}"
+    befores = {phase: _before(choices, families, phase) for phase in ("decode", "extend")} if target.kind == "cuda" else {}
     heads = [choice.call for choice in choices if choice.function == "extend" and choice.op in LAYERS]
     head, found = call_from_json(heads[-1]) if heads else None, []
     for (name, call), (per_token, per_prefill) in counts.items():
         if prod(map(len, families[name].space(call, target).values())) > 1:
-            found += make(families[name], call, target, per_token, per_prefill, names[name, call], logits=call == head)
+            before = {phase: found_before[name, call] for phase, found_before in befores.items() if (name, call) in found_before}
+            label = names[name, call]
+            found += make(families[name], call, target, per_token, per_prefill, label, logits=call == head, before=before)
     if not found:
         kernels = sorted({c.kernel for c in choices if c.call})
         raise UsageError(
             f"no kernel that {pattern!r} fits has configurations to choose from on {target.name}: the model's kernels are "
             f"{', '.join(kernels)}"
         )
+    return found
+
+
+def _before(choices: Sequence[KernelChoice], families: Mapping[str, Any], phase: str) -> dict[tuple[str, KernelCall], Before]:
+    """By the family and the call that records are kept under, what runs before a kernel in a step of ``phase``.
+
+    Kernels are listed in the order of their first use, and the first one of a layer follows the last one of the layer before.
+    What tuning has no inputs for is passed over: such kernels are small.
+    """
+    mine = [c for c in choices if c.function == phase and c.family in families and c.call]
+    kernels = [(kept_under(families[c.family], call_from_json(c.call)), c.count) for c in mine]
+    kernels = [(kernel, count) for kernel, count in kernels if kernel[1].op in inputs.KNOWN]
+    layer = [kernel for kernel, count in kernels if count > 1]
+    found: dict[tuple[str, KernelCall], Before] = {}
+    for i, ((family, call), _) in enumerate(kernels):
+        before = layer[-1] if layer and layer[0] == (family, call) else kernels[i - 1][0] if i else None
+        if before is not None:
+            found.setdefault((family.NAME, call), before)
     return found
 
 
@@ -156,17 +197,21 @@ def make(
     per_prefill: int = 0,
     label: str = "",
     logits: bool = False,
+    before: Mapping[str, Before] | None = None,
 ) -> list[Task]:
     """The tasks of a call: one with the sizes of :func:`llmc.tune.inputs.sizes`, or one for each part of the family. Without parts,
-    one that gives ``logits`` runs a prompt's last row."""
+    one that gives ``logits`` runs a prompt's last row. ``before``: by phase, what runs before it in the model."""
+    before = before or {}
     name, (family, call) = label or f"{family.NAME}_{call.args[1].shape}", kept_under(family, call)
     if not has_parts(family):
         sizes = [{"n": 1}] if logits else inputs.sizes(call, target.kind)
-        return [Task(family, call, target, per_token, per_prefill, tuple(sizes), name, logits=logits)]
+        behind = before.get(call.phase)
+        return [Task(family, call, target, per_token, per_prefill, tuple(sizes), name, logits=logits, before=behind)]
     found = []
     for part, sizes in family.parts(call, target).items():
         if len(family.space(call, target)[part]) < 2:
             continue
-        steps = (per_token, 0) if max(sizes[-1].values()) <= STEP_ROWS else (0, per_prefill)
-        found.append(Task(family, call, target, *steps, tuple(sizes), f"{name} n={part}", part))
+        few = max(sizes[-1].values()) <= STEP_ROWS
+        steps, behind = ((per_token, 0), before.get("decode")) if few else ((0, per_prefill), before.get("extend"))
+        found.append(Task(family, call, target, *steps, tuple(sizes), f"{name} n={part}", part, before=behind))
     return found

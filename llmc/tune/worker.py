@@ -1,7 +1,7 @@
 """The process that builds, checks and times candidates of one kernel call, and may crash or hang doing so.
 
 ``python -m llmc.tune.worker`` reads a JSON object a line and answers each with one; :class:`Worker` is the other end.
-``{family, call, target, sizes, part}`` says which call from now on; then ``{"build": config}`` builds and checks a candidate,
+A setup (:meth:`llmc.tune.task.Task.setup`) says which call from now on; then ``{"build": config}`` builds and checks a candidate,
 ``{"time": number}`` times one.
 """
 
@@ -85,22 +85,23 @@ class _Server:
     """The worker's side."""
 
     def __init__(self, setup: dict[str, Any]) -> None:
-        from llmc import targets
-        from llmc.schedules.records import call_from_json
         from llmc.tune import inputs
-        from llmc.tune.bench import Bench
-        from llmc.tune.build import family_named
+        from llmc.tune.bench import Before, Bench
+        from llmc.tune.build import compile_one
         from llmc.tune.devices import open_device
+        from llmc.tune.task import from_setup
 
-        self.target = targets.parse(setup["target"])
-        self.family, self.call = family_named(setup["family"], self.target), call_from_json(setup["call"])
-        space = self.family.space(self.call, self.target)
-        self.space = {setup["part"]: space[setup["part"]]} if setup["part"] else space
-        self.sizes = sizes = setup["sizes"]
+        task = from_setup(setup)
+        self.target, self.family, self.call, self.space = task.target, task.family, task.call, task.space
+        self.sizes = sizes = task.sizes
         arrays = [inputs.make(self.call, s) for s in sizes]
         wanted = [inputs.expected(self.family, self.call, s, a) for s, a in zip(sizes, arrays, strict=True)]
         self.device = open_device(self.target.kind)
-        self.bench = Bench(self.device, self.call, sizes, arrays, wanted)
+        before = None
+        if (first := task.preceding()) is not None:
+            kernel = compile_one(first.family, first.call, self.target, first.default, first.sizes).kernel
+            before = Before(kernel, first.call, first.sizes, [inputs.make(first.call, s) for s in first.sizes])
+        self.bench = Bench(self.device, self.call, sizes, arrays, wanted, before)
         self.timers: list[Any] = []
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,6 +47,10 @@ class FakeCuda:
 
     def use(self) -> None:
         assert not self.closed
+
+    def turn(self) -> AbstractContextManager[None]:
+        self.use()
+        return nullcontext()
 
     def memory(self) -> tuple[int, int]:
         return self.total - self.used, self.total

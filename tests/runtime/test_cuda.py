@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
@@ -200,11 +201,34 @@ def test_models_of_a_process_take_turns_on_a_device() -> None:
     waited: list[int] = []
     one, other = Streams(5, waited), Streams(6, waited)
     for driver in (one, one, other, one):
-        driver.use()
+        with driver.turn():
+            pass
     assert waited == [5, 6]
     one.close()
-    other.use()
+    with other.turn():
+        pass
     assert waited == [5, 6, 5]
+    other.close()
+
+
+def test_a_thread_waits_for_the_turn_of_another() -> None:
+    one, other = Streams(5, []), Streams(6, [])
+    said = []
+
+    def second() -> None:
+        with other.turn():
+            said.append("second")
+
+    thread = Thread(target=second)
+    with one.turn():
+        thread.start()
+        thread.join(0.1)
+        said.append("first")
+        with one.turn():  # a turn within a turn is the same
+            pass
+    thread.join()
+    assert said == ["first", "second"]
+    one.close()
     other.close()
 
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
+from threading import RLock
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
@@ -109,6 +110,10 @@ class Driver(Protocol):
     def use(self) -> None:
         """Make this GPU the calling thread's."""
 
+    def turn(self) -> AbstractContextManager[None]:
+        """Within it, the calling thread alone starts work on this GPU, and memory of calls that other models of the process have
+        made is free. Every call of a compiled function is in one."""
+
     def memory(self) -> tuple[int, int]:
         """Bytes that are free on the GPU, and all of them."""
 
@@ -165,6 +170,7 @@ class Cuda:
     graphs = True
     stream = 0
     prefix = "cuda"
+    _turn: ClassVar[RLock] = RLock()
     _latest: ClassVar[dict[tuple[str, int], Cuda]] = {}
     renamed: Mapping[str, str] = MappingProxyType({})
 
@@ -206,15 +212,22 @@ class Cuda:
             raise InternalError(f"{self._name(name)}: {words}")
 
     def use(self) -> None:
-        """See :meth:`Driver.use`. What another one has put into its stream is done first: the models of a process take the memory
-        of a call from one pool, which is in stream order for one stream alone."""
+        """See :meth:`Driver.use`."""
         self._call("SetDevice", self.device)
-        place = self.prefix, self.device
-        before = self._latest.get(place)
-        if before is not self:
-            if before is not None:
-                before.synchronize()
-            self._latest[place] = self
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """See :meth:`Driver.turn`. What another one has put into its stream is done first: the models of a process take the memory
+        of a call from one pool, which is in stream order for one stream alone."""
+        with self._turn:
+            self.use()
+            place = self.prefix, self.device
+            before = self._latest.get(place)
+            if before is not self:
+                if before is not None:
+                    before.synchronize()
+                self._latest[place] = self
+            yield
 
     def memory(self) -> tuple[int, int]:
         """See :meth:`Driver.memory`."""
@@ -347,9 +360,10 @@ class Cuda:
 
     def close(self) -> None:
         """See :meth:`Driver.close`."""
-        self.synchronize()
-        if self._latest.get((self.prefix, self.device)) is self:
-            del self._latest[self.prefix, self.device]
+        with self._turn:
+            self.synchronize()
+            if self._latest.get((self.prefix, self.device)) is self:
+                del self._latest[self.prefix, self.device]
         for event in self._events:
             self._call("EventDestroy", ctypes.c_void_p(event))
         self._events = []

@@ -167,18 +167,18 @@ class GpuExecutor(ABC):
 
     def run(self, step: Step) -> np.ndarray:
         """See :meth:`Executor.run`."""
-        self.driver.use()
         if self.pipeline is not None:
             self.pipeline.current = None
-        self.put(step)
         rows = len(step.seq_lens if step.logit_rows is None else step.logit_rows)
         found = self._logits[: rows * self._vocab]
-        with self._timed():
-            if step.logit_rows is None:
-                self._replay("decode", rows, lambda: self._forward("decode", rows))
-            else:
-                self._forward("extend", rows)
-        self.driver.copy_out(found, self._out)
+        with self.driver.turn():
+            self.put(step)
+            with self._timed():
+                if step.logit_rows is None:
+                    self._replay("decode", rows, lambda: self._forward("decode", rows))
+                else:
+                    self._forward("extend", rows)
+            self.driver.copy_out(found, self._out)
         self.driver.synchronize()
         return found.reshape(rows, self._vocab)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,10 @@ class OpenCl:
 
     def use(self) -> None:
         """See :meth:`Driver.use`: a queue is any thread's."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        """See :meth:`Driver.turn`: the memory of a model's calls is its own."""
+        return nullcontext()
 
     def memory(self) -> tuple[int, int]:
         """See :meth:`Driver.memory`. OpenCL does not tell what others have taken of a GPU's."""

@@ -65,17 +65,17 @@ class CudaPipeline:
 
     def begin(self, step: Step, draws: Sequence[Draw]) -> CudaFlight:
         """See :meth:`Pipeline.begin`."""
-        self.cuda.use()
         decode = step.logit_rows is None
         flight = CudaFlight(self, step if decode else None, [d.sampler for d in draws])
-        self.executor.put(step, self._records(draws), self._positions(step, draws))
-        if decode:
-            self.executor.step_on_device(len(draws))
-        else:
-            self.executor.extend_on_device(len(draws))
-        self.current = flight if decode else None
-        if draws:
-            flight.finish_step()
+        with self.cuda.turn():
+            self.executor.put(step, self._records(draws), self._positions(step, draws))
+            if decode:
+                self.executor.step_on_device(len(draws))
+            else:
+                self.executor.extend_on_device(len(draws))
+            self.current = flight if decode else None
+            if draws:
+                flight.finish_step()
         return flight
 
     def _positions(self, step: Step, draws: Sequence[Draw]) -> np.ndarray:
@@ -148,13 +148,13 @@ class CudaFlight:
         page_size = pipeline.executor.page_size
         if pipeline.current is not self or any(w // page_size >= k for w, k in zip(self._written, self._known, strict=True)):
             return False  # or the last step did not know the page of this one's slot
-        pipeline.cuda.use()
-        slot = pipeline.take_slot()
-        if not self._send(tables, slot):
-            pipeline.give_slot(slot)
-            return False
-        pipeline.executor.step_on_device(len(self._samplers))
-        self.finish_step(slot)
+        with pipeline.cuda.turn():
+            slot = pipeline.take_slot()
+            if not self._send(tables, slot):
+                pipeline.give_slot(slot)
+                return False
+            pipeline.executor.step_on_device(len(self._samplers))
+            self.finish_step(slot)
         self._written = [w + 1 for w in self._written]
         return True
 

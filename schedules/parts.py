@@ -74,6 +74,14 @@ def built_by(family: Any, config: Config) -> Any:
     return next(iter(config.values())) if _of_part(family, config) else config
 
 
+def part_of(family: Any, call: KernelCall, target: Any, rows: int) -> str:
+    """The axis that decides about ``rows`` rows: "" of a family without parts."""
+    if not has_parts(family):
+        return ""
+    parts = family.parts(call, target)
+    return next((axis for axis, sizes in parts.items() if rows <= sizes[-1]["n"]), list(parts)[-1])
+
+
 def by_rows(buckets: dict[str, int | None], many: int) -> dict[str, list[dict[str, int]]]:
     """Parts for ranges of rows that end where ``buckets`` says: the most rows of each, one row too for the first, ``many`` for a
     range without an end."""

@@ -36,13 +36,16 @@ def enumerate_space(space: dict[str, list[Any]], rng: random.Random) -> list[Con
 
 def numbers(config: Config) -> Iterator[tuple[str, float]]:
     """The axes of a configuration, those of a part's kernel too (:mod:`llmc.schedules.parts`), as logarithms: a step of one
-    doubles. A name counts as an axis that is there or not; a tile has its size as one more, ``tile*``."""
+    doubles. A name counts as an axis that is there or not; a tile has its size as one more, ``tile*``, and each of several tiles is
+    an axis."""
     for axis, value in config.items():
         if isinstance(value, dict):
             yield f"is {axis}", 1.0
             yield from numbers(value)
         elif isinstance(value, str):
             yield f"{axis} is {value}", 1.0
+        elif isinstance(value, tuple | list) and value and isinstance(value[0], tuple | list):
+            yield from numbers({f"{axis}[{i}]": part for i, part in enumerate(value)})
         else:
             parts = [math.log2(1 + abs(float(p))) for p in (value if isinstance(value, tuple | list) else (value,))]
             yield from ((f"{axis}{i or ''}", p) for i, p in enumerate(parts))

@@ -11,7 +11,7 @@ from typing import Any
 from llmc import targets
 from llmc.errors import UsageError
 from llmc.manifest import KernelChoice
-from llmc.schedules.parts import has_parts, kept_under
+from llmc.schedules.parts import has_parts, kept_under, part_of
 from llmc.schedules.protocol import KernelCall
 from llmc.schedules.records import call_from_json, call_to_json, machine_class, source_hash
 from llmc.targets.base import Target
@@ -88,8 +88,10 @@ class Task:
         if self.before is None:
             return None
         family, call = self.before
-        sizes = [inputs.at_rows(call, self.call.args[0].bind(size)[0]) for size in self.sizes]
-        return Task(family, call, self.target, 0, 0, tuple(sizes))
+        rows = [int(self.call.args[0].bind(size)[0]) for size in self.sizes]
+        parts = {part_of(family, call, self.target, n) for n in rows}
+        sizes = tuple(inputs.at_rows(call, n) for n in rows)
+        return Task(family, call, self.target, 0, 0, sizes, part=parts.pop() if len(parts) == 1 else "")
 
 
 def workloads(task: Task) -> list[Workload]:

@@ -47,11 +47,18 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
-    """``tiles``: outputs, rows, blocks of a multiprocessor of the tiles to choose from; ``dependent_launch``: start early."""
+    """``tiles``: outputs, rows, blocks of a multiprocessor of the tiles to choose from; ``dependent_launch``: start early.
+
+    Tiles of 64 outputs give narrow experts twice as many blocks where there are few rows.
+    """
+    few, narrow, some, many = [128, 16, 2], [64, 16, 2], [128, 64, 2], [128, 128, 1]
     return {
-        "tiles": [[[128, 16, 2], [128, 64, 2], [128, 128, 1]], [[128, 32, 2], [128, 256, 1]]],
+        "tiles": [
+            [few, some, many], [[128, 32, 2], [128, 256, 1]], [narrow, some, many], [few, [128, 32, 2], some, many],
+            [narrow, [64, 32, 2], some, many], [few, some, [128, 256, 1]],
+        ],
         "dependent_launch": [True, False],
-    }
+    }  # fmt: skip
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:

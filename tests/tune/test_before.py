@@ -146,6 +146,9 @@ def test_what_runs_before_a_kernel_follows_from_the_model() -> None:
     assert shapes[o, "1025-"] == qkv
     assert {before[0].NAME for before in found.values() if before} == {linear_hopper.NAME, decode_attention.NAME}
     assert next(task for task in tasks if task.call.op == "llmc.attend").preceding().sizes[-1] == {"n": 64}  # type: ignore[union-attr]
+    preceding = {key: task.preceding() for task in tasks if (key := (task.call.args[1].shape, task.part))}
+    assert {preceding[down, rows].part for rows in ("1-8", "1025-")} == {"1-8", "1025-"}  # type: ignore[union-attr]
+    assert preceding[pages, ""].part == ""  # type: ignore[union-attr]  # its sizes are in several ranges of rows
     behind_attention = next(task for task in tasks if task.call.args[1].shape == o and task.part == "1-8").preceding()
     assert behind_attention is not None
     assert [(s["n"], s["b"], s["context"]) for s in behind_attention.sizes] == [(1, 1, inputs.SHORT), (8, 8, inputs.SHORT)]

@@ -11,11 +11,13 @@ import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 # isort: split
 import pytest
 
+from llmc import targets
 from llmc.schedules.cpu import linear
+from llmc.schedules.parts import kept_under, spaces
 from llmc.schedules.protocol import KernelCall
 from llmc.schedules.records import Record, config_text
 from llmc.tune.cost_model import CostModel, features
-from llmc.tune.search import enumerate_space, near, propose
+from llmc.tune.search import enumerate_space, near, numbers, propose
 
 SPACE: dict[str, list[Any]] = {
     "warps": [8, 4, 2, 1, 16], "tile": [(128, 256), (64, 64), (128, 64)], "depth": [4, 2, 8, 16], "early": [True, False],
@@ -44,6 +46,18 @@ def test_enumeration_starts_with_the_default_and_has_every_point_once() -> None:
     points = enumerate_space(SPACE, random.Random(0))
     assert points[0] == {axis: values[0] for axis, values in SPACE.items()}
     assert len({config_text(p) for p in points}) == len(points) == 5 * 3 * 4 * 2
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda:sm_90a", "cuda:sm_80", "rocm:gfx942", "metal:apple8"])
+def test_every_space_can_be_searched(name: str) -> None:
+    """A configuration is known by its numbers, whatever the values of its axes are: names, tiles, lists of tiles, parts."""
+    target = targets.parse(name)
+    for family in targets.module_for(target).families(target):
+        call = next((c for c in family.SHAPES.values() if family.matches(c, target)), None)
+        for space in [] if call is None else spaces(*kept_under(family, call), target):
+            points = enumerate_space(space, random.Random(0))[:200]
+            assert len({config_text(dict(numbers(p))) for p in points}) == len(points), (family.NAME, space)
+            assert len(propose(points, points[:1], 4, None, random.Random(0))) == min(4, len(points) - 1)
 
 
 def test_neighbours_are_few_steps_away_and_each_in_a_direction_of_its_own() -> None:

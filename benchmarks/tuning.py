@@ -3,7 +3,7 @@
     python benchmarks/tuning.py calls CALLS.jsonl [--quant S]  needs the compiler: what the 1B and 8B models call
     python benchmarks/tuning.py pack FOLDER --calls CALLS.jsonl  candidates for it, compiled; no GPU
     python FOLDER/run.py                                       on the GPU: writes FOLDER/results.jsonl
-    python benchmarks/tuning.py quality RESULTS.jsonl          how much of the best a search finds in a tenth of a space
+    python benchmarks/tuning.py quality RESULTS.jsonl ...      how much of the best a search finds in a tenth of a space
     python benchmarks/tuning.py gains RESULTS.jsonl            the best of every kernel beside its default
 
 ``pack`` holds the whole space of each kernel, or ``--most`` configurations of it: a spread, or with ``--known RESULTS.jsonl`` those
@@ -22,7 +22,7 @@ import random
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,9 +129,10 @@ def _read(records: Records, path: Path) -> None:
 
 
 def _load(path: Path) -> tuple[dict[Any, list[Record]], Any]:
-    """The records of a file by family, call and axes, and the target."""
-    records, target = Records(), targets.parse(TARGET)
+    """The records of a file, all of one target, by family, call and axes; and the target."""
+    records = Records()
     _read(records, path)
+    target = targets.parse(next(iter(records.entries.values())).target)
     by_call: dict[Any, list[Record]] = {}
     for r in records.entries.values():
         by_call.setdefault((r.family, r.call, axes(r.config)), []).append(r)
@@ -200,36 +201,41 @@ def _title(name: str, call: Any, part: frozenset[str] = frozenset()) -> str:
     return f"{name} {_shape(call)}" + (f" n={next(iter(part))}" if len(part) == 1 else "")
 
 
-def quality(path: Path, plot: Path | None) -> None:
-    """A table: for every space packed whole, how much of the best speed searches find in a tenth and a fifth of the trials.
+def quality(paths: Sequence[Path], plot: Path | None) -> None:
+    """A table: for every space measured whole, how much of the best speed searches find in a tenth and a fifth of the trials.
 
     ``plot``: a file for the mean over the spaces after each part of the trials, SVG.
     """
-    by_call, target = _load(path)
     curves: dict[str, list[list[float]]] = {way: [] for way in WAYS}
     print(f"| kernel | space | default | trials | {' | '.join(WAYS)} |")
     print("|---|---:|---:|---:|---:|---:|---:|")
-    for (name, call, part), records in by_call.items():
-        family = family_named(name, target)
-        times = slowdowns(records)
-        if len(times) < WHOLE_AT_LEAST:
-            continue
-        others = [r for (n, c, p), rs in by_call.items() if n == name and p == part and c != call for r in rs]
-        replay, most = Replay(family, target, records, others), max(2, round(len(times) / 5))
+    for replay in (replay for path in paths for replay in _replays(path)):
+        count, first = len(slowdowns(replay.records)), replay.records[0]
+        most = max(2, round(count / 5))
         found = {way: [replay.curve(most, way, seed) for seed in range(SEEDS[way])] for way in WAYS}
         for way in WAYS:
             mean = [statistics.fmean(column) for column in zip(*found[way], strict=True)]
-            curves[way].append([mean[min(most, max(1, round(len(times) * p))) - 1] for p in PARTS])
+            curves[way].append([mean[min(most, max(1, round(count * p))) - 1] for p in PARTS])
         default = f"{math.exp(-found[WAYS[0]][0][0]):.1%}"
-        for trials in (max(2, round(len(times) / 10)), most):
+        title = _title(first.family, first.call, axes(first.config))
+        for trials in (max(2, round(count / 10)), most):
             losses = [[curve[trials - 1] for curve in found[way]] for way in WAYS]
             shares = " | ".join(f"{math.exp(-statistics.fmean(loss)):.1%} (worst {math.exp(-max(loss)):.1%})" for loss in losses)
-            print(f"| {_title(name, call, part)} | {len(times)} | {default} | {trials} | {shares} |", flush=True)
+            print(f"| {title} | {count} | {default} | {trials} | {shares} |", flush=True)
     means = {way: [math.exp(-statistics.fmean(column)) for column in zip(*curves[way], strict=True)] for way in WAYS}
     for way, values in means.items():
         print(f"{way}: " + ", ".join(f"{p:.0%} of the trials {value:.1%}" for p, value in zip(PARTS, values, strict=True)))
     if plot is not None:
         plot.write_text(_svg(means), encoding="utf-8")
+
+
+def _replays(path: Path) -> Iterator[Replay]:
+    """A replay for each space of a file that was measured whole."""
+    by_call, target = _load(path)
+    for (name, call, part), records in by_call.items():
+        if len(slowdowns(records)) >= WHOLE_AT_LEAST:
+            others = [r for (n, c, p), rs in by_call.items() if n == name and p == part and c != call for r in rs]
+            yield Replay(family_named(name, target), target, records, others)
 
 
 def _svg(means: dict[str, list[float]]) -> str:
@@ -290,7 +296,7 @@ def gains(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["calls", "pack", "quality", "gains"])
-    parser.add_argument("path", type=Path)
+    parser.add_argument("paths", metavar="PATH", type=Path, nargs="+")
     parser.add_argument("--kernels", default="*", help="calls: only kernels that this pattern fits")
     parser.add_argument("--quant", help="calls: the scheme of the models' weights (default: bfloat16)")
     parser.add_argument("--calls", nargs="+", type=Path, help="pack: files of calls")
@@ -302,13 +308,14 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="quality: a file for the plot, SVG")
     options = parser.parse_args()
     if options.action == "calls":
-        write_calls(options.path, options.kernels, options.quant)
+        write_calls(options.paths[0], options.kernels, options.quant)
     elif options.action == "pack":
         if not options.calls:
             parser.error("pack needs --calls")
-        pack(options.path, read_tasks(options.calls, options.parts, options.shapes), options.most, options.known, options.workers)
+        tasks = read_tasks(options.calls, options.parts, options.shapes)
+        pack(options.paths[0], tasks, options.most, options.known, options.workers)
     else:
-        quality(options.path, options.plot) if options.action == "quality" else gains(options.path)
+        quality(options.paths, options.plot) if options.action == "quality" else gains(options.paths[0])
 
 
 if __name__ == "__main__":

@@ -13,11 +13,12 @@ import pytest
 
 from llmc import targets
 from llmc.manifest import KernelChoice
+from llmc.passes import choices
 from llmc.schedules import lookup as L
 from llmc.schedules import parts
 from llmc.schedules import records as R
 from llmc.schedules.cpu import linear
-from llmc.schedules.cuda import linear_hopper, quantized_hopper
+from llmc.schedules.cuda import decode_attention, linear_hopper, quantized_hopper
 from llmc.schedules.protocol import KernelCall
 from llmc.tune.cost_model import CostModel
 from llmc.tune.task import Task, make, tasks_of, workloads
@@ -143,6 +144,23 @@ def test_where_kernels_take_over_from_each_other_both_are_tried(rows: str) -> No
     kernels = {v["kernel"] for v in linear_hopper.candidates(CALL, rows)}
     assert {"gemv", "gemm_split"} <= kernels
     assert {v["kernel"] for v in quantized_hopper.candidates(quantized, rows)} == {"gemv", "gemm"}
+
+
+def test_how_a_sequence_is_split_is_searched_at_several_batches_and_contexts() -> None:
+    """A configuration of decode attention says how many blocks share a sequence by the batch and the context, in host code."""
+    call = dataclasses.replace(decode_attention._call(32, 8, 128), phase="decode")
+    (task,) = make(decode_attention, call, HOPPER, 1, 0)
+    assert all(len(task.space[axis]) > 1 for axis in ("split", "fill", "least", "many"))
+    sizes = {(s["b"], s["context"]) for s in task.sizes}
+    assert sizes == {(1, 1024), (8, 1024), (1, 8192), (64, 1024)}
+    assert workloads(task)[2] == Workload("decode", 1, 8192)
+
+
+def test_what_is_chosen_for_a_whole_model() -> None:
+    model, host = choices.model_call(64, 256, 2, "float32"), targets.parse("cpu")
+    chosen = {t.kind: {axis for axis, values in choices.space(model, t).items() if len(values) > 1} for t in (HOPPER, host)}
+    assert {"page_size", "gated", "append", "norm", "early"} <= chosen["cuda"]
+    assert chosen["cpu"] == {"page_size", "gated", "append", "step", "chunks"}
 
 
 def test_the_cost_model_ranks_one_part_from_another() -> None:

@@ -109,7 +109,7 @@ def fits(call: KernelCall, tile: tuple[int, int, int], split: int) -> bool:
 
 
 def stages(columns: int, resident: int, sums_bytes: int) -> int:
-    """Depth of the pipeline of x. The sums take its place, and need no more than it may have."""
+    """Depth of the pipeline of x. The sums take its place, and may need no more than the block has."""
     most = SHARED // resident
     if sums_bytes > most:
         raise ValueError(f"the sums of a tile are {sums_bytes} bytes, a block has {most}")
@@ -131,7 +131,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     sides, warps = 1 + gated, rows // 16
     results, result_tiles = o // sides, at.tiles // sides
     sums, pitch = columns // 2, cluster_finish.pitch(rows)
-    x_stages, x_bytes = stages(columns, resident, 4 * sides * columns * pitch), columns * K_STEP * 2
+    sums_bytes, x_bytes = 4 * sides * columns * pitch, columns * K_STEP * 2
+    x_stages = stages(columns, resident, sums_bytes)
     # Alone on its multiprocessor, a block has a whole warpgroup copy, which gives its registers away.
     uneven = resident == 1
     threads = 32 * (warps + (4 if uneven else 1))
@@ -188,11 +189,13 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         thread = T.thread_id([threads])
         pool = T.SMEMPool()
         s_x = pool.alloc((x_stages, columns, K_STEP), dtype, align=1024)
-        full = pool.alloc((x_stages,), "uint64", align=8)
-        empty = pool.alloc((x_stages,), "uint64", align=8)
-        # The sums of the whole tile take the place of the pipeline once that is empty.
+        # The sums of the whole tile take the place of the pipeline once that is empty, but not that of its barriers: sums of 128
+        # outputs of both sides need more than eight stages have.
         pool.move_base_to(0)
         s_sums = pool.alloc((sides, columns, pitch), "float32", align=1024)
+        pool.move_base_to(max(x_stages * x_bytes, sums_bytes))
+        full = pool.alloc((x_stages,), "uint64", align=8)
+        empty = pool.alloc((x_stages,), "uint64", align=8)
         pool.commit()
         # The same in all lanes of a warp, and the compiler has to know it.
         warp: T.int32 = hopper.shuffle(thread // 32, 0)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from llmc.schedules.cuda import cluster_finish
 from llmc.schedules.cuda import quantized_gemm as gemm
 from llmc.schedules.gpu.quantized_call import make
 from llmc.targets import cuda
 from tests.kernels.quantized_cases import operands
 from tests.kernels_cuda.emulated import TOLERANCE, call, check
+from tests.support.cuda_emulator.runner import source
 
 TARGET = cuda.parse("cuda:sm_90a")
 SMALL = [name for name, case in gemm.SHAPES.items() if case.attr("o") <= 256]
@@ -57,6 +60,17 @@ def test_rows_do_not_depend_on_the_batch() -> None:
     many = call(gemm, case, TARGET, arrays, {"n": 50}, config)
     one = call(gemm, case, TARGET, [arrays[0][33:34], *arrays[1:]], {"n": 1}, config)
     assert np.array_equal(many[33:34].view(np.uint16), one.view(np.uint16))
+
+
+@pytest.mark.parametrize("tile", [(128, 128, 1), (128, 64, 2), (128, 32, 2), (64, 64, 1)])
+def test_sums_stay_clear_of_the_barriers(tile: tuple[int, int, int]) -> None:
+    """An arrival that is late would land in them: no emulator sees it, and a GPU only now and then."""
+    case = make(256, 1024, "int8", phase="extend", activation="silu_gated")
+    config = {axis: values[0] for axis, values in gemm.space(case, TARGET).items()} | {"tile": tile, "split": 1}
+    text = source(gemm.build(case, TARGET, config), TARGET)
+    barriers = [int(n) for n in re.findall(r"mbarrier_init\w*\(\w+\(\(&\(\(\(uint64_t\*\)pool_buf_ptr\)\[(\d+)\]", text)]
+    assert len(barriers) >= 4
+    assert 8 * min(barriers) >= 4 * 2 * tile[1] * cluster_finish.pitch(tile[0])
 
 
 def test_what_it_does_not_take() -> None:

@@ -170,7 +170,9 @@ def _scratch(kernel: TeamKernel, args: Sequence[relax.Expr], bounds: dict[str, i
         offsets.append(size)
         analyzer = tvm.sym.Analyzer()
         for symbol, dim in zip(kernel.symbols, _symbols_of(kernel, args) or [], strict=True):
-            analyzer.bind(symbol, tirx.const(dim if isinstance(dim, int) else bounds[str(dim.name)], "int64"))
+            most = dim if isinstance(dim, int) else bounds.get(str(dim.name))  # the number of pages has no bound, and no use here
+            if most is not None:
+                analyzer.bind(symbol, tirx.const(most, "int64"))
         count = prod(int(analyzer.simplify(dim)) for dim in buffer.shape)
         size += -(-count * tvm.DataType(str(buffer.ty.dtype)).bits // (8 * ALIGN)) * ALIGN
     return [*offsets, size]

@@ -1,7 +1,8 @@
 """``llmc.attend`` on a CPU: paged attention for decode rows and ragged extend rows, with the same arithmetic in both phases.
 
-A task is a block of rows and one KV head. In the decode phase a row is a sequence; in the extend phase a block of packed rows
-may touch several sequences, which are found through ``q_indptr`` and done one after the other.
+A task is a block of rows and one KV head. In the decode phase a row is a sequence; where rows are few and the cache holds more
+than one segment of positions, a task is one segment of one row, and a second phase merges what they found. In the extend phase a
+block of packed rows may touch several sequences, which are found through ``q_indptr`` and done one after the other.
 :mod:`llmc.schedules.cpu.flash` is what happens inside.
 """
 
@@ -14,9 +15,10 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.kv_layout import FLOATS, scheme_attr
-from llmc.schedules.cpu.emit import Simd, Symbols, arguments, bind, ceildiv, function, i64, local, read, store
+from llmc.schedules.cpu.emit import Simd, Symbols, arguments, bind, ceildiv, function, i64, local, read, store, when
 from llmc.schedules.cpu.flash import Flash, Heads, Scores
 from llmc.schedules.cpu.kv_codes import Side
+from llmc.schedules.cpu.states import SEGMENT, width
 from llmc.schedules.kv_pages import page_layout_of, pages_spec, slot_bytes, stored_as
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import Target
@@ -24,6 +26,8 @@ from llmc.targets.base import Target
 Expr = Any
 NAME = "cpu.attend"
 OP = "llmc.attend"
+TASKS = 64
+"""Pairs of row and KV head that are enough tasks for the threads of a processor without splitting them."""
 
 
 def _call(
@@ -58,6 +62,8 @@ SHAPES: dict[str, KernelCall] = {
     "int4_80_57_window": _call(2, 2, 80, 57, page_size=3, dtype="int4", window=40),
     "fp8_96_chunked": _call(4, 1, 96, dtype="fp8_e4m3", chunk=50),
     "window_decode": _call(4, 2, 96, dtype="bfloat16", window=7, phase="decode"),
+    "wide_window_sinks": _call(4, 2, 16, page_size=8, window=300, sinks=1),
+    "wide_window_decode": _call(4, 2, 16, page_size=8, window=300, sinks=1, phase="decode"),
 }
 
 
@@ -76,10 +82,10 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """``row_block``: rows of a task, which share one gathering of keys and values. ``queries``: of a register tile, which share
     the loads of keys and values."""
     group = int(call.args[0].shape[1]) // int(call.args[1].shape[1])
-    # Whole rows of a group: 6 queries with 4 vectors of keys are 24 accumulators, 3 with 4 are 12.
-    queries = [6 // group * group or 4, 4, 2, 8, 1] if Simd(target).registers >= 32 else [3 if group == 3 else 2, 2, 4, 1, 3]
+    # Of 32 registers 24 accumulate 6 queries, whole rows of a group, with 4 vectors of keys; of 16, 12 do 4 with 3.
+    queries = [6 // group * group or 4, 4, 2, 8, 1] if Simd(target).registers >= 32 else [4, 6, 3, 2, 8, 1]
     queries = list(dict.fromkeys(queries))
-    return {"row_block": [1] if call.phase == "decode" else [32, 16, 64, 128, 8], "queries": queries}
+    return {"row_block": [1] if call.phase == "decode" else [32, 64, 16, 128, 8], "queries": queries}
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
@@ -96,11 +102,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         n, sequences = symbols.dim(call.args[0].shape[0]), symbols.dim(call.args[3].shape[0])
         lengths, starts = buffers["seq_lens"], buffers["q_indptr"]
         keys, values = (Side(simd, buffers["kv_pages"], layout, keys=keys) for keys in (True, False))
-        flash = Flash(simd, heads, scores, buffers["q"], keys, values, buffers["block_table"], buffers["out"], buffers.get("sinks"))
-
-        def decode(t: Expr) -> None:
-            row, head = bind(tirx.floordiv(t, hk)), bind(tirx.floormod(t, hk))
-            flash.run(row, head, row, i64(1), bind(i64(lengths[row]) - 1))
+        flash = Flash(simd, heads, scores, buffers["q"], keys, values, buffers["block_table"], buffers.get("sinks"))
 
         def extend(t: Expr, tasks: Expr) -> None:
             # Later rows see more positions. Each thread takes a run of tasks, so front and back are dealt in turn.
@@ -120,17 +122,60 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 stop = bind(tirx.min(high, tirx.max(end, first + 1)))
                 # Rows behind the last sequence are padding: they repeat its last position rather than read past its pages.
                 position = bind(tirx.min(i64(lengths[s]) - end + first, i64(lengths[s]) - 1))
-                flash.run(s, head, first, bind(stop - first), position)
+                rows = bind(stop - first)
+                flash.run(s, head, first, rows, position, *flash.segments(position, position + rows - 1))
+                flash.states.finish(buffers["out"], head, first, rows)
                 store(row, stop, 0)
 
-        tasks = bind(ceildiv(n, block) * hk)
-        with T.parallel(0, tasks) as t:
-            flash.allocate()
-            if call.phase == "decode":
-                decode(t)
-            else:
+        if call.phase == "decode":
+            _decode(flash, hk, n, symbols.dim(call.args[2].shape[1]), lengths, buffers["out"])
+        else:
+            tasks = bind(ceildiv(n, block) * hk)
+            with T.parallel(0, tasks) as t:
+                flash.allocate()
                 extend(t, tasks)
     return done()
+
+
+def _decode(flash: Flash, hk: int, n: Expr, pages: Expr, lengths: Expr, out: Expr) -> None:
+    """One row of each of ``n`` sequences of ``lengths`` [n] positions, which have at most ``pages`` pages."""
+    most, per_row = max(1, TASKS // hk), hk * flash.heads.group  # rows that are split; queries of a row
+    cached = ceildiv(pages * flash.heads.page_size, SEGMENT)
+    parts = bind(tirx.Select(n <= most, cached, i64(1)))
+    size = per_row * width(flash.simd, flash.heads.dv)
+    found = T.alloc_buffer((tirx.min(n, i64(most)) * cached * size,), "float32")
+
+    def of(pair: Expr) -> tuple[Expr, Expr, Expr]:
+        row, head = bind(tirx.floordiv(pair, hk)), bind(tirx.floormod(pair, hk))
+        return row, head, bind(i64(lengths[row]) - 1)
+
+    with T.parallel(0, n * hk * parts) as t:
+        flash.allocate()
+        pair, part = bind(tirx.floordiv(i64(t), parts)), bind(tirx.floormod(i64(t), parts))
+        row, head, position = of(pair)
+        low, high = flash.segments(position, position)
+        alone = parts <= 1
+        begin, end = tirx.Select(alone, low, tirx.max(low, part)), tirx.Select(alone, high, tirx.min(high, part + 1))
+        flash.run(row, head, row, i64(1), position, bind(begin), bind(end))
+        when(
+            alone,
+            lambda: flash.states.finish(out, head, row, i64(1)),
+            lambda: flash.states.save(found, i64(t) * flash.heads.group),
+        )
+
+    def merge() -> None:
+        with T.parallel(0, n * hk) as t:
+            states = flash.new_states()
+            row, head, position = of(bind(i64(t)))
+            low, high = flash.segments(position, position)
+            states.start(i64(0), i64(1))
+            with T.serial(low, high) as s:
+                segment = bind(i64(s))
+                states.load(found, (i64(t) * parts + segment) * flash.heads.group, states.set_of(segment, low))
+                when(segment > low, lambda: states.merge(i64(1)))
+            states.finish(out, head, row, i64(1))
+
+    when(parts > 1, merge)
 
 
 def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:

@@ -5,25 +5,24 @@ keys are transposed once into a scratch buffer, so that SIMD lanes run along *po
 along the value's elements in p·v; several queries (the heads of a group, or rows) share every load of keys and values.
 
 A chunk that a row may not see at all leaves its state bit for bit as it was (the correction factor is exp(0) = 1 and every
-weight is 0), so a row's result does not depend on which other rows share its tile.
+weight is 0), so a row's result does not depend on which other rows share its tile. Every segment of positions starts with an empty
+state and is merged when it is done (:mod:`llmc.schedules.cpu.states`), so it does not depend on who went over which segment either.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from llmc.schedules.cpu.emit import Simd, bind, ceildiv, each_vector, elements, f32, i64, keep, local, read, shuffle, store, when
+from llmc.schedules.cpu.emit import Simd, bind, ceildiv, each_vector, elements, i64, keep, local, read, shuffle, store, when
 from llmc.schedules.cpu.kv_codes import Side
 from llmc.schedules.cpu.math import Math
+from llmc.schedules.cpu.states import MASKED, SEGMENT, States
 
 Expr = Any
-MASKED = -1e30
-"""The score of a position a row may not see: finite, so that a row without any visible position yet makes no NaN."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,10 @@ class Flash:
         keys: Side,
         values: Side,
         table: Expr,
-        out: Expr,
         sinks: Expr | None,
     ):
         self.simd, self.heads, self.scores = simd, heads, scores
-        self.q, self.table, self.out, self.sinks = q, table, out, sinks
+        self.q, self.table, self.sinks = q, table, sinks
         self.key_side, self.value_side = keys, values
         self.chunk = chunk_size(simd, heads.d, heads.dv)
         self.lanes = simd.lanes
@@ -82,7 +80,7 @@ class Flash:
 
     def allocate(self) -> None:
         """Emit the scratch buffers of a task."""
-        h, queries = self.heads, self.heads.rows * self.heads.group
+        h = self.heads
         self.keys = local(self.chunk, h.d)
         self.values = local(h.dv, self.chunk)
         self.page = local(self.chunk, dtype="int64")
@@ -90,34 +88,50 @@ class Flash:
         if self.key_side.scheme is not None:
             self.parameters = local(self.chunk, self.key_side.scheme.parameters(h.d))
         self.weights = local(self.chunk, self.query_tile)
-        self.sums = local(h.dv, queries)
-        self.totals = local(self.lanes, queries)
-        self.tops = local(1, queries)
+        self.states = self.new_states()
         self.alpha = local(1, self.query_tile)
 
-    def run(self, sequence: Expr, head: Expr, first: Expr, rows: Expr, position: Expr) -> None:
-        """Rows ``first .. first + rows`` of the packed batch, the first at ``position`` of its ``sequence``."""
+    def new_states(self) -> States:
+        """Emit the states of a task's queries."""
+        h = self.heads
+        return States(self.simd, h.group, h.dv, h.rows * h.group, self.sinks)
+
+    def run(self, sequence: Expr, head: Expr, first: Expr, rows: Expr, position: Expr, low: Expr, high: Expr) -> None:
+        """Set 0 of the states becomes that of rows ``first .. first + rows`` of the packed batch, the first at ``position`` of its
+        ``sequence``, over the segments ``low .. high``."""
         last = bind(position + rows - 1)
-        self._start(head, rows)
-        begin = tirx.floordiv(self._lowest(position), self.chunk)
-        with T.serial(begin, tirx.floordiv(last, self.chunk) + 1) as c:
-            base = bind(i64(c) * self.chunk)
-            count = bind(tirx.min(i64(self.chunk), last + 1 - base))
-            self._gather(sequence, head, base, count)
+        self.states.start(i64(0), rows)
+        with T.serial(low, high) as s:
+            segment = bind(i64(s))
+            self.set = self.states.set_of(segment, low)
+            when(segment > low, lambda: self.states.start(self.set, rows))
+            begin = tirx.max(tirx.floordiv(self._lowest(position), self.chunk), segment * (SEGMENT // self.chunk))
+            end = tirx.min(tirx.floordiv(last, self.chunk), segment * (SEGMENT // self.chunk) + (SEGMENT // self.chunk - 1))
+            with T.serial(bind(begin), bind(end + 1)) as c:
+                self._chunk(sequence, head, first, rows, position, bind(i64(c) * self.chunk), last)
+            when(segment > low, lambda: self.states.merge(rows))
 
-            def tile(row: Expr, size: int) -> None:
-                # Causality: a tile whose last row comes before the chunk has nothing to do, nor has one beyond it.
-                low, high = position + row, position + row + (size - 1)
-                seen = tirx.And(high >= base, self._lowest(low) < base + self.chunk)
-                when(seen, lambda: self._tile(head, first, position, row, size, base, count))
+    def segments(self, first: Expr, last: Expr) -> tuple[Expr, Expr]:
+        """The segments that rows at positions ``first .. last`` of a sequence see: the first, and the one behind the last."""
+        return bind(tirx.floordiv(self._lowest(first), SEGMENT)), bind(tirx.floordiv(last, SEGMENT) + 1)
 
-            full = tirx.floordiv(rows, self.row_tile)
-            with T.serial(0, full) as t:
-                tile(i64(t) * self.row_tile, self.row_tile)
-            if self.row_tile > 1:
-                with T.serial(full * self.row_tile, rows) as row:
-                    tile(i64(row), 1)
-        self._finish(head, first, rows)
+    def _chunk(self, sequence: Expr, head: Expr, first: Expr, rows: Expr, position: Expr, base: Expr, last: Expr) -> None:
+        """The positions from ``base`` on for all rows, at most up to the ``last``."""
+        count = bind(tirx.min(i64(self.chunk), last + 1 - base))
+        self._gather(sequence, head, base, count)
+
+        def tile(row: Expr, size: int) -> None:
+            # Causality: a tile whose last row comes before the chunk has nothing to do, nor has one beyond it.
+            low, high = position + row, position + row + (size - 1)
+            seen = tirx.And(high >= base, self._lowest(low) < base + self.chunk)
+            when(seen, lambda: self._tile(head, first, position, row, size, base, count))
+
+        full = tirx.floordiv(rows, self.row_tile)
+        with T.serial(0, full) as t:
+            tile(i64(t) * self.row_tile, self.row_tile)
+        if self.row_tile > 1:
+            with T.serial(full * self.row_tile, rows) as row:
+                tile(i64(row), 1)
 
     def _lowest(self, position: Expr) -> Expr:
         """The first position that the row at ``position`` sees."""
@@ -127,28 +141,6 @@ class Flash:
         if self.scores.span > 0:
             low = tirx.max(low, tirx.floordiv(position, self.scores.span) * self.scores.span)
         return low
-
-    def _each_query(self, rows: Expr, body: Callable[[Expr, Expr, Expr], None]) -> None:
-        """Run ``body(query, row, j)``; query counts the (row, head j of the group) pairs of the task."""
-        with T.serial(0, rows * self.heads.group) as t:
-            query = bind(i64(t))
-            body(query, tirx.floordiv(query, self.heads.group), tirx.floormod(query, self.heads.group))
-
-    def _start(self, head: Expr, rows: Expr) -> None:
-        def init(query: Expr, row: Expr, j: Expr) -> None:
-            def clear(start: Expr, lanes: int) -> None:
-                store(self.sums, self.simd.splat(0.0, lanes), query * self.heads.dv + start, lanes=lanes)
-
-            each_vector(self.heads.dv, self.lanes, clear)
-            store(self.totals, self.simd.splat(0.0, self.lanes), query * self.lanes, lanes=self.lanes)
-            if self.sinks is None:
-                store(self.tops, f32(MASKED), query)
-            else:
-                # The sink is a position with the weight exp(0) and no value.
-                store(self.tops, self.simd.load(self.sinks, head * self.heads.group + j), query)
-                store(self.totals, f32(1.0), query * self.lanes)
-
-        self._each_query(rows, init)
 
     def _gather(self, sequence: Expr, head: Expr, base: Expr, count: Expr) -> None:
         """Bring a chunk to scratch as float32: keys transposed to [d, chunk], values as [chunk, dv]."""
@@ -243,8 +235,8 @@ class Flash:
             queries = [(row + r, j + jj) for r in range(size) for jj in range(min(width, group - j))]
             self._scores(queries, head, first)
             for slot, (r, jj) in enumerate(queries):
-                self._softmax(slot, bind(r * group + jj), bind(position + r), base)
-            self._accumulate([r * group + jj for r, jj in queries], count)
+                self._softmax(slot, bind(self.set + r * group + jj), bind(position + r), base)
+            self._accumulate([self.set + r * group + jj for r, jj in queries], count)
 
     def _scores(self, queries: list[tuple[Expr, int]], head: Expr, first: Expr) -> None:
         """weights[slot, position] = q · k, in the order of the key's elements."""
@@ -286,17 +278,17 @@ class Flash:
         largest = scores[0]
         for value in scores[1:]:
             largest = keep(tirx.max(largest, value))
-        before = bind(read(self.tops, query))
+        before = bind(read(self.states.tops, query))
         top = keep(tirx.max(before, self.simd.largest(largest)))
-        store(self.tops, top, query)
+        store(self.states.tops, top, query)
         alpha = Math(self.simd, 1).exp(before - top)
         store(self.alpha, alpha, slot)
-        total = keep(read(self.totals, query * lanes, lanes=lanes) * self.simd.splat(alpha, lanes))
+        total = keep(read(self.states.totals, query * lanes, lanes=lanes) * self.simd.splat(alpha, lanes))
         for o, inside, value in zip(offsets, visible, scores, strict=True):
             weight = keep(tirx.Select(inside, math.exp(value - self.simd.splat(top, lanes)), self.simd.splat(0.0, lanes)))
             store(self.weights, weight, slot * self.chunk + o, lanes=lanes)
             total = keep(total + weight)
-        store(self.totals, total, query * lanes, lanes=lanes)
+        store(self.states.totals, total, query * lanes, lanes=lanes)
 
     def _accumulate(self, queries: list[Expr], count: Expr) -> None:
         """sums = alpha · sums + weights · values, in the order of positions."""
@@ -306,7 +298,7 @@ class Flash:
             acc = [[local(lanes) for _, lanes in group] for _ in queries]
             for slot, query in enumerate(queries):
                 for a, (start, lanes) in zip(acc[slot], group, strict=True):
-                    before = read(self.sums, query * dv + start, lanes=lanes)
+                    before = read(self.states.sums, query * dv + start, lanes=lanes)
                     store(a, bind(before * self.simd.splat(read(self.alpha, slot), lanes)), 0, lanes=lanes)
             with T.serial(0, count) as r:
                 at = bind(i64(r))
@@ -318,21 +310,7 @@ class Flash:
                         store(a, total, 0, lanes=lanes)
             for slot, query in enumerate(queries):
                 for a, (start, lanes) in zip(acc[slot], group, strict=True):
-                    store(self.sums, read(a, 0, lanes=lanes), query * dv + start, lanes=lanes)
-
-    def _finish(self, head: Expr, first: Expr, rows: Expr) -> None:
-        def write(query: Expr, row: Expr, j: Expr) -> None:
-            total = self.simd.total(bind(read(self.totals, query * self.lanes, lanes=self.lanes)))
-            # A padding row has no position at all: its result is 0, not 0 / 0.
-            factor = bind(f32(1.0) / tirx.Select(total > f32(0.0), total, f32(1.0)))
-
-            def scale(start: Expr, lanes: int) -> None:
-                value = read(self.sums, query * self.heads.dv + start, lanes=lanes) * self.simd.splat(factor, lanes)
-                store(self.out, value, first + row, head * self.heads.group + j, start, lanes=lanes)
-
-            each_vector(self.heads.dv, self.lanes, scale)
-
-        self._each_query(rows, write)
+                    store(self.states.sums, read(a, 0, lanes=lanes), query * dv + start, lanes=lanes)
 
 
 def _splat_index(value: Expr, lanes: int) -> Expr:

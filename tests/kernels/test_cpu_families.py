@@ -90,8 +90,9 @@ def test_rope_append_returns_the_queries_and_writes_the_slots(module: Any, famil
     assert not untouched.all()
 
 
-ONE_ROW_EACH = [([1, 40, 70, 200], [1, 1, 1, 1])]
-SEVERAL_ROWS = [([5], [5]), ([70, 3, 130, 40], [50, 3, 1, 7]), ([90, 7], [80, 7])]
+MANY = attend.TASKS + 1  # more rows than are split, whatever the heads
+ONE_ROW_EACH = [([1, 40, 70, 200], [1, 1, 1, 1]), ([257, 3, 1030, 512], [1] * 4), ([290] + [7] * (MANY - 1), [1] * MANY)]
+SEVERAL_ROWS = [([5], [5]), ([70, 3, 130, 40], [50, 3, 1, 7]), ([90, 7], [80, 7]), ([530, 7, 256], [280, 7, 3])]
 ATTEND_CASES = [
     (label, lengths, rows)
     for label, call in attend.SHAPES.items()
@@ -157,10 +158,15 @@ def test_a_row_has_the_same_bits_in_every_batch(module: Any, family: Any, label:
         np.testing.assert_array_equal(run(module, symbol(family, label), call, alone, {"n": 1})[0], together[r])
 
 
-@pytest.mark.parametrize(("decode", "extend"), [("smollm2_decode", "smollm2_extend"), ("window_decode", "window_96_bf16")])
-def test_attention_has_the_same_bits_in_every_batch_and_phase(module: Any, decode: str, extend: str) -> None:
+@pytest.mark.parametrize(
+    ("decode", "extend"),
+    [("smollm2_decode", "smollm2_extend"), ("window_decode", "window_96_bf16"), ("wide_window_decode", "wide_window_sinks")],
+)
+@pytest.mark.parametrize(("lengths", "rows"), [([70, 3, 130, 40], [50, 3, 1, 7]), ([530, 3, 1030, 300], [20, 3, 9, 50])])
+def test_attention_has_the_same_bits_in_every_batch_and_phase(
+    module: Any, decode: str, extend: str, lengths: list[int], rows: list[int]
+) -> None:
     call = attend.SHAPES[extend]
-    lengths, rows = [70, 3, 130, 40], [50, 3, 1, 7]
     arrays, symbols = paged_arrays(call, lengths, rows, seed=5)
     together = run(module, symbol(attend, extend), call, arrays, symbols)
     first = 0
@@ -168,6 +174,7 @@ def test_attention_has_the_same_bits_in_every_batch_and_phase(module: Any, decod
         for r in range(count):
             q = arrays[0][first + r : first + r + 1]
             one = [q, arrays[1], arrays[2][s : s + 1], np.array([lengths[s] - count + r + 1], np.int32), np.array([0, 1], np.int32)]
+            one += arrays[5:]  # sinks
             bound = {**symbols, "n": 1, "b": 1, "b+1": 2}
             for name in (decode, extend):
                 alone = run(module, symbol(attend, name), attend.SHAPES[name], one, bound)

@@ -20,6 +20,8 @@ from llmc.schedules.cpu import attend, linear, quantized_linear, rms_norm, team
 from llmc.schedules.protocol import KernelCall
 from llmc.targets import cpu, parse
 from llmc.targets.cpu_pipeline import PIPELINE
+from llmc.tune.build import compile_one
+from tests.kernels.harness import build, paged_arrays, run, tensor
 from tests.passes.test_end_to_end import OPTIONS, TARGET, Machine
 from tests.support import graphs
 from tests.support.stepper import Stepper, mixed_schedule
@@ -47,8 +49,12 @@ def test_a_step_in_one_region_gives_the_same_bits(case: str, monkeypatch: pytest
             np.testing.assert_array_equal(logits, other[position])
 
 
+def default_config(family: Any, call: KernelCall) -> dict[str, Any]:
+    return {axis: values[0] for axis, values in family.space(call, TARGET).items()}
+
+
 def family_kernel(family: Any, call: KernelCall) -> Any:
-    return family.build(call, TARGET, {axis: values[0] for axis, values in family.space(call, TARGET).items()})
+    return family.build(call, TARGET, default_config(family, call))
 
 
 def test_kernels_for_one_thread_and_for_a_team_are_told_apart() -> None:
@@ -56,10 +62,24 @@ def test_kernels_for_one_thread_and_for_a_team_are_told_apart() -> None:
     assert parallel.phases == 1 and not parallel.shared
     rounded = team_kernel("b", family_kernel(quantized_linear, quantized_linear.SHAPES["qkv_960x576_q4_1"]), True, 6)
     assert rounded.phases == 3 and len(rounded.shared) == 3  # rows rounded by all threads or by one, then the panels
-    assert team_kernel("c", family_kernel(attend, attend.SHAPES["smollm2_decode"]), True, 6).phases == 1
+    # Segments of each row, then what they found of each row.
+    split = team_kernel("c", family_kernel(attend, attend.SHAPES["smollm2_decode"]), True, 6)
+    assert split.phases == 2 and len(split.shared) == 1
     norm = family_kernel(rms_norm, rms_norm.SHAPES["smollm2"])
     assert team_kernel("d", norm, True, 6).phases is None
     assert team_kernel("e", norm, False, 6).phases == 2  # with many rows on all threads, else on one
+
+
+@pytest.mark.parametrize("lengths", [[1030], [40, 257, 800], [300] * (attend.TASKS // 3 + 1)])
+def test_a_team_splits_attention_as_threads_of_one_kernel_do(lengths: list[int]) -> None:
+    call = attend.SHAPES["smollm2_decode"]
+    arrays, symbols = paged_arrays(call, lengths, [1] * len(lengths), seed=2)
+    alone = run(build({"alone": (attend, call)}, TARGET), "alone", call, arrays, symbols)
+    of_team = compile_one(attend, call, TARGET, default_config(attend, call), [symbols]).kernel
+    out = tensor(np.full(alone.shape, np.nan, np.float32))
+    for _ in range(5):
+        of_team(*map(tensor, arrays), out)
+        np.testing.assert_array_equal(out.numpy(), alone)
 
 
 def test_machines_without_the_means_keep_their_kernels_apart() -> None:

@@ -41,6 +41,10 @@ class Executor(Protocol):
     def copy_page(self, source: int, target: int) -> None:
         """Copy one page over all layers."""
 
+    def clear_page(self, page: int) -> None:
+        """Fill one page with zeros over all layers. Kernels multiply what is behind a sequence's end in its last page by zero, and
+        what a sequence with numbers that are not finite has left there would get into another's."""
+
     @property
     def pipeline(self) -> Pipeline | None:
         """What chooses tokens on the device and runs ahead of the host; None where the host samples from :meth:`run`."""
@@ -198,6 +202,11 @@ class TvmExecutor:
         """See :meth:`Executor.copy_page`."""
         for pages in self._pages:
             pages[target] = pages[source]
+
+    def clear_page(self, page: int) -> None:
+        """See :meth:`Executor.clear_page`."""
+        for pages in self._pages:
+            pages[page] = 0
 
     def close(self) -> None:
         """See :meth:`Executor.close`."""

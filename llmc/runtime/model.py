@@ -19,7 +19,7 @@ from llmc.runtime.generation import Bounds, Request
 from llmc.runtime.pages import PageAllocator
 from llmc.runtime.results import Completion, Event, Score
 from llmc.runtime.sampling import SamplingParams, log_softmax
-from llmc.runtime.scheduler import Scheduler
+from llmc.runtime.scheduler import Scheduler, clear_pages
 from llmc.runtime.sequence import Sequence as TokenSequence
 from llmc.runtime.tokenizer import Tokenizer
 
@@ -131,6 +131,7 @@ class Model:
         executor = self._open_executor()
         sequence = TokenSequence(tokens, self.pages)
         chunk = min(self.limits.max_rows, self.limits.max_logit_rows)
+        finite = True
         try:
             while sequence.pending:
                 start, rows = sequence.table.length, min(chunk, sequence.pending)
@@ -138,8 +139,11 @@ class Model:
                     sequence.table.reserve(rows, executor.copy_page)
                     logits = executor.run(build_step([Chunk(sequence, rows, rows)]))
                     sequence.table.advance(rows)
+                    finite = bool(np.isfinite(logits[-1]).all())
                     yield start, logits
         finally:
+            if not finite:
+                clear_pages(executor, [sequence.table])
             sequence.table.release()
 
     def encode(self, prompt: Prompt) -> list[int]:

@@ -12,15 +12,17 @@ flight is read to its end, tokens of samples that have ended are dropped, and th
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from time import perf_counter
 
+from llmc.errors import InternalError
 from llmc.manifest import Limits
 from llmc.runtime.batch import Chunk, Step, build_step
 from llmc.runtime.executor import Draw, Executor, Flight, Pipeline
 from llmc.runtime.generation import Bounds, Generation, Request
-from llmc.runtime.pages import OutOfPagesError, PageAllocator
+from llmc.runtime.pages import BlockTable, OutOfPagesError, PageAllocator
 from llmc.runtime.results import Event
 from llmc.runtime.tokenizer import Tokenizer
 
@@ -62,8 +64,15 @@ class Scheduler:
     def step(self) -> list[Event]:
         """Run the model once; the tokens it gave. Nothing happens if nothing is unfinished.
 
-        Raises OutOfPagesError if not even one sample fits into the KV cache.
+        Raises OutOfPagesError if not even one sample fits into the KV cache, InternalError if logits are not finite.
         """
+        try:
+            return self._step()
+        except InternalError:
+            clear_pages(self._executor, [g.sequence.table for g in self._running])
+            raise
+
+    def _step(self) -> list[Event]:
         if self._ahead is not None:
             return self._follow(self._ahead)
         self._admit()
@@ -237,3 +246,10 @@ class Scheduler:
             self._running.remove(last)
             self._waiting.appendleft(last)
         return True
+
+
+def clear_pages(executor: Executor, tables: Iterable[BlockTable]) -> None:
+    """Leave nothing of sequences whose numbers may not be finite in the pages that the next ones get."""
+    with suppress(InternalError):  # a device that fails does not say more than the error that is on its way
+        for page in {page for table in tables for page in table.pages}:
+            executor.clear_page(page)

@@ -65,8 +65,11 @@ class FakeCuda:
         block = self.pinned(max(nbytes, 1))
         self.used += nbytes
         if zero:
-            self.enqueue(lambda: block.fill(0))
+            self.clear(int(block.ctypes.data), nbytes)
         return int(block.ctypes.data)
+
+    def clear(self, address: int, nbytes: int) -> None:
+        self.enqueue(lambda: ctypes.memset(address, 0, nbytes) and None)
 
     def allocate_all(self, sizes: Sequence[int]) -> list[int]:
         return [self.allocate(size) for size in sizes]

@@ -205,6 +205,24 @@ def test_a_failing_step_leaves_no_page_behind(monkeypatch: pytest.MonkeyPatch) -
     assert len(model.generate([1], max_tokens=3).token_ids) == 3
 
 
+@pytest.mark.parametrize("how", ["generate", "logits"])
+def test_numbers_that_are_not_finite_stay_in_no_page(how: str) -> None:
+    """The next sequence gets the page, and a kernel may multiply what is behind its end by zero."""
+    model = toy_model()
+    executor = executor_of(model)
+    executor.embedding[7] = np.inf
+    with np.errstate(invalid="ignore"):
+        if how == "generate":
+            with pytest.raises(InternalError, match="not finite"):
+                model.generate([[1, 2], [3, 7, 5]], max_tokens=3)
+        else:
+            assert not np.isfinite(model.logits([3, 7, 5])).all()
+    assert model.pages.used == 0
+    first = slice(0, toy.PAGE_SIZE)
+    assert not executor.keys[:, first].any()
+    assert not executor.values[:, first].any()
+
+
 def test_logprobs_are_the_models_own() -> None:
     options: dict[str, Any] = {"max_tokens": 5, "temperature": 0.7, "repetition_penalty": 1.5, "seed": 1}
     completion = toy_model().generate([3, 1, 4], logprobs=3, **options)

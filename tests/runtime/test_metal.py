@@ -48,8 +48,11 @@ def test_pages_are_copied_over_all_layers(artifact: Path) -> None:
         device._fill(theirs, mine)
     for executor in (device, host):
         executor.copy_page(3, 1)
+        executor.clear_page(2)
     for theirs, mine in zip(device._pages, host._pages, strict=True):
         np.testing.assert_array_equal(np.from_dlpack(theirs), mine)
+        assert mine[[0, 1, 3]].all(axis=(1, 2)).any()
+        assert not mine[2].any()
 
 
 def test_without_tvms_metal_runtime_the_error_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:

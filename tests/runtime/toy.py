@@ -150,6 +150,10 @@ class ToyExecutor:
         self.keys[:, b] = self.keys[:, a]
         self.values[:, b] = self.values[:, a]
 
+    def clear_page(self, page: int) -> None:
+        slots = slice(page * PAGE_SIZE, (page + 1) * PAGE_SIZE)
+        self.keys[:, slots] = self.values[:, slots] = 0
+
     def close(self) -> None:
         self.closed = True
 

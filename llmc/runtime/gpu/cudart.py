@@ -138,6 +138,9 @@ class Driver(Protocol):
     def copy(self, target: int, source: int, nbytes: int) -> None:
         """Device memory to device memory, in stream order."""
 
+    def clear(self, address: int, nbytes: int) -> None:
+        """Fill device memory with zeros, in stream order."""
+
     def synchronize(self) -> None:
         """Wait until everything in the stream is done."""
 
@@ -242,8 +245,12 @@ class Cuda:
         found = int(address.value or 0)
         self._allocations.append(found)
         if zero:
-            self._call("MemsetAsync", address, 0, ctypes.c_size_t(nbytes), ctypes.c_void_p(self.stream))
+            self.clear(found, nbytes)
         return found
+
+    def clear(self, address: int, nbytes: int) -> None:
+        """See :meth:`Driver.clear`."""
+        self._call("MemsetAsync", ctypes.c_void_p(address), 0, ctypes.c_size_t(nbytes), ctypes.c_void_p(self.stream))
 
     def allocate_all(self, sizes: Sequence[int]) -> list[int]:
         """See :meth:`Driver.allocate_all`: one allocation, cut up."""

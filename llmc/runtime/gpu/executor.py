@@ -274,6 +274,12 @@ class GpuExecutor(ABC):
             nbytes = device_bytes(shape[1:], self._kv_dtype)
             self.driver.copy(address + target * nbytes, address + source * nbytes, nbytes)
 
+    def clear_page(self, page: int) -> None:
+        """See :meth:`Executor.clear_page`."""
+        for address, shape in self._pages:
+            nbytes = device_bytes(shape[1:], self._kv_dtype)
+            self.driver.clear(address + page * nbytes, nbytes)
+
     def close(self) -> None:
         """See :meth:`Executor.close`."""
         self._recorded, self._views, self._static = {}, {}, ()

@@ -101,13 +101,18 @@ class MetalExecutor:
     def copy_page(self, source: int, target: int) -> None:
         """See :meth:`Executor.copy_page`."""
         for pages in self._pages:
-            shape = (1, *pages.shape[1:])
-            dtype = self._ffi.dtype(self._kv_dtype)
-            nbytes = int(np.prod(shape)) * dtype.itemsize
-            part = [
-                self._call("TVMTensorCreateView", pages, self._ffi.Shape(shape), dtype, nbytes * page) for page in (source, target)
-            ]
-            self._call("TVMTensorCopyFromTo", *part)
+            self._call("TVMTensorCopyFromTo", self._page(pages, source), self._page(pages, target))
+
+    def clear_page(self, page: int) -> None:
+        """See :meth:`Executor.clear_page`."""
+        for pages in self._pages:
+            self._fill(self._page(pages, page), zeros((1, *pages.shape[1:]), self._kv_dtype))
+
+    def _page(self, pages: Any, page: int) -> Any:
+        """One of a layer's pages."""
+        shape, dtype = (1, *pages.shape[1:]), self._ffi.dtype(self._kv_dtype)
+        nbytes = int(np.prod(shape)) * dtype.itemsize
+        return self._call("TVMTensorCreateView", pages, self._ffi.Shape(shape), dtype, nbytes * page)
 
     def close(self) -> None:
         """See :meth:`Executor.close`."""

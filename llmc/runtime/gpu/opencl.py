@@ -89,10 +89,14 @@ class OpenCl:
             raise InternalError(f"clSVMAlloc: no memory for {size} bytes")
         self._allocations[int(address)] = size
         if zero:
-            pattern = ctypes.c_uint8(0)
-            where, one = ctypes.c_void_p(address), ctypes.c_size_t(1)
-            self._call("clEnqueueSVMMemFill", self._queue, where, ctypes.byref(pattern), one, ctypes.c_size_t(size), 0, None, None)
+            self.clear(int(address), size)
         return int(address)
+
+    def clear(self, address: int, nbytes: int) -> None:
+        """See :meth:`Driver.clear`."""
+        pattern = ctypes.c_uint8(0)
+        where, one = ctypes.c_void_p(address), ctypes.c_size_t(1)
+        self._call("clEnqueueSVMMemFill", self._queue, where, ctypes.byref(pattern), one, ctypes.c_size_t(nbytes), 0, None, None)
 
     def allocate_all(self, sizes: Sequence[int]) -> list[int]:
         """See :meth:`Driver.allocate_all`: one by one, since a device bounds the size of an allocation."""

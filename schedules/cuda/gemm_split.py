@@ -282,6 +282,7 @@ def kernel(call: KernelCall, config: dict[str, Any], experts: int = 0) -> Any:
                         load_stage = 0
                         load_phase = load_phase ^ 1
                     load_step = load_step + 1
+            T.cuda.cta_sync()
         else:
             if dependent_launch:
                 T.ptx.griddepcontrol.wait()
@@ -332,9 +333,9 @@ def kernel(call: KernelCall, config: dict[str, Any], experts: int = 0) -> Any:
                     phase = phase ^ 1
                 step = step + 1
             hopper.fence(acc, sums)
-            if groups > 1:
-                # Every warpgroup has multiplied its last stage before another one's sums overwrite it.
-                T.ptx.bar.sync(T.uint32(1), T.uint32(32 * warps))
+            # Every warpgroup has multiplied its last stage before another one's sums overwrite it. The one that copies is here too:
+            # where a part of the block's warps meets, racecheck loses the order of what the others read later.
+            T.cuda.cta_sync()
             for v in T.unroll(sums):
                 # A thread's sums: rows 2 * (lane % 4) and 1 more of x, outputs lane // 4 and 8 more of the warp's; 8 rows on.
                 s_sums[

@@ -233,6 +233,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         copy_stage = 0
                         copy_phase = copy_phase ^ 1
                     copy_step = copy_step + 1
+            T.cuda.cta_sync()
         else:
             if uneven:
                 T.ptx["setmaxnreg.inc.sync.aligned.u32"](CONSUMER_REGISTERS[warps // 4])
@@ -376,8 +377,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         phase = phase ^ 1
                 step = step + depth
             hopper.fence(acc, sides * sums)
-            # Every warpgroup has multiplied its last stage before another one's sums overwrite it.
-            T.ptx.bar.sync(T.uint32(1), T.uint32(32 * warps))
+            # Every warpgroup has multiplied its last stage before another one's sums overwrite it. Those that copy are here too:
+            # where a part of the block's warps meets, racecheck loses the order of what the others read later.
+            T.cuda.cta_sync()
             for side in T.unroll(sides):
                 for v in T.unroll(sums):
                     # A thread's sums: rows 2 * (lane % 4) and 1 more of x, outputs lane // 4 and 8 more of the warp's; 8 rows on.

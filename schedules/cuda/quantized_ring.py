@@ -15,7 +15,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from llmc.schedules.cuda import gemv, gemv_finish, hopper, linear_call, quantized_codes, quantized_gemv, ring_gemv
+from llmc.schedules.cuda import gemv, gemv_finish, hopper, linear_call, quantized_codes, quantized_gemv, ring_gemv, streaming
 from llmc.schedules.cuda.input_norm import InputNorm, plain
 from llmc.schedules.gpu import layout_mma, quantized_call
 from llmc.schedules.gpu.layout_mma import BLOCK, LANES, UNIT
@@ -144,6 +144,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     decode = quantized_codes.decoder(how, dtype)
     norm = InputNorm(whole, sides, column_tiles)
     end = gemv_finish.Finish(call, results, 1, column_tiles, norm, sources=warps, threads=32, scale_dtype=scale_dtype)
+    hands = streaming.Hands(end, warps, ROWS, blocks)
 
     @T.prim_func
     def gemv(
@@ -233,19 +234,13 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
         if dependent_launch:
             T.ptx.griddepcontrol.launch_dependents()
-        if thread < warps * depth:
-            T.ptx.mbarrier.init.shared.b64(full.ptr_to([thread]), T.uint32(1))
-        if thread < 2:
-            T.ptx.mbarrier.init.shared.b64(ready.ptr_to([thread]), T.uint32(warps))
-            T.ptx.mbarrier.init.shared.b64(free.ptr_to([thread]), T.uint32(1))
+        streaming.start(full, ready, free, thread, warps * depth, warps)
         if thread == 0:
             T.ptx.mbarrier.init.shared.b64(x_full.ptr_to([0]), T.uint32(1))
         if padding > 0 and thread < padding:
             for r in T.unroll(columns):
                 s_x[r, k + thread] = T.cast(0, dtype)
-        T.ptx.fence.mbarrier_init.release.cluster()
-        T.ptx.fence.proxy.async_.shared__cta()
-        T.cuda.cta_sync()
+        streaming.publish()
 
         if warp < warps:
             next_tile: T.int32 = 0
@@ -297,12 +292,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         slot = 0
                         phase = phase ^ 1
                     piece = piece + 1
-                if tile >= 2:
-                    T.cuda.mbarrier_wait(free.ptr_to([tile % 2]), tile // 2 % 2 ^ 1)
-                end.store(partial, tile % 2 * warps + warp, acc, lane)
-                T.cuda.warp_sync()
-                if lane == 0:
-                    T.ptx.mbarrier.arrive.shared.b64(ready.ptr_to([tile % 2]), T.uint32(1))
+                hands.give(partial, ready, free, acc, tile, warp, lane)
                 tile = tile + 1
         else:
             if dependent_launch:
@@ -318,18 +308,10 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                         x_full.ptr_to([0]),
                     )
                     row = row + 1
-            done: T.int32 = 0
-            while done < count:
-                first: T.int32 = (block + done * blocks) * ROWS
-                end.fetch_scales(row_scales, scales, lane, first)
-                end.fetch_bias(bias_regs, bias, lane, first)
-                end.fetch_residual(residual_regs, residual, lane, first, first_row, rows)
-                T.cuda.mbarrier_wait(ready.ptr_to([done % 2]), done // 2 % 2)
-                end.finish(partial, done % 2 * warps, lane, first, first_row, rows, row_scales, bias_regs, residual_regs, out)
-                T.cuda.warp_sync()
-                if lane == 0:
-                    T.ptx.mbarrier.arrive.shared.b64(free.ptr_to([done % 2]), T.uint32(1))
-                done = done + 1
+            hands.take(
+                partial, ready, free, lane, block, count, first_row, rows, scales, row_scales, bias, bias_regs, residual,
+                residual_regs, out,
+            )  # fmt: skip
 
     unused = [name for name in ("bias", "residual") if name not in specs]
     return hopper.finish(gemv, f"{'norm_' * norm.here}quantized_ring_{how.name}_{o}x{k}", unused, dependent_launch)

@@ -24,7 +24,7 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from llmc.schedules.cuda import gemv, gemv_finish, hopper, linear_call
+from llmc.schedules.cuda import gemv, gemv_finish, hopper, linear_call, streaming
 from llmc.schedules.cuda.input_norm import InputNorm, plain
 from llmc.schedules.gpu.emit import WIDTH
 from llmc.schedules.protocol import KernelCall
@@ -133,6 +133,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
     norm = InputNorm(whole, sides, column_tiles)
     end = gemv_finish.Finish(call, results, 1, column_tiles, norm, sources=warps, threads=32)
+    hands = streaming.Hands(end, warps, ROWS, blocks)
 
     def unit_of(member: Any, half: Any) -> Any:
         """Which 16 bytes of a line lane t takes in a half: the 8 lanes that a shared load serves at once hit all banks."""
@@ -223,14 +224,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
         if dependent_launch:
             T.ptx.griddepcontrol.launch_dependents()
-        if thread < warps * stages:
-            T.ptx.mbarrier.init.shared.b64(full.ptr_to([thread]), T.uint32(1))
-        if thread < 2:
-            T.ptx.mbarrier.init.shared.b64(ready.ptr_to([thread]), T.uint32(warps))
-            T.ptx.mbarrier.init.shared.b64(free.ptr_to([thread]), T.uint32(1))
-        T.ptx.fence.mbarrier_init.release.cluster()
-        T.ptx.fence.proxy.async_.shared__cta()
-        T.cuda.cta_sync()
+        streaming.start(full, ready, free, thread, warps * stages, warps)
+        streaming.publish()
 
         if warp < warps:
             if lane == 0:
@@ -263,27 +258,15 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     if slot == stages:
                         slot = 0
                         phase = phase ^ 1
-                if tile >= 2:
-                    T.cuda.mbarrier_wait(free.ptr_to([tile % 2]), tile // 2 % 2 ^ 1)
-                end.store(partial, tile % 2 * warps + warp, acc, lane)
-                T.cuda.warp_sync()
-                if lane == 0:
-                    T.ptx.mbarrier.arrive.shared.b64(ready.ptr_to([tile % 2]), T.uint32(1))
+                hands.give(partial, ready, free, acc, tile, warp, lane)
                 tile = tile + 1
         else:
             if dependent_launch:
                 T.ptx.griddepcontrol.wait()
-            done: T.int32 = 0
-            while done < count:
-                first: T.int32 = (block + done * blocks) * ROWS
-                end.fetch_bias(bias_regs, bias, lane, first)
-                end.fetch_residual(residual_regs, residual, lane, first, first_row, rows)
-                T.cuda.mbarrier_wait(ready.ptr_to([done % 2]), done // 2 % 2)
-                end.finish(partial, done % 2 * warps, lane, first, first_row, rows, bias_regs, bias_regs, residual_regs, out)
-                T.cuda.warp_sync()
-                if lane == 0:
-                    T.ptx.mbarrier.arrive.shared.b64(free.ptr_to([done % 2]), T.uint32(1))
-                done = done + 1
+            hands.take(
+                partial, ready, free, lane, block, count, first_row, rows, bias, bias_regs, bias, bias_regs, residual,
+                residual_regs, out,
+            )  # fmt: skip
 
     unused = [name for name in ("bias", "residual") if name not in specs]
     return hopper.finish(gemv, f"{'norm_' * norm.here}ring_gemv_{o}x{k}", unused, dependent_launch)

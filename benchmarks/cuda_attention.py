@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cuda_timing import load, microseconds
+from cuda_timing import copy_bandwidth, load, microseconds
 
 HEADS: dict[str, tuple[int, int, int, int]] = {"d128": (32, 8, 128, 16), "d64": (32, 8, 64, 16), "d96": (32, 32, 96, 32)}
 """Query heads, KV heads, head size, page size."""
@@ -151,22 +151,14 @@ def _all(calls: list[Any]) -> None:
         call()
 
 
-def _copy_bandwidth() -> float:
-    """Bytes read and written per microsecond by a copy of 512 MiB on the device."""
-    import torch
-
-    source = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
-    return 2 * source.numel() / microseconds([partial(torch.empty_like(source).copy_, source)], 8)
-
-
 def run(folder: Path) -> int:
     module = load(folder / "kernels.so")
     import torch
 
     torch.manual_seed(0)
     cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
-    bandwidth = _copy_bandwidth()
-    print(f"{torch.cuda.get_device_name()}: copy {bandwidth * 1e-6:.2f} TB/s")
+    bandwidth = copy_bandwidth()
+    print(f"{torch.cuda.get_device_name()}: copy {bandwidth / 1e12:.2f} TB/s")
     wrong = 0
     for phase, table in (("decode", DECODE), ("extend", EXTEND)):
         for name, sizes in table.items():
@@ -187,7 +179,7 @@ def run(folder: Path) -> int:
                     error = problem.error(peers)
                     wrong += not error < TOLERANCE
                     time = microseconds(calls, 24)
-                    what = f"{problem.moved / time / bandwidth:.0%}"
+                    what = f"{problem.moved / time * 1e6 / bandwidth:.0%}"
                     if phase == "extend":
                         what = f"{problem.flops / time * 1e-6:.0f} TFLOP/s, torch/ours {theirs / time:.2f}"
                     config = " ".join(f"{k}={v}" for k, v in case["config"].items()) or "default"

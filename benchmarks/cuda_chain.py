@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cuda_timing import copy_bandwidth, load
+from cuda_timing import copy_bandwidth, load, microseconds
 
 LAYERS, CONTEXT, PAGE = 16, 256, 32
+REPEATS = 15
 TOLERANCE = 4e-2
 """Relative error of the last layer's result between two sets of kernels: rounding of 16-bit activations, :data:`LAYERS` times."""
 
@@ -236,30 +236,6 @@ class Layers:
                     kernels[name](*arguments)
 
 
-def graph_microseconds(work: Any, repeats: int = 15) -> float:
-    """Median time of ``work`` as a CUDA graph."""
-    import torch
-    import tvm_ffi
-
-    work()
-    torch.cuda.synchronize()
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with tvm_ffi.use_torch_stream(torch.cuda.stream(side)):
-        graph.capture_begin(capture_error_mode="thread_local")
-        work()
-        graph.capture_end()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times)
-
-
 def run(folder: Path) -> int:
     """Print the tables; the number of wrong results."""
     module = load(folder / "kernels.so")
@@ -287,8 +263,8 @@ def run(folder: Path) -> int:
                     wrong += 1
                     print(f"  WRONG {label}: error {error:.1e}")
                     continue
-                whole = graph_microseconds(partial(layers.run, kernels)) / LAYERS
-                alone = {role: graph_microseconds(partial(layers.run, kernels, role)) / LAYERS for role in kernels}
+                whole = microseconds([partial(layers.run, kernels)], 1, REPEATS) / LAYERS
+                alone = {role: microseconds([partial(layers.run, kernels, role)], 1, REPEATS) / LAYERS for role in kernels}
                 parts = [f"{role} {time:.1f}" for role, time in alone.items()]
                 print(f"  {whole:7.2f} {label} (error {error:.0e}; alone: {', '.join(parts)})", flush=True)
             del layers

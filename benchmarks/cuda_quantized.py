@@ -11,14 +11,14 @@ measured in the same run, cuBLAS's time on bfloat16 weights, and the configurati
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
-import os
-import statistics
-from collections.abc import Callable
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from cuda_timing import copy_bandwidth, load, microseconds
 
 SIZES: dict[str, tuple[int, int, dict[str, int]]] = {
     "8b_o": (4096, 4096, {"residual": 1}),
@@ -110,17 +110,12 @@ def build(folder: Path, only: list[str]) -> None:
 
 
 def run(folder: Path) -> None:
-    os.environ.setdefault("TVM_USE_RUNTIME_LIB", "1")
+    module = load(folder / "kernels.so")
     import torch
-    import tvm
-    import tvm.runtime
     import tvm_ffi
 
-    if tvm_ffi.get_global_func("ffi.Module.load_from_bytes.cuda", allow_missing=True) is None:
-        ctypes.CDLL(str(Path(tvm.__file__).parent / "lib" / "libtvm_runtime_cuda.so"))
     torch.manual_seed(0)
-    module = tvm.runtime.load_module(str(folder / "kernels.so"))
-    limit = _copy_bandwidth()
+    limit = copy_bandwidth()
     cases = json.loads((folder / "cases.json").read_text(encoding="utf-8"))
     print(f"{torch.cuda.get_device_name()}: copy {limit / 1e12:.2f} TB/s; warps.tiles.depth.columns, or outputs.rows.blocks.split")
     keys = dict.fromkeys((c["phase"], c["scheme"], c["size"]) for c in cases)
@@ -140,7 +135,7 @@ def run(folder: Path) -> None:
             peer_weights = [
                 torch.randn(o, k, device="cuda").bfloat16() for _ in range(max(2, min(6, ROTATED_BYTES // (2 * o * k))))
             ]
-            peer = _graph_time([partial(torch.matmul, x, w.T) for w in peer_weights])
+            peer = microseconds([partial(torch.matmul, x, w.T) for w in peer_weights])
             del peer_weights
             results = []
             for case in some:
@@ -154,7 +149,7 @@ def run(folder: Path) -> None:
                 if not error < TOLERANCE[key[0]]:
                     print(f"WRONG {key} n={n} {label}: {error:.1e}")
                     continue
-                results.append((_graph_time([partial(module[case["symbol"]], *s) for s in sets]), label))
+                results.append((microseconds([partial(module[case["symbol"]], *s) for s in sets]), label))
             best = "  ".join(f"{label} {time:.1f}" for time, label in sorted(results)[:6])
             floor = moved / limit * 1e6
             share = f"{floor / min(results)[0]:.0%}" if results else "-"
@@ -209,41 +204,6 @@ def _unpack(case: dict[str, Any], parts: list[Any], o: int, k: int) -> Any:
         values -= spread(named["zeros"])
     values *= named["scales"].float()[:o, None] if named["scales"].dim() == 1 else spread(named["scales"])
     return values + spread(named["minima"]) if "minima" in named else values
-
-
-def _copy_bandwidth() -> float:
-    """Bytes read and written per second by a large copy."""
-    import torch
-
-    a = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    b = torch.empty_like(a)
-    return 2 * a.numel() / (_graph_time([lambda: b.copy_(a)], count=10) * 1e-6)
-
-
-def _graph_time(calls: list[Callable[[], Any]], count: int = 48, repeats: int = 5) -> float:
-    """Median microseconds of a call among ``count`` in a CUDA graph, which go round ``calls``."""
-    import torch
-    import tvm_ffi
-
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-    with tvm_ffi.use_torch_stream(torch.cuda.stream(side)):
-        graph.capture_begin(capture_error_mode="thread_local")
-        for i in range(count):
-            calls[i % len(calls)]()
-        graph.capture_end()
-    graph.replay()
-    times = []
-    for _ in range(repeats):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / count)
-    return statistics.median(times)
 
 
 def main() -> None:

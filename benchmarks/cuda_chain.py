@@ -148,7 +148,7 @@ def build(folder: Path, only: list[str]) -> None:
         }
         small = {
             "norm": add(norm.rms_norm, norm._rms(("n", model.hidden))),
-            "rope_append": add(rope_append, rope_append._call(model.heads, model.kv_heads, model.d, page_size=PAGE)),
+            "rope_append": add(rope_append, rope_append.make_call(model.heads, model.kv_heads, model.d, page_size=PAGE)),
             "attend": add(decode_attention, decode_attention._call(model.heads, model.kv_heads, model.d, page_size=PAGE)),
         }
         for label, how in sets.items():

@@ -73,7 +73,7 @@ def build(folder: Path) -> None:
             ("decode", family, call, [5]),
             ("extend", attend_extend, make_call(8, 2, D, page_size=PAGE, kv_dtype=kv_dtype), [5]),
             ("append", append, append._call(KV_HEADS, D, D, PAGE, kv_dtype=kv_dtype), [3]),
-            ("rope", rope_append, rope_append._call(8, 2, D, page_size=PAGE, kv_dtype=kv_dtype, norm=1), [7, 4]),
+            ("rope", rope_append, rope_append.make_call(8, 2, D, page_size=PAGE, kv_dtype=kv_dtype, norm=1), [7, 4]),
         ):
             symbol = f"decode_{kv_dtype}_0" if name == "decode" else f"{name}_{kv_dtype}"
             if name != "decode":

@@ -18,14 +18,15 @@ from llmc.targets.base import Target
 
 NAME = "model"
 OP = "llmc.model"
-UNFUSABLE = ("gated", "append", "norm", "step", "early")
+UNFUSABLE = ("gated", "append", "attend", "norm", "step", "early")
 """Choices to fuse or not."""
 
 
 @dataclass(frozen=True)
 class Choices:
     """``page_size``: positions of a KV page. Fused into one kernel: ``gated``, both halves of a gated feed-forward layer with its
-    activation (:mod:`~llmc.passes.fuse_gated`); ``append``, rotation and append (:mod:`~llmc.passes.fuse_append`); ``norm``, a
+    activation (:mod:`~llmc.passes.fuse_gated`); ``append``, rotation and append (:mod:`~llmc.passes.fuse_append`); ``attend``, both
+    with attention in decode steps (:mod:`~llmc.passes.fuse_attend`); ``norm``, a
     norm and the linear layers behind it (:mod:`~llmc.passes.fold_gain`, :mod:`~llmc.passes.fold_norm`); ``step``, all kernels of a
     step on a CPU (:mod:`~llmc.passes.one_region`). ``early``: a kernel starts while the one before it ends, on NVIDIA GPUs that can
     (:mod:`llmc.targets.dependent_launch`). ``chunks``: pieces of a kernel for each thread of a step on a CPU; more keep threads
@@ -34,6 +35,7 @@ class Choices:
     page_size: int = 16
     gated: bool = True
     append: bool = True
+    attend: bool = True
     norm: bool = True
     step: bool = True
     early: bool = True
@@ -57,10 +59,10 @@ def model_call(hidden: int, vocab: int, layers: int, storage: str) -> KernelCall
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """The axes of :class:`Choices`, defaults first; those that mean nothing to the target have one value."""
     step, chunks = ([True, False], [6, 3, 12]) if target.kind == "cpu" else ([True], [6])
-    norm, early = ([True, False], [True, False]) if target.kind == "cuda" else ([True], [True])
+    cuda = [True, False] if target.kind == "cuda" else [True]
     return {
-        "page_size": [16, 32, 64], "gated": [True, False], "append": [True, False], "norm": norm, "step": step, "early": early,
-        "chunks": chunks,
+        "page_size": [16, 32, 64], "gated": [True, False], "append": [True, False], "attend": cuda, "norm": cuda, "step": step,
+        "early": cuda, "chunks": chunks,
     }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from llmc.schedules.records import call_to_json
 from llmc.schedules.registry import choose, signature
 from llmc.targets.base import Target
 
-IN_PLACE = {"llmc.append": [3], "llmc.rope_append": [-1, 4]}
+IN_PLACE = {"llmc.append": [3], "llmc.rope_append": [-1, 4], "llmc.rope_attend": [-1, 4]}
 """Operators that write an operand in place: for each result which operand it is, -1 for a new tensor."""
 
 OPAQUE = 8

@@ -30,6 +30,7 @@ from llmc.passes.fingerprint import graph_sha256
 from llmc.passes.fold_gain import fold_gain
 from llmc.passes.fold_norm import fold_norm
 from llmc.passes.fuse_append import fuse_append
+from llmc.passes.fuse_attend import fuse_attend
 from llmc.passes.fuse_epilogue import fuse_bias, fuse_epilogue
 from llmc.passes.fuse_gated import fuse_gated
 from llmc.passes.fuse_norm import fuse_norm
@@ -180,6 +181,14 @@ def _fuse_append(s: _State) -> None:
         fuse_append(graph)
 
 
+def _fuse_attend(s: _State) -> None:
+    if "attend" in s.options.unfused:
+        return
+    families = targets.module_for(s.target).families(s.target)
+    decode = next(graph for graph in s.graphs if graph.name == "decode")
+    fuse_attend(decode, lambda layer, y: takes(kernel_call(layer, y, "decode"), s.target, families))
+
+
 def _fold_norm(s: _State) -> None:
     if "norm" in s.options.unfused:
         return
@@ -267,6 +276,7 @@ PASSES: list[tuple[str, Callable[[_State], None]]] = [
     ("paged_attention", _paged_attention),
     ("phases", _phases),
     ("fuse_append", _fuse_append),
+    ("fuse_attend", _fuse_attend),
     ("fold_norm", _fold_norm),
     ("lower_kernels", _lower_kernels),
     ("sampling", _sampling),

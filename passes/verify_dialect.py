@@ -18,6 +18,7 @@ from tvm import relax
 from llmc.dialect.core import PREFIX, attrs_of
 from llmc.dialect.linear import ACTIVATIONS, GATED, is_gated
 from llmc.dialect.quantized import ACTIVATION_DTYPES
+from llmc.dialect.rope_append import key_dim
 from llmc.errors import InternalError
 from llmc.importer.params import ParamTable
 from llmc.kv_layout import page_layout
@@ -124,6 +125,18 @@ def _rope_append(s: Shapes, a: dict[str, Any]) -> str:
     )
 
 
+def _rope_attend(s: Shapes, a: dict[str, Any]) -> str:
+    """The operands of both operators, and of attention the queries that the rotated ones would be."""
+    norms = 2 * a["norm"]
+    if len(s) != 9 + norms + a["sinks"]:
+        return f"{len(s) - 1} operands for norm={a['norm']}, sinks={a['sinks']}"
+    (qkv, pages, out), state = (s[0], s[4], s[-1]), s[5:8]
+    d = key_dim(qkv[1], a["heads"], pages[1], a["v_dim"])
+    q = [qkv[0], a["heads"], d]
+    append = _rope_append([*s[:5], *s[8 : 8 + norms], q], a)
+    return append or _attend([q, pages, *state, *s[8 + norms : -1], out], a)
+
+
 def _attend(s: Shapes, a: dict[str, Any]) -> str:
     q, pages, table, lengths, starts = s[:5]
     return _expect(
@@ -179,6 +192,7 @@ CHECKS: dict[str, Check] = {
     "llmc.attention": _attention,
     "llmc.append": _append,
     "llmc.rope_append": _rope_append,
+    "llmc.rope_attend": _rope_attend,
     "llmc.attend": _attend,
     "llmc.moe": _moe,
     "llmc.quantized_moe": _quantized_moe,

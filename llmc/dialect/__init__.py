@@ -4,7 +4,20 @@ Importing this package registers every op. Each module holds one op or a pair th
 rule and its NumPy reference. The IR is persisted as JSON (``tvm.ir.save_json``): TVMScript text does not round-trip Python ops.
 """
 
-from llmc.dialect import attention, linear, moe, norm, norm_linear, paged, quantized, quantized_moe, rope, rope_append, topk
+from llmc.dialect import (
+    attention,
+    linear,
+    moe,
+    norm,
+    norm_linear,
+    paged,
+    quantized,
+    quantized_moe,
+    rope,
+    rope_append,
+    rope_attend,
+    topk,
+)
 from llmc.dialect.core import attrs_of, call, is_call
 
 __all__ = [
@@ -21,5 +34,6 @@ __all__ = [
     "quantized_moe",
     "rope",
     "rope_append",
+    "rope_attend",
     "topk",
 ]

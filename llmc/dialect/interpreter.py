@@ -28,6 +28,7 @@ from llmc.dialect.norm_linear import linear_op as norm_linear_op
 from llmc.dialect.paged import append_reference, attend_reference
 from llmc.dialect.rope import reference as rope_reference
 from llmc.dialect.rope_append import reference as rope_append_reference
+from llmc.dialect.rope_attend import reference as rope_attend_reference
 from llmc.dialect.topk import reference as topk_reference
 
 Table = dict[str, Callable[..., Any]]
@@ -195,6 +196,7 @@ OPS: Table = {
     "relax.zeros_like": _pure(np.zeros_like), "relax.ones_like": _pure(np.ones_like),
     "relax.full_like": lambda a, x, v: np.full_like(x, v),
     "llmc.rope": rope_reference, "llmc.rope_append": rope_append_reference,
+    "llmc.rope_attend": rope_attend_reference,
     "llmc.rms_norm": rms_norm_reference, "llmc.layer_norm": layer_norm_reference,
 }  # fmt: skip
 
@@ -296,7 +298,7 @@ class Interpreter:
         if name == "llmc.append":
             self._page_of[var] = page = self._page_of[value.args[3]]
             self.pages[page] = self.values[var]
-        elif name == "llmc.rope_append":
+        elif name in ("llmc.rope_append", "llmc.rope_attend"):
             self._page_of[var] = page = self._page_of[value.args[4]]
             self.pages[page] = self.values[var][1]
         elif isinstance(value, relax.TupleGetItem) and value.tuple_value in self._page_of:

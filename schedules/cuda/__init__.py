@@ -14,12 +14,13 @@ from llmc.schedules.cuda import (
     prefill_attention,
     quantized_gemv,
     quantized_hopper,
+    rope_attention,
     sample,
     sample_stats,
 )
 
 FAMILIES = (
-    linear_hopper, gemv, quantized_hopper, quantized_gemv, norm_linear, decode_attention, prefill_attention, moe_hopper,
-    *gpu.FAMILIES, sample_stats, sample, advance,
+    linear_hopper, gemv, quantized_hopper, quantized_gemv, norm_linear, decode_attention, rope_attention, prefill_attention,
+    moe_hopper, *gpu.FAMILIES, sample_stats, sample, advance,
 )  # fmt: skip
 """In order of preference; the first that matches takes a call."""

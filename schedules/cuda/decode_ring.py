@@ -19,12 +19,13 @@ from typing import Any
 from tvm.script import tirx as T
 
 from llmc.schedules.cuda import hopper
+from llmc.schedules.cuda.decode_rotation import Rotation, attend_call
 from llmc.schedules.cuda.decode_softmax import CHUNK, MASKED, softmaxer
 from llmc.schedules.kv_pages import stored_as
 from llmc.schedules.protocol import KernelCall
 
 WARPS = 4
-SHARED = 108 << 10
+SHARED = 113 << 10
 """Bytes of shared memory of a block: two blocks to a multiprocessor."""
 
 DEEPEST = 6
@@ -34,14 +35,15 @@ LOAD_COLUMNS = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
 
 def depth(call: KernelCall) -> int:
     """Chunks of a warp's ring; less than 2: the kernel does not take such heads."""
-    (hq, d), hk = (int(v) for v in call.args[0].shape[1:]), int(call.args[1].shape[1])
-    staging = WARPS * (hq // hk) * (4 * (d + 4) + 8)
+    attention, rotation = attend_call(call), Rotation(call)
+    (hq, d), hk = (int(v) for v in attention.args[0].shape[1:]), int(attention.args[1].shape[1])
+    staging = WARPS * ((hq // hk) * (4 * (d + 4) + 8) + rotation.here * rotation.vectors * rotation.stride * 2)
     return min(DEEPEST, (SHARED - staging) // (WARPS * 2 * CHUNK * d * 2))
 
 
 def takes(call: KernelCall) -> bool:
     """Whether a call that :mod:`.decode_attention` takes fits: 16-bit keys and values of whole 128-byte atoms."""
-    q, pages = call.args[:2]
+    q, pages = attend_call(call).args[:2]
     d = int(q.shape[2])
     if stored_as(call, pages) != q.dtype or d != int(call.attr("v_dim")) or d % hopper.ATOM:
         return False
@@ -50,11 +52,12 @@ def takes(call: KernelCall) -> bool:
 
 def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
     """The PrimFunc of ``call`` with ``parts`` (1, 2 or 4) warps to a pair of a sequence and a KV head."""
-    hq, d = (int(v) for v in call.args[0].shape[1:])
-    hk, page_size = int(call.args[1].shape[1]), int(call.attr("page_size"))
-    group, dtype, out_dtype = hq // hk, call.args[0].dtype, call.result.dtype
+    rotation, attention = Rotation(call), attend_call(call)
+    hq, d = (int(v) for v in attention.args[0].shape[1:])
+    hk, page_size = int(attention.args[1].shape[1]), int(call.attr("page_size"))
+    group, dtype, out_dtype, fused = hq // hk, attention.args[0].dtype, call.result.dtype, rotation.here
     has_sinks = bool(call.attr("sinks"))
-    sink_dtype = call.args[5].dtype if has_sinks else dtype
+    sink_dtype = attention.args[5].dtype if has_sinks else dtype
     window, span = int(call.attr("window")), int(call.attr("chunk"))
 
     stages, atoms, page_chunks, pairs = depth(call), d // hopper.ATOM, page_size // CHUNK, WARPS // parts
@@ -62,22 +65,29 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
     chunk_bytes = 2 * CHUNK * d * 2
     mma_type = hopper.PTX_TYPE[dtype]
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
-    softmax = softmaxer(call, halves, steps, lambda member, j, e: j * 8 + member * 2 + e, False)
+    softmax = softmaxer(attention, halves, steps, lambda member, j, e: j * 8 + member * 2 + e, False)
 
     @T.prim_func
     def attend(
-        q_ptr: T.handle, pages_ptr: T.handle, table_ptr: T.handle, lens_ptr: T.handle, starts_ptr: T.handle, sinks_ptr: T.handle,
-        out_ptr: T.handle,
+        q_ptr: T.handle, qkv_ptr: T.handle, cos_ptr: T.handle, sin_ptr: T.handle, slots_ptr: T.handle, pages_ptr: T.handle,
+        table_ptr: T.handle, lens_ptr: T.handle, starts_ptr: T.handle, q_weight_ptr: T.handle, k_weight_ptr: T.handle,
+        sinks_ptr: T.handle, out_ptr: T.handle,
     ) -> None:  # fmt: skip
         b = T.int64()
         rows = T.int64()
         num_pages = T.int64()
         max_pages = T.int64()
         q = T.match_buffer(q_ptr, (rows, hq, d), dtype, align=16)
+        qkv = T.match_buffer(qkv_ptr, (rows, rotation.width), dtype, align=16)
+        cos = T.match_buffer(cos_ptr, (rows, rotation.table_width), rotation.table_dtype, align=16)
+        sin = T.match_buffer(sin_ptr, (rows, rotation.table_width), rotation.table_dtype, align=16)
+        slots = T.match_buffer(slots_ptr, (rows,), "int32", align=4)
         pages = T.match_buffer(pages_ptr, (num_pages, hk, page_size * 2 * d), dtype, align=16)
         table = T.match_buffer(table_ptr, (b, max_pages), "int32", align=4)
         lens = T.match_buffer(lens_ptr, (b,), "int32", align=4)
         starts = T.match_buffer(starts_ptr, (b + 1,), "int32", align=4)  # noqa: F841  (0, 1, ... b in this phase)
+        q_weight = T.match_buffer(q_weight_ptr, (d,), rotation.norm_dtypes[0], align=4)
+        k_weight = T.match_buffer(k_weight_ptr, (d,), rotation.norm_dtypes[1], align=4)
         sinks = T.match_buffer(sinks_ptr, (hq,), sink_dtype, align=4)
         out = T.match_buffer(out_ptr, (rows, hq, d), out_dtype, align=16)
         # A page of a head is 2 * page_size rows of d: its keys, then its values.
@@ -94,7 +104,11 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
         s_sums = pool.alloc((WARPS, group, d + 4), "float32", align=16)
         s_top = pool.alloc((WARPS, group), "float32", align=16)
         s_total = pool.alloc((WARPS, group), "float32", align=16)
+        if fused:
+            turned = pool.alloc((WARPS, rotation.vectors, rotation.stride), dtype, align=16)
         pool.commit()
+        if fused:
+            gains = T.alloc_local((rotation.gains,), "float32")
         warp: T.int32 = hopper.shuffle(thread // 32, 0)
         lane: T.int32 = thread % 32
         lane_row: T.int32 = lane // 4
@@ -203,17 +217,38 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
                         sums[s], sums[s + 1], sums[s + 2], sums[s + 3],
                     )  # fmt: skip
 
+        @T.inline
+        def take_newest(stage) -> None:
+            """The new position to its place among the fetched ones: two elements of each atom a lane."""
+            word = T.alloc_local((1,), "uint32")
+            row = T.meta_var((length - 1) % CHUNK)
+            for side in T.unroll(2):
+                for a in T.unroll(atoms):
+                    T.ptx["ld.shared.b32"](word[0], turned.ptr_to([warp, group + side, a * hopper.ATOM + lane * 2]))
+                    column = T.meta_var(T.bitwise_xor(lane // 4, row % 8) * 8 + lane % 4 * 2)
+                    T.ptx["st.shared.b32"](s_kv.ptr_to([warp, stage, side, a, row, column]), word[0])
+            T.cuda.warp_sync()
+
         asked[0] = 0
         look_up(0, 0)
         look_up(1, 32)
+        if fused:
+            rotation.load_gains(gains, q_weight, k_weight, lane)
         if dependent_launch:
             for s in T.unroll(stages):
-                if first + asked[0] * parts < last:
+                if first + asked[0] * parts < (last + 1 if fused else last):
                     fetch(s)
             T.ptx.griddepcontrol.wait()
         for s in T.unroll(stages):
             if asked[0] == s:
                 fetch(s)
+        if fused:
+            if exists:
+                rotation.turn(
+                    qkv, cos, sin, gains, pages, turned, warp, sequence, head, 0, 1, rotation.vectors, lane,
+                    count > 0 and first + (count - 1) * parts == last, slots[sequence],
+                )  # fmt: skip
+            T.cuda.warp_sync()
         for h in T.unroll(halves):
             top[h] = T.float32(MASKED)
             total[h] = T.float32(0)
@@ -221,9 +256,11 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
                 q_regs[h * steps * 2 + s] = T.uint32(0)
             if h * 8 + lane_row < group and exists:
                 for s in T.unroll(steps * 2):
-                    T.ptx["ld.global.b32"](
-                        q_regs[h * steps * 2 + s], q.ptr_to([sequence, head * group + h * 8 + lane_row, s * 8 + member * 2])
-                    )
+                    at = T.meta_var(s * 8 + member * 2)
+                    if fused:
+                        T.ptx["ld.shared.b32"](q_regs[h * steps * 2 + s], turned.ptr_to([warp, h * 8 + lane_row, at]))
+                    else:
+                        T.ptx["ld.global.b32"](q_regs[h * steps * 2 + s], q.ptr_to([sequence, head * group + h * 8 + lane_row, at]))
         for i in T.unroll(halves * steps * 4):
             sums[i] = T.float32(0)
         done: T.int32 = 0
@@ -231,6 +268,8 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
         phase: T.int32 = 0
         while done < count:
             T.cuda.mbarrier_wait(full.ptr_to([warp, stage]), phase)
+            if fused and first + done * parts == last:
+                take_newest(stage)
             multiply_keys(stage)
             softmax(first + done * parts, low, length, member, score, top, total, sums, factor, p_fragment, factor)
             multiply_values(stage)
@@ -289,4 +328,5 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
                 out[at_pair // hk, query, element + 1] = T.cast(odd, out_dtype)
             item = item + threads
 
-    return hopper.finish(attend, f"decode_ring_{hq}x{hk}x{d}", () if has_sinks else ("sinks",), dependent_launch)
+    unused = rotation.unused | (set() if has_sinks else {"sinks"})
+    return hopper.finish(attend, f"decode_ring_{hq}x{hk}x{d}", unused, dependent_launch)

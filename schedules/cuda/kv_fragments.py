@@ -37,7 +37,8 @@ class Fragments:
     """How one call's pages are read. ``key_words``, ``value_words``: registers of a lane for a key, or a value.
 
     ``load_key(words, base, pages, page, head, start, member)`` and ``load_value(..., row)`` fill registers from ``base`` on with a
-    lane's elements of the vector that starts at ``start``. ``key(fragment, words, base, s)``: the B fragment of elements 16 s ...;
+    lane's elements of the vector that starts at ``start``; ``load_query`` is ``load_key`` for queries.
+    ``key(fragment, words, base, s)``: the B fragment of elements 16 s ...;
     ``value(fragment, at, words, one, two, m)``: registers ``at``, ``at + 1`` of the A fragment of result tile m, from the words of
     two positions. ``permute(queries, count)``: queries, loaded as they are stored, in the order of keys.
     """
@@ -47,6 +48,7 @@ class Fragments:
     value_words: int
     load_key: Any
     load_value: Any
+    load_query: Any
     key: Any
     value: Any
     permute: Any
@@ -60,17 +62,23 @@ def fragments(call: KernelCall) -> Fragments:
     """For a call that :mod:`.decode_attention` takes."""
     d, dv = int(call.args[0].shape[2]), int(call.attr("v_dim"))
     layout = page_layout_of(call, call.args[1], d, dv)
+    load_query, _ = loaders(d, dv, "ld.global")
     if layout.scheme is None:
-        load_key, load_value = _loaders(d, dv, {8: ".v4.b32", 4: ".v2.b32", 2: ".b32"})
-        return Fragments(layout, d // 8, dv // 16, load_key, load_value, _key, _value, _as_stored)
-    load_key, load_value = _loaders(d, dv, {8: ".v2.b32", 4: ".b32", 2: ".b16"})
+        load_key, load_value = loaders(d, dv)
+        return Fragments(layout, d // 8, dv // 16, load_key, load_value, load_query, _key, _value, _as_stored)
+    load_key, load_value = loaders(d, dv, load=_CODES)
     widen = _widen_int8 if layout.scheme.kind == "int" else _widen_e4m3
     key, value = _code_readers(widen)
-    return Fragments(layout, d // 16, -(-dv // 32), load_key, load_value, key, value, _even_and_odd)
+    return Fragments(layout, d // 16, -(-dv // 32), load_key, load_value, load_query, key, value, _even_and_odd)
 
 
-def _loaders(d: int, dv: int, load: dict[int, str]) -> tuple[Any, Any]:
-    """``load``: the suffix of the instruction for 8, 4 and 2 elements."""
+_NUMBERS = {8: ".v4.b32", 4: ".v2.b32", 2: ".b32"}
+_CODES = {8: ".v2.b32", 4: ".b32", 2: ".b16"}
+"""The suffix of the instruction for 8, 4 and 2 elements."""
+
+
+def loaders(d: int, dv: int, instruction: str = LOAD, load: dict[int, str] = _NUMBERS) -> tuple[Any, Any]:
+    """``load_key`` and ``load_value`` of :class:`Fragments` for tensors [pages, heads, elements] that ``instruction`` reads."""
     each = {8: 4, 4: 2, 2: 1} if load[8] == ".v4.b32" else {8: 2, 4: 1, 2: 1}
     wide_k, wide_v = d // 32, dv // 64
     has_tail, has_middle, has_narrow = d % 32 > 0, dv % 64 >= 32, dv % 32 > 0
@@ -79,14 +87,14 @@ def _loaders(d: int, dv: int, load: dict[int, str]) -> tuple[Any, Any]:
     @T.inline
     def fetch(words: Expr, base: Expr, address: Expr, count: Expr) -> None:
         if load[count] == ".v4.b32":
-            T.ptx[LOAD + ".v4.b32"](words[base], words[base + 1], words[base + 2], words[base + 3], address)
+            T.ptx[instruction + ".v4.b32"](words[base], words[base + 1], words[base + 2], words[base + 3], address)
         elif load[count] == ".v2.b32":
-            T.ptx[LOAD + ".v2.b32"](words[base], words[base + 1], address)
+            T.ptx[instruction + ".v2.b32"](words[base], words[base + 1], address)
         elif load[count] == ".b32":
-            T.ptx[LOAD + ".b32"](words[base], address)
+            T.ptx[instruction + ".b32"](words[base], address)
         else:
             half = T.alloc_local((1,), "uint16")
-            T.ptx[LOAD + ".b16"](half[0], address)
+            T.ptx[instruction + ".b16"](half[0], address)
             words[base] = T.cast(half[0], "uint32")
 
     @T.inline

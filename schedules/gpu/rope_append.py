@@ -47,7 +47,7 @@ OP = "llmc.rope_append"
 THREADS = 128
 
 
-def _call(
+def make_call(
     hq: int, hk: int, d: int, dv: int = 0, rotary: int = 0, page_size: int = 16, dtype: str = "bfloat16", kv_dtype: str = "",
     table: str = "float32", interleaved: int = 0, norm: int = 0, offset: float = 0.0,
 ) -> KernelCall:  # fmt: skip
@@ -64,17 +64,17 @@ def _call(
 
 
 SHAPES: dict[str, KernelCall] = {
-    "heads_32x8_128": _call(32, 8, 128),
-    "heads_32x8_64": _call(32, 8, 64, table="bfloat16"),
-    "norm_16x8_128": _call(16, 8, 128, norm=1),
-    "norm_offset_4x1_256_f16": _call(4, 1, 256, page_size=32, dtype="float16", norm=1, offset=1.0),
-    "partial_80_of_96": _call(2, 2, 96, rotary=80, dtype="float16"),
-    "odd_20_12_f32": _call(4, 2, 20, 12, page_size=5, dtype="float32"),
-    "norm_narrowed_14": _call(6, 3, 14, page_size=3, dtype="float32", kv_dtype="bfloat16", norm=1),
-    "int8_9x3x64": _call(9, 3, 64, kv_dtype="int8"),
-    "int4_norm_partial_57": _call(3, 1, 57, 80, rotary=40, page_size=3, dtype="float16", kv_dtype="int4", norm=1),
-    "pairs_64": _call(4, 2, 64, interleaved=1),
-    "pairs_partial_12_of_21_norm": _call(2, 1, 21, rotary=12, dtype="float32", interleaved=1, norm=1),
+    "heads_32x8_128": make_call(32, 8, 128),
+    "heads_32x8_64": make_call(32, 8, 64, table="bfloat16"),
+    "norm_16x8_128": make_call(16, 8, 128, norm=1),
+    "norm_offset_4x1_256_f16": make_call(4, 1, 256, page_size=32, dtype="float16", norm=1, offset=1.0),
+    "partial_80_of_96": make_call(2, 2, 96, rotary=80, dtype="float16"),
+    "odd_20_12_f32": make_call(4, 2, 20, 12, page_size=5, dtype="float32"),
+    "norm_narrowed_14": make_call(6, 3, 14, page_size=3, dtype="float32", kv_dtype="bfloat16", norm=1),
+    "int8_9x3x64": make_call(9, 3, 64, kv_dtype="int8"),
+    "int4_norm_partial_57": make_call(3, 1, 57, 80, rotary=40, page_size=3, dtype="float16", kv_dtype="int4", norm=1),
+    "pairs_64": make_call(4, 2, 64, interleaved=1),
+    "pairs_partial_12_of_21_norm": make_call(2, 1, 21, rotary=12, dtype="float32", interleaved=1, norm=1),
 }
 
 

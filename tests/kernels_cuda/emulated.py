@@ -44,9 +44,21 @@ def call(
     config: dict[str, Any] | None = None,
 ) -> np.ndarray:
     """The result of ``case`` with the default configuration, changed by ``config``; its buffer starts as NaN."""
+    return after(family, case, target, arrays, symbols, config)[-1]
+
+
+def after(
+    family: Any,
+    case: KernelCall,
+    target: Target,
+    arrays: list[np.ndarray],
+    symbols: dict[str, int],
+    config: dict[str, Any] | None = None,
+) -> list[np.ndarray]:
+    """The operands as :func:`call` leaves them, and the result."""
     full = {axis: values[0] for axis, values in family.space(case, target).items()} | (config or {})
     key = (family.NAME, repr(case), target, repr(full))
     if key not in _kernels:
         _kernels[key] = launchable(family.build(case, target, full), target)
     out = np.full(case.result.bind(symbols), np.nan, DTYPES[case.result.dtype])
-    return _kernels[key](*arrays, out)[-1]
+    return _kernels[key](*arrays, out)

@@ -11,6 +11,7 @@ import pytest
 from llmc.dialect import interpreter
 from llmc.manifest import KvLayer
 from llmc.passes.fuse_append import fuse_append
+from llmc.passes.fuse_attend import fuse_attend
 from llmc.passes.fuse_epilogue import fuse_bias, fuse_epilogue
 from llmc.passes.fuse_norm import fuse_norm
 from llmc.passes.fuse_rope import fuse_rope
@@ -105,20 +106,27 @@ def _paged_phases(case: str, quant: str = "none") -> tuple[graphs.Built, list[Kv
     return built, layers, {g.name: g for g in phases(graph)}
 
 
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("fused", ["nothing", "append", "attend"])
 @pytest.mark.parametrize("case", graphs.CASES)
-def test_phases_agree_with_one_forward_pass(case: str, fused: bool) -> None:
+def test_phases_agree_with_one_forward_pass(case: str, fused: str) -> None:
     built, layers, by_name = _paged_phases(case)
     verifier = Verifier(built.table)
     for graph in by_name.values():
         verifier.graph("phases", graph)
-        if fused:
+        if fused != "nothing":
             fuse_append(graph)
             verifier.graph("fuse_append", graph)
             found, rotated = count(graph), built.config.rope != "none"
             assert found["llmc.rope_append"] == rotated * built.config.layers
             assert found["llmc.append"] == (not rotated) * built.config.layers
             assert found["llmc.rope"] == 0
+    if fused == "attend":
+        graph = by_name["decode"]
+        fuse_attend(graph, lambda *_: True)
+        verifier.graph("fuse_attend", graph)
+        found, rotated = count(graph), built.config.rope != "none"
+        assert found["llmc.rope_attend"] == rotated * built.config.layers and not found["llmc.rope_append"]
+        assert found["llmc.attend"] == (not rotated) * built.config.layers
     rng = np.random.default_rng(3)
     sequences = [rng.integers(0, built.config.vocab, n) for n in (11, 7, 5)]
     pages = {f"kv_pages.{i}": np.zeros(shape) for i, shape in enumerate(page_shapes(layers, 12, 4))}

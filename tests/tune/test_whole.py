@@ -38,7 +38,7 @@ from tests.support.tiny_models import build
 
 HOST = targets.parse("cpu")
 CALL = family.model_call(64, 256, 2, "float32")
-REST = {"norm": True, "early": True, "chunks": 6}
+REST = {"attend": True, "norm": True, "early": True, "chunks": 6}
 
 
 def time_of(choices: dict[str, Any], workload: Workload) -> float:

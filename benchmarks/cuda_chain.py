@@ -4,7 +4,7 @@
     python benchmarks/cuda_chain.py run DIR                           on an sm_90a GPU with torch and the TVM runtime
 
 A layer is norm, qkv, rope and append, attention, o, norm, gate and up, down; with the norms inside the linears behind them, six
-kernels. ``run`` puts :data:`LAYERS` of them, each with weights
+kernels, and with rotation and append inside attention five. ``run`` puts :data:`LAYERS` of them, each with weights
 of its own, into a CUDA graph for every set of linear kernels in :data:`SETS`, compares the result with that of the first set, and
 prints the microseconds of a layer, next to those of moving its weights at the copy bandwidth of the same run.
 """
@@ -53,13 +53,15 @@ MODELS = {"8b": Model(4096, 14336, 32, 8, 128), "1b": Model(2048, 8192, 32, 8, 6
 
 @dataclass(frozen=True)
 class Linears:
-    """``families``: the first that takes a linear builds it; ``norm``: whether qkv, gate and up take their norm themselves.
+    """``families``: the first that takes a linear builds it; ``norm``: whether qkv, gate and up take their norm themselves;
+    ``append``: whether attention rotates and appends.
 
     ``roles``: other families for some of the linears; ``settings``: what differs from the first family's default configuration.
     """
 
     families: tuple[str, ...]
     norm: bool = False
+    append: bool = False
     roles: dict[str, tuple[str, ...]] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
@@ -69,8 +71,13 @@ DENSE = {
     "gemv, norm inside": Linears(("gemv",), True),
     "ring": Linears(("ring_gemv", "gemv")),
     "ring, norm inside": Linears(("ring_gemv", "gemv"), True),
+    "ring, norm and append inside": Linears(("ring_gemv", "gemv"), True, True),
 }
-QUANTIZED = {"gemv": Linears(("quantized_gemv",)), "gemv, norm inside": Linears(("quantized_gemv",), True)}
+QUANTIZED = {
+    "gemv": Linears(("quantized_gemv",)),
+    "gemv, norm inside": Linears(("quantized_gemv",), True),
+    "gemv, norm and append inside": Linears(("quantized_gemv",), True, True),
+}
 STREAMED = ("quantized_ring", "quantized_gemv")
 BYTES = {
     **QUANTIZED,
@@ -107,7 +114,7 @@ def build(folder: Path, only: list[str]) -> None:
 
     import tvm
 
-    from llmc.schedules.cuda import decode_attention, linear_call
+    from llmc.schedules.cuda import decode_attention, linear_call, rope_attention
     from llmc.schedules.cuda.input_norm import normed
     from llmc.schedules.gpu import norm, quantized_call, rope_append
     from llmc.targets import cuda, cuda_tools
@@ -150,6 +157,7 @@ def build(folder: Path, only: list[str]) -> None:
             "norm": add(norm.rms_norm, norm._rms(("n", model.hidden))),
             "rope_append": add(rope_append, rope_append.make_call(model.heads, model.kv_heads, model.d, page_size=PAGE)),
             "attend": add(decode_attention, decode_attention._call(model.heads, model.kv_heads, model.d, page_size=PAGE)),
+            "rope_attend": add(rope_attention, rope_attention._call(model.heads, model.kv_heads, model.d, page_size=PAGE)),
         }
         for label, how in sets.items():
             linears = {}
@@ -159,7 +167,9 @@ def build(folder: Path, only: list[str]) -> None:
                 family = next(f for f in families if f.matches(call, target))
                 settings = how.settings if names[0] == how.families[0] and family is families[0] else {}
                 linears[role] = add(family, call, how.norm and role in NORMED, settings)
-            others = {role: name for role, name in small.items() if not (how.norm and role == "norm")}
+            left_out = {"rope_append", "attend"} if how.append else {"rope_attend"}
+            left_out |= {"norm"} if how.norm else set()
+            others = {role: name for role, name in small.items() if role not in left_out}
             cases[subject]["sets"][label] = others | linears
     cuda_tools.prepare()
     with cuda.tvm_target(target) as tvm_target:
@@ -228,6 +238,8 @@ class Layers:
                 ("norm", (x, v["gain"], v["normed"])), ("qkv", (*first, *own["qkv"], v["qkv"])),
                 ("rope_append", (v["qkv"], v["cos"], v["sin"], v["slots"], own["pages"], v["q"])),
                 ("attend", (v["q"], own["pages"], v["table"], v["lens"], v["starts"], v["heads"])),
+                ("rope_attend", (v["qkv"], v["cos"], v["sin"], v["slots"], own["pages"], v["table"], v["lens"], v["starts"],
+                                 v["heads"])),
                 ("o", (v["flat"], *own["o"], x, v["y"])), ("norm", (v["y"], v["gain"], v["normed"])),
                 ("gate_up", (*second, *own["gate_up"], v["inner"])), ("down", (v["inner"], *own["down"], v["y"], v["z"])),
             ]  # fmt: skip

@@ -136,8 +136,11 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
         sequence: T.int32 = T.min(pair // hk, T.cast(b, "int32") - 1)
         head: T.int32 = pair % hk
         length: T.int32 = 0
+        slot: T.int32 = -1
         if exists:
             length = lens[sequence]
+            if fused:
+                slot = slots[sequence]
         low: T.int32 = 0
         if window > 0:
             low = T.max(low, length - window)
@@ -246,7 +249,7 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
             if exists:
                 rotation.turn(
                     qkv, cos, sin, gains, pages, turned, warp, sequence, head, 0, 1, rotation.vectors, lane,
-                    count > 0 and first + (count - 1) * parts == last, slots[sequence],
+                    count > 0 and first + (count - 1) * parts == last, slot,
                 )  # fmt: skip
             T.cuda.warp_sync()
         for h in T.unroll(halves):

@@ -101,7 +101,7 @@ def _arrive_count(a: Args) -> str:
 
 NOTHING = (
     "ptx_griddep", "ptx_fence", "ptx_prefetch", "ptx_setmaxnreg", "ptx_wgmma_fence", "ptx_cp_async_bulk_prefetch", "wgmma_fence",
-    "barrier_cluster", "commit_group", "wait_group", "ptx_cp_async_wait", "ptx_cp_async_commit",
+    "barrier_cluster_arrive", "commit_group", "wait_group", "ptx_cp_async_wait", "ptx_cp_async_commit",
 )  # fmt: skip
 """Instructions that order memory or hint: copies of the emulator are complete when issued."""
 
@@ -126,6 +126,7 @@ TABLE: list[tuple[str, Body]] = [
     (r"ptx_rsqrt", lambda m, a: f"{a[0]}=1.0f/sqrtf({a[1]});"),
     (r"ptx_tanh", lambda m, a: f"{a[0]}=tanhf({a[1]});"),
     (r"cluster_ctaid", lambda m, a: "return emu_rank();"),
+    (r"ptx_barrier_cluster_wait", lambda m, a: "emu_cluster_sync();"),
     (r"cuda_cluster_sync", lambda m, a: "emu_cluster_sync();"),
     (r"ptx_mapa", lambda m, a: f"{a[0]}=emu_mapa((uint32_t)(uintptr_t){a[1]},{a[2]});"),
     (r"cuda_cta_sync", lambda m, a: "__syncthreads();"),

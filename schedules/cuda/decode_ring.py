@@ -105,7 +105,7 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
         s_top = pool.alloc((WARPS, group), "float32", align=16)
         s_total = pool.alloc((WARPS, group), "float32", align=16)
         if fused:
-            turned = pool.alloc((WARPS, rotation.vectors, rotation.stride), dtype, align=16)
+            turned = pool.alloc((pairs, rotation.vectors, rotation.stride), dtype, align=16)
         pool.commit()
         if fused:
             gains = T.alloc_local((rotation.gains,), "float32")
@@ -227,7 +227,7 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
             row = T.meta_var((length - 1) % CHUNK)
             for side in T.unroll(2):
                 for a in T.unroll(atoms):
-                    T.ptx["ld.shared.b32"](word[0], turned.ptr_to([warp, group + side, a * hopper.ATOM + lane * 2]))
+                    T.ptx["ld.shared.b32"](word[0], turned.ptr_to([warp // parts, group + side, a * hopper.ATOM + lane * 2]))
                     column = T.meta_var(T.bitwise_xor(lane // 4, row % 8) * 8 + lane % 4 * 2)
                     T.ptx["st.shared.b32"](s_kv.ptr_to([warp, stage, side, a, row, column]), word[0])
             T.cuda.warp_sync()
@@ -246,12 +246,18 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
             if asked[0] == s:
                 fetch(s)
         if fused:
+            # The warps of a pair share the work.
             if exists:
                 rotation.turn(
-                    qkv, cos, sin, gains, pages, turned, warp, sequence, head, 0, 1, rotation.vectors, lane,
-                    count > 0 and first + (count - 1) * parts == last, slot,
+                    qkv, cos, sin, gains, pages, turned, warp // parts, sequence, head, part, parts, -(-rotation.vectors // parts),
+                    lane, length > 0, slot,
                 )  # fmt: skip
-            T.cuda.warp_sync()
+            if parts == 1:
+                T.cuda.warp_sync()
+            elif parts == WARPS:
+                T.cuda.cta_sync()
+            else:
+                T.ptx.bar.sync(T.cast(1 + warp // parts, "uint32"), T.uint32(32 * parts))
         for h in T.unroll(halves):
             top[h] = T.float32(MASKED)
             total[h] = T.float32(0)
@@ -261,7 +267,7 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
                 for s in T.unroll(steps * 2):
                     at = T.meta_var(s * 8 + member * 2)
                     if fused:
-                        T.ptx["ld.shared.b32"](q_regs[h * steps * 2 + s], turned.ptr_to([warp, h * 8 + lane_row, at]))
+                        T.ptx["ld.shared.b32"](q_regs[h * steps * 2 + s], turned.ptr_to([warp // parts, h * 8 + lane_row, at]))
                     else:
                         T.ptx["ld.global.b32"](q_regs[h * steps * 2 + s], q.ptr_to([sequence, head * group + h * 8 + lane_row, at]))
         for i in T.unroll(halves * steps * 4):

@@ -69,7 +69,7 @@ def test_reference(name: str) -> None:
     checked(case, LENGTHS, {"split": 2, "warps": 4, "least": 2, "many": 0})
 
 
-@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("parts", [pytest.param(1, marks=pytest.mark.slow), 2, 4])
 @pytest.mark.parametrize("name", RING)
 def test_many_sequences(name: str, parts: int) -> None:
     case = rope_attention.SHAPES[name]

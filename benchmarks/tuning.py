@@ -36,7 +36,7 @@ from llmc.schedules.parts import spaces
 from llmc.schedules.records import Record, axes, call_from_json, config_text
 from llmc.tune.build import family_named
 from llmc.tune.cost_model import CostModel
-from llmc.tune.search import Config, enumerate_space, propose
+from llmc.tune.search import FIRST, Config, enumerate_space, propose
 from llmc.tune.task import Task, make, tasks_of
 from llmc.tune.tuner import BATCH
 
@@ -184,7 +184,7 @@ class Replay:
         times = slowdowns(self.records)
         model.fit(known)
         while len(tried) < trials:
-            score = (lambda configs: model.score(configs, call)) if model.ready else None
+            score = (lambda configs: model.score(configs, call)) if model.ready and len(tried) >= FIRST else None
             fastest_first = sorted(tried, key=lambda c: times.get(config_text(c), math.inf))
             tried += propose(everything, fastest_first, min(BATCH, trials - len(tried)), score, rng)
             if len(tried) < trials:

@@ -18,6 +18,9 @@ EXPLORED = 0.5
 """Part of a batch that is chosen for being next to the best so far. Good points lie near each other and near what was picked by
 hand, and a space is searched in tens of trials."""
 
+FIRST = 5
+"""Configurations of a call that are tried, the default among them, before what the cost model believes counts."""
+
 LARGEST = 20_000
 
 
@@ -57,9 +60,17 @@ OTHER = 2.0
 """Steps that an axis counts for which one of two configurations has not."""
 
 
+TRADE = 0.1
+"""What a step that another pays for is shorter by."""
+
+
 def near(candidates: Sequence[Config], base: Config, tried: Sequence[Config], count: int, rng: random.Random) -> list[Config]:
     """``count`` of the candidates: the fewest steps from ``base``, and each in a direction (which axes change, up or down) that no
-    tried one and no other of them lies in, as long as there are such."""
+    tried one and no other of them lies in, as long as there are such.
+
+    A step up on one axis and one down on another are a single step, and come first: warps for tiles, or for depth, is a trade
+    within the resources that the base fills.
+    """
     origin = _axes(base)
 
     def changes(config: Config) -> dict[str, float]:
@@ -70,7 +81,7 @@ def near(candidates: Sequence[Config], base: Config, tried: Sequence[Config], co
     pool = list(candidates)
     rng.shuffle(pool)
     ways = {id(c): changes(c) for c in pool}
-    pool.sort(key=lambda c: sum(map(abs, ways[id(c)].values())))
+    pool.sort(key=lambda c: _steps(ways[id(c)]))
     seen = {_direction(changes(c)) for c in tried}
     chosen: list[Config] = []
     for config in pool:
@@ -86,6 +97,12 @@ def _axes(config: Config) -> dict[str, float]:
     return {axis: value for axis, value in numbers(config) if not axis.endswith("*")}
 
 
+def _steps(changes: dict[str, float]) -> float:
+    """Steps up or steps down, whichever are more; of as many, a trade has a little less."""
+    up, down = sum(v for v in changes.values() if v > 0), -sum(v for v in changes.values() if v < 0)
+    return max(up, down) - TRADE * min(up, down)
+
+
 def _direction(changes: dict[str, float]) -> frozenset[tuple[str, bool]]:
     return frozenset((axis, change > 0) for axis, change in changes.items())
 
@@ -99,6 +116,9 @@ def propose(
 ) -> list[Config]:
     """The next ``count`` configurations (fewer if there are no more): the best by ``score`` (higher is better), and some near the
     first of ``tried``, which is the best so far. Without a score all are of these.
+
+    A search of a device asks without a score first (:data:`FIRST`): what other shapes say of this one is a guess, and neighbours
+    show what this one gains by.
     """
     done = {config_text(c) for c in tried}
     left = [c for c in candidates if config_text(c) not in done]

@@ -24,7 +24,7 @@ from llmc.schedules.records import Record, append, axes, config_text, machine_cl
 from llmc.tune.cost_model import CostModel
 from llmc.tune.limits import Limits, measure
 from llmc.tune.offline import spread
-from llmc.tune.search import Config, enumerate_space, propose
+from llmc.tune.search import FIRST, Config, enumerate_space, propose
 from llmc.tune.task import Task, find, workloads
 from llmc.tune.validate import Find
 from llmc.tune.worker import CandidateFailed, Worker
@@ -249,7 +249,8 @@ class Tuner:
         task = state.task
         model = CostModel(lambda call: task.family.space(call, task.target))
         model.fit(self._records_of(task))
-        score = (lambda configs: model.score(configs, task.call)) if model.ready else None
+        known = model.ready and len(state.tried) >= FIRST
+        score = (lambda configs: model.score(configs, task.call)) if known else None
         return propose(state.candidates, state.tried, count, score, self.rng)
 
     def _worker_for(self, state: State) -> Worker:

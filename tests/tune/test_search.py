@@ -64,12 +64,25 @@ def test_neighbours_are_few_steps_away_and_each_in_a_direction_of_its_own() -> N
     points = enumerate_space(SPACE, random.Random(0))
     base = next(p for p in points if p == {"warps": 4, "tile": (128, 64), "depth": 4, "early": True})
     chosen = near([p for p in points if p != base], base, [base], 7, random.Random(1))
-    wanted = [{"warps": 2}, {"warps": 8}, {"depth": 2}, {"depth": 8}, {"early": False}, {"tile": (64, 64)}, {"tile": (128, 256)}]
-    moves = [{axis: v for axis, v in c.items() if v != base[axis]} for c in chosen]
-    assert all(move in wanted for move in moves[:6])
+    ups = {"warps": 8, "depth": 8, "tile": (128, 256)}
+    downs = {"warps": 2, "depth": 2, "tile": (64, 64), "early": False}
+    for config in chosen:
+        moved = {axis: v for axis, v in config.items() if v != base[axis]}
+        assert all(v in (ups.get(axis), downs[axis]) for axis, v in moved.items())  # one step
+        assert len(moved) == 1 or sorted(v == downs[axis] for axis, v in moved.items()) == [False, True]  # or a trade
     assert len({config_text(c) for c in chosen}) == 7
-    again = near([p for p in points if p != base and p not in chosen], base, [base, *chosen], 3, random.Random(1))
-    assert all(sum(c[axis] != base[axis] for axis in base) == 2 for c in again)  # every single step was tried
+    directions = [{axis: c[axis] > base[axis] for axis in base if c[axis] != base[axis]} for c in chosen]
+    assert all(directions.count(d) == 1 for d in directions)
+
+
+def test_a_trade_is_a_step_and_comes_first() -> None:
+    space = {"warps": [8, 4, 2], "depth": [2, 1, 4]}
+    points = enumerate_space(space, random.Random(0))
+    nearest = near(points[1:], points[0], points[:1], 5, random.Random(0))
+    single = [{"warps": 4, "depth": 2}, {"warps": 8, "depth": 1}, {"warps": 8, "depth": 4}, {"warps": 4, "depth": 4}]
+    assert nearest[0] == {"warps": 4, "depth": 4}
+    assert sorted(map(config_text, nearest[:4])) == sorted(map(config_text, single))
+    assert nearest[4] == {"warps": 4, "depth": 1}  # two steps, both down
 
 
 def test_a_part_has_the_axes_of_its_kernel() -> None:

@@ -68,8 +68,8 @@ def near(candidates: Sequence[Config], base: Config, tried: Sequence[Config], co
     """``count`` of the candidates: the fewest steps from ``base``, and each in a direction (which axes change, up or down) that no
     tried one and no other of them lies in, as long as there are such.
 
-    A step up on one axis and one down on another are a single step, and come first: warps for tiles, or for depth, is a trade
-    within the resources that the base fills.
+    A step up on one axis and one down on another count as one, and a little less: warps for tiles, or for depth, is a trade within
+    the resources that the base fills.
     """
     origin = _axes(base)
 

@@ -29,6 +29,7 @@ from tvm import relax
 from tvm.target import codegen
 
 from llmc.errors import UsageError
+from llmc.runtime import tile_registers
 from llmc.targets.base import Target
 from llmc.targets.cpu_pipeline import PIPELINE
 from llmc.targets.link import linker
@@ -53,7 +54,8 @@ X86_FEATURES = {
     "avxvnni": "avx_vnni", "avx512f": "avx512f", "avx512bw": "avx512bw", "avx512cd": "avx512cd", "avx512dq": "avx512dq",
     "avx512vl": "avx512vl", "avx512vnni": "avx512_vnni", "avx512bf16": "avx512_bf16", "avx512fp16": "avx512_fp16",
     "avx512ifma": "avx512ifma", "avx512vbmi": "avx512vbmi", "avx512vbmi2": "avx512_vbmi2",
-    "avx512bitalg": "avx512_bitalg", "avx512vpopcntdq": "avx512_vpopcntdq", "avx512vp2intersect": "avx512_vp2intersect",
+    "avx512bitalg": "avx512_bitalg", "amx-tile": "amx_tile", "amx-int8": "amx_int8", "amx-bf16": "amx_bf16",
+    "avx512vpopcntdq": "avx512_vpopcntdq", "avx512vp2intersect": "avx512_vp2intersect",
 }  # fmt: skip
 """What LLVM may use of its own accord: its name for the feature, and the name in /proc/cpuinfo."""
 
@@ -191,7 +193,7 @@ def _host() -> Target:
     if platform.system() != "Linux":
         triple = str(codegen.llvm_get_system_triple())
     table = ARM_FEATURES if triple == ARM else X86_FEATURES
-    present = _cpuinfo()
+    present = tile_registers.usable(frozenset(_cpuinfo()))
     hidden = sorted(f for f in _features(triple, mcpu) & set(table) if present and table[f] not in present)
     return _target(triple, mcpu, [f"no{f}" for f in hidden])
 

@@ -5,7 +5,7 @@
     library PATH                          of the module, relative to this file's folder, as all paths
     vocab V page P rows R context C       vocabulary; positions of a KV page; rows of one extend step; most positions
     stop COUNT ID...                      tokens that end a text
-    device KIND                           DLPack's number of the kind of device that runs the module
+    device KIND tiles YES                 DLPack's number of the kind of device; 1 if the module uses AMX's tile registers
     kv LAYERS CODE BITS                   DLPack dtype of the KV pages
     HEADS WIDTH                           of each layer: the pages' shape is [pages, HEADS, WIDTH]
     weights COUNT
@@ -18,6 +18,7 @@ from pathlib import Path
 
 from llmc.manifest import Manifest, Variant
 from llmc.runtime.tensors import dtype_code
+from llmc.runtime.tile_registers import FEATURES
 from llmc.runtime.weights import stored_weights
 
 FILE_NAME = "model.txt"
@@ -34,7 +35,7 @@ def c_index(m: Manifest, variant: Variant, folder: Path) -> str:
         f"library {base}/{variant.library}",
         f"vocab {m.model.vocab_size} page {m.kv.page_size} rows {m.limits.max_rows} context {m.model.context}",
         " ".join(map(str, ["stop", len(stops), *stops])),
-        f"device {DEVICES[variant.kind]}",
+        f"device {DEVICES[variant.kind]} tiles {int(not FEATURES.isdisjoint(variant.features))}",
         f"kv {len(m.kv.layers)} {code} {bits}",
         *(f"{layer.heads} {m.kv.layout(layer).width}" for layer in m.kv.layers),
         f"weights {len(variant.weights)}",

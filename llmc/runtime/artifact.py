@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from llmc import manifest
 from llmc.errors import ArtifactError
 from llmc.manifest import Manifest, Variant
+from llmc.runtime import tile_registers
 from llmc.runtime.device import (
     PTX,
     AmdDevice,
@@ -109,7 +110,9 @@ def refusal(variant: Variant, machine: Host, gpus: Sequence[Gpu] = ()) -> str | 
         return _gpu_refusal(variant, [gpu for gpu in gpus if gpu.kind == variant.kind])
     absent = [] if machine.features is None else [f for f in variant.features if f not in machine.features]
     if absent:
-        return f"{variant.target} needs the CPU features {', '.join(absent)}, which this {machine.cpu_name} does not have"
+        withheld = machine.withheld if set(absent) <= tile_registers.FEATURES else ""
+        why = f": {withheld}" if withheld else f", which this {machine.cpu_name} does not have"
+        return f"{variant.target} needs the CPU features {', '.join(absent)}{why}"
     return None
 
 

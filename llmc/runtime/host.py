@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+
+from llmc.runtime import tile_registers
 
 _CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")
@@ -20,8 +22,9 @@ class Host:
     """This machine.
 
     ``machine`` is LLVM's name of the architecture (x86_64, aarch64), ``system`` the operating system's (linux, darwin, windows).
-    ``features`` are in /proc/cpuinfo spelling, None where the system does not tell. ``cpus`` are the logical processors this
-    process may use; ``cores`` counts the physical cores among them.
+    ``features``, those that a program may use, are in /proc/cpuinfo spelling, None where the system does not tell; ``withheld``:
+    why some that the processor has are not among them. ``cpus`` are the logical processors this process may use; ``cores`` counts
+    the physical cores among them.
     """
 
     machine: str
@@ -30,6 +33,7 @@ class Host:
     features: frozenset[str] | None
     cpus: tuple[int, ...]
     cores: int
+    withheld: str = ""
 
 
 def parse_cpuinfo(text: str) -> list[dict[str, str]]:
@@ -70,7 +74,9 @@ def describe(cpuinfo: str, machine: str, system: str, cpus: tuple[int, ...]) -> 
 def host() -> Host:
     """This machine, read once."""
     text = _CPUINFO.read_text(encoding="utf-8", errors="replace") if _CPUINFO.exists() else ""
-    return describe(text, platform.machine(), _SYSTEMS.get(sys.platform, sys.platform), allowed_cpus())
+    here = describe(text, platform.machine(), _SYSTEMS.get(sys.platform, sys.platform), allowed_cpus())
+    usable = None if here.features is None else tile_registers.usable(here.features)
+    return here if usable == here.features else replace(here, features=usable, withheld=tile_registers.refusal() or "")
 
 
 def default_threads() -> int:

@@ -2,7 +2,8 @@
 
 Every kernel here is *batch invariant*: the order of the additions behind one output element depends on the element's own
 shape and position, never on how many rows the call has or which tile a row falls into. A sequence gets bit-identical
-results alone, in a batch, in the decode phase and in the extend phase.
+results alone, in a batch, in the decode phase and in the extend phase (but for :mod:`.linear_tiles`, whose sums the decode phase
+makes in another order).
 """
 
 from llmc.schedules.cpu import (
@@ -11,6 +12,7 @@ from llmc.schedules.cpu import (
     layout_panel,
     layout_plain,
     linear,
+    linear_tiles,
     moe,
     quantized_linear,
     quantized_linear_plain,
@@ -24,7 +26,7 @@ from llmc.schedules.cpu import (
 from llmc.schedules.cpu.norm import layer_norm, rms_norm
 
 FAMILIES = (
-    linear, quantized_linear, quantized_take, quantized_linear_plain, quantized_take_plain,
+    linear_tiles, linear, quantized_linear, quantized_take, quantized_linear_plain, quantized_take_plain,
     attend, append, moe, quantized_moe, rms_norm, layer_norm, rope, rope_append, topk,
 )  # fmt: skip
 """In order of preference; the first that matches takes a call."""

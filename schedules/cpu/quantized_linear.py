@@ -11,8 +11,7 @@ cache: a row block fits it, and passes over as many panels as the second-level c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from copy import copy
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,30 +19,23 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.passes.quantize.scheme import scheme
-from llmc.schedules.cpu import layout_panel, quantized_rows
+from llmc.schedules.cpu import layout_panel, quantized_rows, tiles
 from llmc.schedules.cpu.emit import (
     Simd,
     Symbols,
     arguments,
     bind,
     ceildiv,
-    elements,
     function,
     i64,
     keep,
-    local,
-    prefetch,
-    read,
-    shuffle,
-    store,
-    vector,
-    when,
 )
-from llmc.schedules.cpu.layout_panel import BLOCK, QUADS, ROWS, Panels, geometry
-from llmc.schedules.cpu.math import ACTIVATIONS, Math
+from llmc.schedules.cpu.layout_panel import BLOCK, ROWS, Panels, geometry
+from llmc.schedules.cpu.math import ACTIVATIONS
 from llmc.schedules.cpu.quantized_dot import Dot
+from llmc.schedules.cpu.quantized_products import Products
+from llmc.schedules.cpu.quantized_tiles import TileProducts
 from llmc.schedules.cpu.rows_kernel import RowsKernel
-from llmc.schedules.cpu.two_level_scales import TwoLevel
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import Target
 
@@ -54,8 +46,6 @@ AHEAD = 4096
 """Bytes before they are needed that weights of few bits are asked for: the processor does not look beyond a page by itself."""
 MANY_PANELS = 64
 """From so many panels on, a single row asks for weights further ahead."""
-UNROLLED = 2
-"""Blocks that share a scale and are written out one after the other; more are a loop."""
 ROWS_CACHE = 28 << 10
 """Bytes of rounded activations that a row block of more than 24 rows has at most: most of a first-level cache."""
 PANELS_CACHE = 384 << 10
@@ -105,21 +95,24 @@ def matches(call: KernelCall, target: Target) -> str | None:
     if call.attr("activation") not in ACTIVATIONS or call.attr("activations", "int8") != "int8" or len(call.args[0].shape) != 2:
         return None
     dot = Dot(Simd(target), target, scheme(call.attr("scheme")).bits)
-    return f"int8 activations, {call.attr('scheme')} panels of {ROWS} rows, {dot.how} on {target.vector_bits}-bit vectors"
+    how = f"{'AMX tiles, ' if _has_tiles(call, target) else ''}{dot.how} on {target.vector_bits}-bit vectors"
+    return f"int8 activations, {call.attr('scheme')} panels of {ROWS} rows, {how}"
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """``rows``: rows of a register tile. ``row_block``: rows that share one pass over a panel. ``ahead``: bytes before they are
     needed that a single row asks for weights (0: never). ``streams``: see :func:`_streams`."""
     at = _geometry(call)
-    tiles = [12, 8, 16, 4, 6] if Simd(target).registers >= 32 else [2, 4, 6, 3, 1] if at.bits == 8 else [4, 2, 6, 3, 5]
-    fits = min(max(24, ROWS_CACHE // at.columns) // tiles[0] * tiles[0], 480)
+    if _has_tiles(call, target):
+        return {"rows": [1], "row_block": [128, 64, 256, 512, 32], "ahead": [AHEAD, 0], "streams": [1]}
+    heights = [12, 8, 16, 4, 6] if Simd(target).registers >= 32 else [2, 4, 6, 3, 1] if at.bits == 8 else [4, 2, 6, 3, 5]
+    fits = min(max(24, ROWS_CACHE // at.columns) // heights[0] * heights[0], 480)
     blocks = [fits, *(b for b in (24, 48, 96, 192, 480) if b != fits)]
     many = at.panels >= MANY_PANELS
     first = 0 if at.bits == 8 else AHEAD if many else AHEAD // 2
     ahead = [first, *(bytes_ for bytes_ in (0, 512, 1024, 2048, 4096, 8192) if bytes_ != first)]
     streams = [1] if call.phase != "decode" else [2, 1, 4]
-    return {"rows": tiles, "row_block": blocks, "ahead": ahead, "streams": streams}
+    return {"rows": heights, "row_block": blocks, "ahead": ahead, "streams": streams}
 
 
 def _streams(call: KernelCall, config: dict[str, Any]) -> int:
@@ -148,7 +141,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     with function(f"quantized_linear_{at.o}x{at.k}") as done:
         buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
         n = symbols.dim(call.args[0].shape[0])
-        tile = _tile(call, target, simd, buffers, n, int(config["ahead"]))
+        tile = _tile(call, target, simd, buffers, n, int(config["ahead"]), _has_tiles(call, target))
 
         streams = _streams(call, config)
         tasks = at.panels // streams
@@ -163,26 +156,35 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             high = bind(tirx.min(low + block, n))
             first = keep(tirx.floordiv(turn, blocks) * group + tirx.floormod(t, group))
             panels = [bind(first + s * tasks) for s in range(streams)]
+            if _has_tiles(call, target):
+                low = TileProducts.like(tile).emit_rows(panels[0], low, high)
             for count in sorted({int(config["rows"]), min(int(config["rows"]), 4), 1}, reverse=True):
-                tiles = bind(tirx.floordiv(high - low, count))
-                with T.serial(0, tiles) as i:
+                turns = bind(tirx.floordiv(high - low, count))
+                with T.serial(0, turns) as i:
                     tile.emit(panels, bind(low + i64(i) * count), count)
-                low = bind(low + tiles * count)
+                low = bind(low + turns * count)
 
         with T.parallel(0, blocks * tasks) as t:
             task(i64(t))
     return done()
 
 
-def _tile(call: KernelCall, target: Target, simd: Simd, buffers: dict[str, Expr], n: Expr, ahead: int) -> _Tile:
-    """Emit the rounding of x's ``n`` rows; the tile that multiplies them."""
+def _has_tiles(call: KernelCall, target: Target) -> bool:
+    """Whether the rows of a step are many enough for tile registers, and the target has them."""
+    return call.phase != "decode" and tiles.has(target, tiles.INT8)
+
+
+def _tile(
+    call: KernelCall, target: Target, simd: Simd, buffers: dict[str, Expr], n: Expr, ahead: int, tiled: bool = False
+) -> Products:
+    """Emit the rounding of x's ``n`` rows; what multiplies them. ``tiled``: tile registers are to take them, too."""
     at, how = _geometry(call), scheme(call.attr("scheme"))
     dot = Dot(simd, target, at.bits)
     # What products lack: dot's codes are those of the scheme less a bias, and a symmetric scheme's zero is half their range.
     start = dot.bias - (1 << (at.bits - 1)) if how.offset == "none" else dot.bias
-    rows = quantized_rows.workspace(n, at.columns, min(at.record // at.sets, BLOCK), start, how.offset)
+    rows = quantized_rows.workspace(n, at.columns, min(at.record // at.sets, BLOCK), start, how.offset, tiles.ROWS if tiled else 1)
     quantized_rows.quantize(simd, buffers["x"], n, at.k, rows)
-    return _Tile(call, dot, simd, buffers, rows, at, ahead)
+    return Products(call, dot, simd, buffers, rows, at, ahead)
 
 
 def rows_kernel(call: KernelCall, target: Target, x: Expr, out: Expr, n: Expr) -> RowsKernel:
@@ -193,190 +195,6 @@ def rows_kernel(call: KernelCall, target: Target, x: Expr, out: Expr, n: Expr) -
         return lambda panel, first, count: tile.over(weight).emit([panel], first, count)
 
     return RowsKernel(_geometry(call).panels, of)
-
-
-class _Tile:
-    """The products of a panel with a tile of rows."""
-
-    def __init__(
-        self, call: KernelCall, dot: Dot, simd: Simd, buffers: dict[str, Expr], rows: quantized_rows.Rows, at: Panels, ahead: int
-    ) -> None:
-        self.call, self.dot, self.simd, self.buffers, self.rows, self.at = call, dot, simd, buffers, rows, at
-        self.ahead = ahead
-        self.scheme = scheme(call.attr("scheme"))
-        self.lanes = dot.lanes
-
-    def over(self, weight: dict[str, Expr]) -> _Tile:
-        """The same tile over another weight's panels and bias."""
-        other = copy(self)
-        other.buffers = {**self.buffers, **weight}
-        return other
-
-    def emit(self, panels: Sequence[Expr], first: Expr, count: int) -> None:
-        """The products of ``count`` rows from ``first`` on. One row streams all panels side by side as they lie. Several take a
-        panel after the other, and one vector of weight rows at a time: its codes fit the registers."""
-        parts = range(self.dot.parts)
-        if count == 1:
-            self._parts([(panel, part) for panel in panels for part in parts], first, count)
-            return
-        for panel in panels:
-            for part in parts:
-                self._parts([(panel, part)], first, count)
-
-    def _parts(self, vectors: Sequence[tuple[Expr, int]], first: Expr, count: int) -> None:
-        """``vectors``: of weight rows, each a panel and which of its vectors."""
-        at = self.at
-        acc = [[self._cleared() for _ in range(count)] for _ in vectors]
-        # With several blocks to a scale, a group's sum is kept apart until it is complete.
-        group = acc if at.blocks == 1 else [[self._cleared() for _ in range(count)] for _ in vectors]
-        with T.serial(0, at.records) as r:
-            record = bind(i64(r) * at.record_bytes)
-            for (panel, part), total, part_sum in zip(vectors, acc, group, strict=True):
-                if count == 1 and self.ahead and part == 0:
-                    prefetch(self.buffers["panels"], panel, record + self.ahead, at.record_bytes)
-                self._record(panel, part, record, i64(r), first, total, part_sum)
-        for (panel, part), total in zip(vectors, acc, strict=True):
-            for i in range(count):
-                self._finish(self._get(total[i]), part, first + i, panel)
-
-    def _record(
-        self, panel: Expr, part: int, record: Expr, number: Expr, first: Expr, acc: Sequence[Expr], group: Sequence[Expr]
-    ) -> None:
-        """The record ``number`` at byte ``record`` of a panel times the rows from ``first`` on, one for each of ``acc``."""
-        at = self.at
-        scales = [bind(self._scales(panel, record, part, s)) for s in range(at.sets)]
-        offsets = [self._offsets(panel, record, part, s) for s in range(at.sets)]
-
-        def block(b: Expr) -> None:
-            codes = self.dot.codes(self.buffers["panels"], panel, record + b * at.block_bytes, part)
-            self._block(codes, first, bind(number * at.blocks + b), scales, offsets, acc, group)
-
-        if at.blocks == 1:
-            block(i64(0))
-            return
-        if at.blocks <= UNROLLED:
-            for b in range(at.blocks):
-                block(i64(b))
-        else:
-            with T.serial(0, at.blocks) as b:
-                block(i64(b))
-        for total, part_sum in zip(acc, group, strict=True):
-            self._put(total, self.simd.fma(self._get(part_sum), scales[0], self._get(total)))
-            self._put(part_sum, self.simd.splat(0.0, self.lanes))
-
-    def _block(
-        self,
-        codes: list[Expr],
-        first: Expr,
-        column: Expr,
-        scales: list[Expr],
-        offsets: list[Expr],
-        acc: Sequence[Expr],
-        group: Sequence[Expr],
-    ) -> None:
-        """Rows of x times the block of columns ``column``. The rows take turns at every few quads: an instruction that adds to a
-        sum waits for the one before, and the other rows' need not."""
-        at, rows, dot = self.at, self.rows, self.dot
-        blocks = [bind((first + i) * (at.columns // BLOCK) + column) for i in range(len(acc))]
-        quads = QUADS // at.sets
-        for s in range(at.sets):
-            zero = tirx.const(0, "int32")
-            starts = [zero if rows.starts is None else read(rows.starts, block * at.sets + s) for block in blocks]
-            sums = [tirx.Broadcast(start, self.lanes) for start in starts]
-            for low in range(s * quads, (s + 1) * quads, dot.step):
-                taken = codes[low : min(low + dot.step, (s + 1) * quads)]
-                for i, block in enumerate(blocks):
-                    sums[i] = dot.products(sums[i], taken, rows.codes, block * BLOCK + 4 * low)
-            for i, block in enumerate(blocks):
-                scale = self.simd.splat(bind(read(rows.scales, block)), self.lanes)
-                offset = None if rows.offsets is None else self.simd.splat(read(rows.offsets, block * at.sets + s), self.lanes)
-                self._add(sums[i], scale, offset, scales[s], offsets[s], acc[i], group[i])
-
-    def _add(self, integers: Expr, scale: Expr, offset: Expr | None, scales: Expr, offsets: Expr, acc: Expr, group: Expr) -> None:
-        """Scaled products to ``group``, and to ``acc`` what the weights' minima add."""
-        simd = self.simd
-        value = bind(tirx.Cast(vector("float32", self.lanes), integers))
-        if self.scheme.offset == "zero_point":
-            value = bind(simd.fma(offsets, offset, value))
-        if self.at.blocks == 1:
-            self._put(acc, simd.fma(value, bind(scales * scale), self._get(acc)))
-        else:
-            self._put(group, simd.fma(value, scale, self._get(group)))
-        if self.scheme.offset == "minimum":
-            self._put(acc, simd.fma(offsets, offset, self._get(acc)))
-
-    def _cleared(self) -> Expr:
-        register = local(self.lanes)
-        self._put(register, self.simd.splat(0.0, self.lanes))
-        return register
-
-    def _get(self, register: Expr) -> Expr:
-        return read(register, 0, lanes=self.lanes)
-
-    def _put(self, register: Expr, value: Expr) -> None:
-        store(register, value, 0, lanes=self.lanes)
-
-    def _scales(self, panel: Expr, record: Expr, part: int, s: int) -> Expr:
-        if self.at.field_bytes:
-            return self._two_level(panel).scale(record, s, part * self.lanes, self.lanes)
-        size = self.at.scale_bytes
-        return self._floats(panel, record + self.at.scales_at + (s * ROWS + part * self.lanes) * size)
-
-    def _offsets(self, panel: Expr, record: Expr, part: int, s: int) -> Expr:
-        at = self.at
-        if at.field_bytes:
-            return (
-                self._two_level(panel).minimum(record, s, part * self.lanes, self.lanes)
-                if self.scheme.offset == "minimum"
-                else None
-            )
-        start = record + at.offsets_at + (s * ROWS + part * self.lanes) * at.offset_bytes
-        if self.scheme.offset == "minimum":
-            return bind(self._floats(panel, start))
-        if self.scheme.offset == "zero_point":
-            return bind(tirx.Cast(vector("float32", self.lanes), read(self.buffers["panels"], panel, start, lanes=self.lanes)))
-        return None
-
-    def _two_level(self, panel: Expr) -> TwoLevel:
-        return TwoLevel(
-            self.simd, self.scheme, self.at, lambda start, lanes: read(self.buffers["panels"], panel, start, lanes=lanes)
-        )
-
-    def _floats(self, panel: Expr, start: Expr) -> Expr:
-        """A vector of scales or minima as float32."""
-        raw = read(self.buffers["panels"], panel, start, lanes=self.at.scale_bytes * self.lanes)
-        return self.simd.widen(tirx.reinterpret(vector(self.at.scale_dtype, self.lanes), raw), self.at.scale_dtype, self.lanes)
-
-    def _finish(self, value: Expr, part: int, row: Expr, panel: Expr) -> None:
-        """Bias, activation, residual and the store of vector ``part``; of the last panel only the rows that exist."""
-        rest = self.at.o % ROWS
-
-        def whole() -> None:
-            self._store(value, row, panel * ROWS + part * self.lanes, self.lanes)
-
-        def short() -> None:
-            for start, width in elements(rest, self.lanes):
-                of, lane = divmod(start, self.lanes)
-                if of != part:
-                    continue
-                piece = value if width == self.lanes else shuffle([value], range(lane, lane + width))
-                self._store(piece, row, panel * ROWS + start, width)
-
-        if rest == 0:
-            whole()
-        elif self.at.panels == 1:
-            short()
-        else:
-            when(panel < self.at.panels - 1, whole, short)
-
-    def _store(self, value: Expr, row: Expr, first: Expr, lanes: int) -> None:
-        call, simd, buffers = self.call, self.simd, self.buffers
-        if call.attr("bias"):
-            value = value + simd.load(buffers["bias"], first, lanes=lanes)
-        value = Math(simd, lanes).activate(call.attr("activation"), value)
-        if call.attr("residual"):
-            value = value + simd.load(buffers["residual"], row, first, lanes=lanes)
-        store(buffers["out"], value, row, first, lanes=lanes)
 
 
 def _names(call: KernelCall) -> list[str]:

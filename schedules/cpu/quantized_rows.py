@@ -14,7 +14,7 @@ import numpy as np
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-from llmc.schedules.cpu.emit import PARALLEL_WORK, Simd, bind, f32, i64, read, store, vector, when
+from llmc.schedules.cpu.emit import PARALLEL_WORK, Simd, bind, ceildiv, f32, i64, read, store, vector, when
 from llmc.schedules.cpu.layout_panel import BLOCK
 
 Expr = Any
@@ -37,10 +37,21 @@ class Rows:
     stretch: int
     start: int
     offset: str
+    together: int = 1
+
+    def block(self, row: Expr, column: Expr) -> Expr:
+        """The number of a row's block of 32 columns: row after row, or side by side the blocks of the same columns of
+        ``together`` rows, a power of two."""
+        count, bits = self.columns // BLOCK, self.together.bit_length() - 1
+        if self.together == 1:
+            return row * count + column
+        return (((row >> i64(bits)) * count + column) << i64(bits)) + (row & i64(self.together - 1))
 
 
-def workspace(n: Expr, columns: int, stretch: int, start: int, offset: str) -> Rows:
-    """Room for n rows of ``columns`` columns, a multiple of 32; ``stretch``: columns that share a sum, 16 or 32."""
+def workspace(n: Expr, columns: int, stretch: int, start: int, offset: str, together: int = 1) -> Rows:
+    """Room for n rows of ``columns`` columns, a multiple of 32; ``stretch``: columns that share a sum, 16 or 32. ``together``: rows
+    whose blocks lie side by side; there is room for a multiple of them."""
+    n = ceildiv(n, together) * together if together > 1 else n
 
     def sums(dtype: str) -> Expr:
         return T.alloc_buffer((n * (columns // stretch),), dtype)
@@ -54,6 +65,7 @@ def workspace(n: Expr, columns: int, stretch: int, start: int, offset: str) -> R
         stretch,
         start,
         offset,
+        together,
     )
 
 
@@ -81,8 +93,8 @@ def quantize(simd: Simd, x: Expr, n: Expr, k: int, rows: Rows) -> None:
 def _block(simd: Simd, x: Expr, row: Expr, block: Expr, k: int, rows: Rows, count: int) -> None:
     """One block of which ``count`` columns exist: whole vectors where all do, element by element else."""
     lanes = min(simd.lanes, BLOCK)
-    at = bind(row * (rows.columns // BLOCK) + block)
-    start = bind(row * rows.columns + block * BLOCK)
+    at = bind(rows.block(row, block))
+    start = bind(at * BLOCK)
     if count < BLOCK:
         _short_block(simd, x, row, block, rows, count, at, start)
         return

@@ -20,6 +20,7 @@ from llmc.deploy import PackageReport, package
 from llmc.deploy.programs import build_command, dockerfile
 from llmc.errors import ArtifactError, OutputError, UsageError
 from llmc.progress import SilentProgress
+from llmc.runtime import tile_registers
 from llmc.runtime.platforms import platform_of
 from llmc.runtime.weights import stored_weights
 from llmc.targets.link import host_c_compiler
@@ -118,6 +119,15 @@ def test_the_package_runs_from_c(memory: str, packaged: PackageReport, expected:
     ]:
         done = run(*arguments)
         assert done.returncode == 1 and words in done.stderr
+    index = packaged.out / "model.txt"
+    text = index.read_text(encoding="utf-8")
+    try:
+        index.write_text(text.replace("device 1 tiles 0", "device 1 tiles 1"), encoding="utf-8")
+        done = run(12, *PROMPT)
+    finally:
+        index.write_text(text, encoding="utf-8")
+    allowed = tile_registers.refusal() is None
+    assert allowed == (done.returncode == 0) and allowed != ("this machine has no AMX" in done.stderr)
 
 
 def test_the_package_runs_from_python(packaged: PackageReport, folder: Path) -> None:

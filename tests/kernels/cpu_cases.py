@@ -21,9 +21,7 @@ from tests.kernels.test_cpu_quantized_moe import EXACT, matrices
 from tests.kernels_gpu import cases as gpu
 from tests.kernels_gpu.cases import arguments, errors
 from tests.quantize.weights import linear_arrays, random_matrix
-from tests.support import other_processor
-
-CASES = [(family, label) for family in FAMILIES for label in family.SHAPES]
+from tests.support import amx, other_processor
 
 TOLERANCE = {"float32": 3e-6, "float16": 1e-3, "bfloat16": 8e-3, "uint8": 1e-3, "int32": 0.0}
 """A narrow dtype may round a value next to a tie either way: one unit in its last place."""
@@ -62,10 +60,15 @@ def operands(family: Any, call: KernelCall, n: int, seed: int = 3) -> tuple[list
     return arrays, symbols
 
 
-def requests(rows: tuple[int, ...]) -> list[tuple[Any, str, list[np.ndarray], list[np.ndarray]]]:
+def cases_of(target: Target) -> list[tuple[Any, str]]:
+    """Every shape of every family that has a kernel for it on ``target``."""
+    return [(family, label) for family in FAMILIES for label, call in family.SHAPES.items() if family.matches(call, target)]
+
+
+def requests(rows: tuple[int, ...], target: Target) -> list[tuple[Any, str, list[np.ndarray], list[np.ndarray]]]:
     """Every case with these numbers of rows: family, label, operands, and the kernel's arguments."""
     found = []
-    for family, label in CASES:
+    for family, label in cases_of(target):
         call = family.SHAPES[label]
         for n in rows:
             arrays, symbols = operands(family, call, n)
@@ -77,6 +80,7 @@ def results(module: Any, target: Target, calls: Sequence[tuple[str, Sequence[np.
     """Each call's arrays after it, on this processor or, for 64-bit Arm, on an emulated one. ``folder`` is for its files."""
     if target.triple == ARM and host().machine != "aarch64":
         return other_processor.run(module, target, calls, folder)
+    amx.use(target)
     after = []
     for name, arrays in calls:
         tensors = [tensor(a) for a in arrays]
@@ -88,8 +92,8 @@ def results(module: Any, target: Target, calls: Sequence[tuple[str, Sequence[np.
 def worst(spec: str, rows: tuple[int, ...], folder: Path) -> dict[tuple[str, str, str], float]:
     """(family's name, label, dtype of a result) -> its largest error, of every case compiled for ``spec`` and run."""
     target = targets.parse(spec)
-    module = build({symbol(f, label): (f, f.SHAPES[label]) for f, label in CASES}, target)
-    cases, found = requests(rows), {}
+    module = build({symbol(f, label): (f, f.SHAPES[label]) for f, label in cases_of(target)}, target)
+    cases, found = requests(rows, target), {}
     after = results(module, target, [(symbol(f, label), args) for f, label, _, args in cases], folder)
     for (family, label, arrays, _), changed in zip(cases, after, strict=True):
         for dtype, value in errors(family, family.SHAPES[label], arrays, changed).items():

@@ -8,16 +8,17 @@ from concurrent.futures import Executor
 from pathlib import Path
 
 from llmc import targets
-from llmc.runtime.host import host
 from llmc.schedules.cpu import FAMILIES
 from llmc.targets.cpu import ARM
 from tests.kernels.cpu_cases import worst
+from tests.support import amx
 
 COLUMNS = {
     "SSE2": "cpu:x86-64",
     "AVX2": "cpu:x86-64-v3",
     "AVX-VNNI": "cpu:x86-64-v3+avxvnni",
     "AVX-512 VNNI": "cpu:x86-64-v4+avx512vnni",
+    "AMX": "cpu:x86-64-v3+amx-bf16+amx-int8",
     "NEON": "cpu:aarch64+neon",
     "NEON dotprod": "cpu:aarch64+dotprod",
 }
@@ -30,8 +31,10 @@ HEAD = """
 Targets: {targets}, and every processor that LLVM knows.
 
 The instruction sets below are those that kernels differ by. x86-64 ran on its hardware; 64-bit Arm under qemu's user mode, where
-SmolLM2 gives the same tokens too (`pytest -m slow tests/slow`). Libraries for macOS, Windows and Android are linked and their
-headers checked; none has run there. i8mm is accepted and has no kernels of its own.
+SmolLM2 gives the same tokens too (`pytest -m slow tests/slow`). AMX's tile instructions were emulated one by one
+(`tests/support/amx_emulator.c`), with AVX2 beside them; on a processor that has them, beside AVX-512 as `cpu:sapphirerapids` and
+its kin do, products of quantized weights had the bits that they have without (benchmarks/cpu.md). Libraries for macOS, Windows and
+Android are linked and their headers checked; none has run there. i8mm is accepted and has no kernels of its own.
 
 Largest error of any shape against a float64 reference, in units of the result's largest value, for float32 / 16-bit results.
 Products with quantized weights are given activations that 8 bits hold, so that what they round is not in it; between the two
@@ -44,10 +47,7 @@ Errors = dict[tuple[str, str, str], float]
 def lacking(spec: str) -> str:
     """The features that this machine lacks to run ``spec``, or the architecture, if it is not 64-bit Arm, which is emulated."""
     target = targets.parse(spec)
-    if target.triple == ARM:
-        return ""
-    here = host()
-    return here.machine if here.machine != "x86_64" else ", ".join(sorted(set(target.features) - (here.features or set())))
+    return "" if target.triple == ARM else amx.lacking(target)
 
 
 def measured(spec: str) -> Errors:
@@ -62,7 +62,7 @@ def _cell(name: str, found: Errors | None) -> str:
         wide: [e for (family, _, dtype), e in found.items() if family == name and (dtype in ("float32", "int32")) == wide]
         for wide in (True, False)
     }
-    return " / ".join(f"{max(values[wide]):.1e}" for wide in (True, False) if values[wide])
+    return " / ".join(f"{max(values[wide]):.1e}" for wide in (True, False) if values[wide]) or "no kernel"
 
 
 def section(pool: Executor) -> str:

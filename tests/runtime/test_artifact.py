@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +18,7 @@ import pytest
 from llmc.errors import ArtifactError, MissingExtraError, RequestError
 from llmc.manifest import FunctionInfo, Limits, TensorInfo, Variant
 from llmc.runtime import host as host_module
-from llmc.runtime import library, load
+from llmc.runtime import library, load, tile_registers
 from llmc.runtime.artifact import check_versions, choose_variant, open_artifact, refusal
 from llmc.runtime.device import AmdDevice, CudaDevice, MetalDevice, OpenClDevice
 from llmc.runtime.footprint import Footprint, footprint, workspace_bytes
@@ -34,6 +37,7 @@ def variant(name: str, triple: str, *features: str, kind: str = "cpu") -> Varian
 
 
 V3 = variant("x86-64-v3", "x86_64-unknown-linux-gnu", "avx2", "fma")
+TILES = variant("sapphirerapids", "x86_64-unknown-linux-gnu", "avx2", "fma", "avx512f", "amx_int8")
 V4 = variant("x86-64-v4", "x86_64-unknown-linux-gnu", "avx2", "fma", "avx512f")
 ARM = variant("neon", "aarch64-linux-gnu", "asimd")
 APPLE = variant("apple", "arm64-apple-macos13.0")
@@ -45,6 +49,8 @@ CUDA = variant("sm_90", "x86_64-unknown-linux-gnu", kind="cuda")
     [
         (ZEN, [V3, V4, ARM, CUDA], V4),
         (replace(ZEN, features=frozenset({"avx2", "fma"})), [V4, V3], V3),
+        (ZEN, [V3, TILES, V4], V4),
+        (replace(ZEN, features=ZEN.features | {"amx_int8"}), [V3, TILES, V4], TILES),
         (PI, [V4, ARM], ARM),
         (MAC, [ARM, APPLE], APPLE),
     ],
@@ -62,6 +68,8 @@ def test_the_variant_that_uses_most_of_the_machine(machine: Host, variants: list
             replace(ZEN, features=frozenset({"avx2", "fma"})),
             "cpu:x86-64-v4 needs the CPU features avx512f, which this AMD EPYC",
         ),
+        (TILES, ZEN, "cpu:sapphirerapids needs the CPU features amx_int8, which this AMD EPYC"),
+        (TILES, replace(ZEN, withheld="Linux does not allow it"), "needs the CPU features amx_int8: Linux does not allow it"),
         (ARM, ZEN, "cpu:neon is for aarch64-linux-gnu, and this machine is x86_64 linux"),
         (APPLE, PI, "is for arm64-apple-macos13.0, and this machine is aarch64 linux"),
         (CUDA, ZEN, "cuda:sm_90 needs an NVIDIA GPU, and no NVIDIA driver answers"),
@@ -250,6 +258,34 @@ def test_host_from_cpuinfo() -> None:
     elsewhere = describe("", "arm64", "darwin", (0, 1, 2))
     assert (elsewhere.features, elsewhere.cores) == (None, 3)
     assert len(parse_cpuinfo(CPUINFO)) == 3
+
+
+def test_tile_registers_are_asked_for_once_and_left_out_where_they_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [errno.EOPNOTSUPP, 0]
+    asked: list[list[int]] = []
+
+    def syscall(*numbers: Any) -> int:
+        asked.append([n.value for n in numbers])
+        ctypes.set_errno(answers[0])
+        return -1 if answers.pop(0) else 0
+
+    monkeypatch.setattr(tile_registers.ctypes, "CDLL", lambda *_, **__: SimpleNamespace(syscall=syscall))
+    monkeypatch.setattr(tile_registers.sys, "platform", "linux")
+    monkeypatch.setattr(tile_registers.platform, "machine", lambda: "x86_64")
+    plain, full = frozenset({"avx2"}), frozenset({"avx2", "amx_tile", "amx_int8"})
+    tile_registers.refusal.cache_clear()
+    try:
+        assert tile_registers.usable(plain) == plain and not asked
+        assert tile_registers.usable(full) == tile_registers.usable(full) == plain
+        assert asked == [[158, 0x1023, 18]]  # arch_prctl(ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA)
+        assert tile_registers.refusal() == "Linux does not let this process use tile registers (Operation not supported)"
+        tile_registers.refusal.cache_clear()
+        assert tile_registers.usable(full) == full and len(asked) == 2
+        tile_registers.refusal.cache_clear()
+        monkeypatch.setattr(tile_registers.platform, "machine", lambda: "aarch64")
+        assert "not on linux for aarch64" in str(tile_registers.refusal())
+    finally:
+        tile_registers.refusal.cache_clear()
 
 
 def test_this_machine() -> None:

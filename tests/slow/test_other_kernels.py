@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.cpu_cases import FAMILIES, tolerance, worst
+from llmc import targets
+from tests.kernels.cpu_cases import cases_of, tolerance, worst
 
 
 # Slow: an emulated processor. Needs the Debian packages that tests/support/other_processor.py names.
@@ -14,7 +15,7 @@ from tests.kernels.cpu_cases import FAMILIES, tolerance, worst
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("spec", ["cpu:aarch64+neon", "cpu:aarch64+dotprod"])
 def test_every_kernel(spec: str, tmp_path: Path) -> None:
-    families = {family.NAME: family for family in FAMILIES}
+    families = {family.NAME: family for family, _ in cases_of(targets.parse(spec))}
     found = worst(spec, (1, 7), tmp_path)
     assert {name for name, _, _ in found} == set(families)
     for (name, label, dtype), error in found.items():

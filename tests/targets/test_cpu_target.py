@@ -20,6 +20,7 @@ from tvm import relax
 
 from llmc import targets
 from llmc.errors import MissingExtraError, UsageError
+from llmc.runtime import tile_registers
 from llmc.schedules.cpu import attend, linear
 from llmc.targets import cpu, link
 from llmc.targets.base import Target
@@ -41,6 +42,8 @@ def test_the_host_is_named_after_its_processor_and_parses_again() -> None:
         ("cpu:x86-64-v3", 256, 16, {"avx2", "fma", "f16c", "bmi1", "bmi2"}, {"avx512f"}),
         ("cpu:x86-64-v4", 512, 32, {"avx512f", "avx512vl", "avx512bw"}, {"avx512_bf16"}),
         ("cpu:znver4", 512, 32, {"avx512_bf16", "avx512_vnni"}, set()),
+        ("cpu:sapphirerapids", 512, 32, {"amx_tile", "amx_int8", "amx_bf16", "avx512_vnni"}, set()),
+        ("cpu:x86-64-v4+avx512vnni+amx-int8", 512, 32, {"amx_int8", "avx512_vnni"}, {"amx_bf16"}),
         ("cpu:skylake-avx512+noavx512f", 256, 16, {"avx2"}, {"avx512f"}),
         ("cpu:aarch64", 128, 32, {"asimd"}, {"asimddp"}),
         ("cpu:aarch64+neon", 128, 32, {"asimd"}, {"i8mm"}),
@@ -87,6 +90,19 @@ def test_features_hidden_by_a_hypervisor_are_left_out(monkeypatch: pytest.Monkey
     masked = targets.parse("cpu")
     assert masked.vector_bits == 256 and not any(f.startswith("avx512") for f in masked.features)
     assert targets.parse(masked.name) == masked
+
+
+def test_tile_registers_that_the_system_withholds_are_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What ``cpu`` is compiled for must run here."""
+    full = targets.parse("cpu:sapphirerapids")
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"flags\t: {' '.join(full.features)}\n")
+    monkeypatch.setattr(cpu, "CPUINFO", cpuinfo)
+    monkeypatch.setattr(cpu.codegen, "llvm_get_system_cpu", lambda: "sapphirerapids")
+    monkeypatch.setattr(tile_registers, "refusal", lambda: None)
+    assert targets.parse("cpu") == full
+    monkeypatch.setattr(tile_registers, "refusal", lambda: "Linux does not let this process use tile registers")
+    assert targets.parse("cpu").name == "cpu:sapphirerapids+noamx-bf16+noamx-int8+noamx-tile"
 
 
 def library(target: Target, path: Path) -> None:

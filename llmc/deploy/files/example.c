@@ -24,6 +24,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 #endif
+#if defined(__linux__) && defined(__x86_64__)
+#include <sys/syscall.h>
+#endif
 
 enum { ALIGNMENT = 64, MAX_DIMS = 8, PATH_BYTES = 4096 };
 
@@ -223,6 +226,15 @@ static TVMFFIAny read_weight(FILE* index) {
   return tensor(mapped + offset, code, bits, ndim, shape);
 }
 
+/* Linux keeps AMX's tile registers for the threads of a program that asked for them. */
+static void ask_for_tiles(void) {
+#ifdef SYS_arch_prctl
+  enum { ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18 };
+  if (syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA) == 0) return;
+#endif
+  fail("this machine has no AMX, or does not let programs use it: package a variant for x86-64-v4");
+}
+
 static void load(Model* model, int positions) {
   FILE* index = fopen("model.txt", "r");
   char library[PATH_BYTES];
@@ -233,7 +245,9 @@ static void load(Model* model, int positions) {
   model->stops = calloc((size_t)model->stop_count + 1, sizeof(int));
   for (int i = 0; i < model->stop_count; i++) read_numbers(index, 1, &model->stops[i]);
 
-  read_numbers(index, 1, &device);
+  int tiles;
+  read_numbers(index, 2, &device, &tiles);
+  if (tiles) ask_for_tiles();
 #ifdef _WIN32 /* nothing here calls it by name, so nothing else loads it */
   if (LoadLibraryA("tvm_runtime.dll") == NULL) fail("tvm_runtime.dll is not found: put model\\runtime on the PATH");
 #endif

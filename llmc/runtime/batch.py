@@ -45,7 +45,6 @@ def build_step(chunks: Items[Chunk]) -> Step:
     """
     ids: list[int] = []
     positions: list[np.ndarray] = []
-    slots: list[int] = []
     indptr = [0]
     wanted: list[int] = []
     width = max(len(c.sequence.table.pages) for c in chunks)
@@ -55,15 +54,17 @@ def build_step(chunks: Items[Chunk]) -> Step:
         run = range(block.length, block.length + chunk.rows)
         ids += chunk.sequence.tokens[run.start : run.stop]
         positions.append(np.arange(run.start, run.stop, dtype=np.int32))
-        slots += block.slots(chunk.rows)
         indptr.append(indptr[-1] + chunk.rows)
         wanted += range(indptr[-1] - chunk.logits, indptr[-1])
         table[i, : len(block.pages)] = block.pages
     decode = all(c.rows == 1 and c.logits == 1 for c in chunks)
+    at, size = np.concatenate(positions), chunks[0].sequence.table.page_size
+    owner = np.repeat(np.arange(len(chunks)), [c.rows for c in chunks])
+    slots = table[owner, at // size] * size + at % size
     return Step(
         input_ids=np.array(ids, np.int32),
-        positions=np.concatenate(positions),
-        slot_mapping=np.array(slots, np.int32),
+        positions=at,
+        slot_mapping=slots.astype(np.int32),
         q_indptr=np.array(indptr, np.int32),
         seq_lens=np.array([c.sequence.table.length + c.rows for c in chunks], np.int32),
         block_table=table,

@@ -73,6 +73,7 @@ class BlockTable:
 
     def __init__(self, allocator: PageAllocator) -> None:
         self._allocator = allocator
+        self.page_size = allocator.page_size
         self.pages: list[int] = []
         self.length = 0
 
@@ -95,18 +96,6 @@ class BlockTable:
     def advance(self, count: int) -> None:
         """Note that the next ``count`` positions were written."""
         self.length += count
-
-    def slots(self, count: int) -> list[int]:
-        """The slots of the next ``count`` positions in the page tensors, which are reserved: ``page * page_size + offset``."""
-        size, found = self._allocator.page_size, list[int]()
-        position, end = self.length, self.length + count
-        while position < end:
-            page, offset = divmod(position, size)
-            run = min(size - offset, end - position)
-            first = self.pages[page] * size + offset
-            found += range(first, first + run)
-            position += run
-        return found
 
     def fork(self) -> BlockTable:
         """A table with the same contents, which shares every page."""

@@ -29,17 +29,6 @@ def test_reserve_takes_only_what_the_positions_need() -> None:
     assert allocator.free == 5
 
 
-def test_slots_follow_the_pages_from_the_middle_of_one_on() -> None:
-    table = BlockTable(PageAllocator(5, 4))
-    table.reserve(11, no_copy)
-    table.pages = [3, 0, 4]
-    assert table.slots(1) == [12]
-    table.advance(2)
-    assert table.slots(9) == [14, 15, 0, 1, 2, 3, 16, 17, 18]
-    assert table.slots(2) == [14, 15]
-    assert table.slots(0) == []
-
-
 def test_out_of_pages_takes_nothing_and_names_the_numbers() -> None:
     allocator = PageAllocator(3, 4)
     table = BlockTable(allocator)

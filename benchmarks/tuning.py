@@ -102,7 +102,7 @@ def pack(folder: Path, tasks: Sequence[Task], most: int, known: Path | None, wor
 
     records, rng = Records(), random.Random(0)
     if known is not None:
-        _read(records, known)
+        read_records(records, known)
     choose = Chooser(records, rng)
     chosen = [(task, choose(task, most)) for task in tasks if not _is_measured(task, records, most)]
     problems = packing.write(
@@ -118,7 +118,7 @@ def _is_measured(task: Task, records: Records, most: int) -> bool:
     return len({r.config for r in of_task}) >= min(most, math.prod(map(len, task.space.values())))
 
 
-def _read(records: Records, path: Path) -> None:
+def read_records(records: Records, path: Path) -> None:
     """Add the records of a file, ``.jsonl`` or ``.jsonl.xz``."""
     if path.suffix != ".xz":
         records.read(path)
@@ -131,7 +131,7 @@ def _read(records: Records, path: Path) -> None:
 def _load(path: Path) -> tuple[dict[Any, list[Record]], Any]:
     """The records of a file, all of one target, by family, call and axes; and the target."""
     records = Records()
-    _read(records, path)
+    read_records(records, path)
     target = targets.parse(next(iter(records.entries.values())).target)
     by_call: dict[Any, list[Record]] = {}
     for r in records.entries.values():

@@ -1,12 +1,13 @@
 """Which tuning records make whole models faster on a GPU, on a machine that has no compiler.
 
-    python benchmarks/tuning_model.py prepare FOLDER [--only 8b-int4]  with llmc's compiler; needs no GPU and little disk
+    python benchmarks/tuning_model.py prepare FOLDER [--only 8b-int4] [--known RESULTS.jsonl.xz]
+                                                                       with llmc's compiler; needs no GPU and little disk
     python benchmarks/tuning_model.py run FOLDER                       on the GPU: numpy, torch, tvm_ffi and TVM's runtime libraries
     python benchmarks/tuning_model.py import FOLDER --records FILE     adds the verdicts to a file of records
 
-``prepare`` compiles llamas of 1.2 and 8 billion parameters with llmc's defaults, and once more for every set of shipped records
-that validation may ask for, headers of the weights only. ``run`` fills in random weights and decides as ``llmc tune`` does
-(:mod:`llmc.tune.validate`), one range of rows after the other.
+``prepare`` compiles llamas of 1.2 and 8 billion parameters with llmc's defaults, and once more for every set of shipped records,
+and of those in the files ``--known``, that validation may ask for, headers of the weights only. ``run`` fills in random weights and
+decides as ``llmc tune`` does (:mod:`llmc.tune.validate`), one range of rows after the other.
 """
 
 from __future__ import annotations
@@ -28,9 +29,14 @@ TARGET = "cuda:sm_90a"
 SUBJECTS = {"8b-int4": ("8b", "int4_g128"), "1b-int4": ("1b", "int4_g128"), "8b-bf16": ("8b", None), "1b-bf16": ("1b", None)}
 
 
-def prepare(folder: Path, only: str, share: tuple[int, int]) -> None:
-    """Compile every subject whose name contains ``only``. ``share``: of its artifacts every n-th from the i-th on, (i, n)."""
+def prepare(folder: Path, only: str, share: tuple[int, int], more: list[Path]) -> None:
+    """Compile every subject whose name contains ``only``. ``share``: of its artifacts every n-th from the i-th on, (i, n);
+    ``more``: files of records."""
     import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
+
+    # isort: split
+    from tuning import read_records
+
     from llmc import targets
     from llmc.progress import SilentProgress
     from llmc.tune import pack_model
@@ -38,6 +44,8 @@ def prepare(folder: Path, only: str, share: tuple[int, int]) -> None:
     from llmc.tune.task import tasks_of
 
     target, known = targets.parse(TARGET), Records(load([SHIPPED]).entries)
+    for path in more:
+        read_records(known, path)
     for name, (size, quant) in SUBJECTS.items():
         if only not in name:
             continue
@@ -82,11 +90,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--only", default="", help="subjects whose name contains this")
     parser.add_argument("--share", default="0/1", metavar="I/N", help="prepare: every N-th artifact from the I-th (default: all)")
+    parser.add_argument("--known", type=Path, nargs="*", default=[], help="prepare: records beside those that are shipped")
     parser.add_argument("--records", type=Path, default=SHIPPED / "cuda-sm_90a.jsonl", help="import: the file of records")
     args = parser.parse_args()
     if args.what == "prepare":
         i, _, n = args.share.partition("/")
-        prepare(args.folder, args.only, (int(i), int(n)))
+        prepare(args.folder, args.only, (int(i), int(n)), args.known)
     elif args.what == "run":
         run(args.folder, args.only)
     else:

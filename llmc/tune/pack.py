@@ -42,8 +42,8 @@ BATCH = 16
 
 CARRIED = (
     "errors.py", "kv_layout.py", "manifest.py", "runtime/device.py", "runtime/gpu/cudart.py", "runtime/host.py",
-    "runtime/library.py", "runtime/tensors.py", "runtime/threads.py", "schedules/parts.py", "schedules/protocol.py",
-    "schedules/records.py", "tune/bench.py", "tune/devices.py", "tune/inputs.py", "tune/offline.py",
+    "runtime/library.py", "runtime/tensors.py", "runtime/threads.py", "runtime/tile_registers.py", "schedules/parts.py",
+    "schedules/protocol.py", "schedules/records.py", "tune/bench.py", "tune/devices.py", "tune/inputs.py", "tune/offline.py",
 )  # fmt: skip
 RUNNER = "import sys\n\nfrom llmc.tune.offline import main\n\nsys.exit(main())\n"
 

@@ -124,9 +124,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     o, k = (int(d) for d in call.args[1].shape)
     rows, columns = config["tile"]
     cluster, blocks, dependent_launch = int(config["cluster"]), int(config["blocks"]), bool(config["dependent_launch"])
-    specs = dict(zip(linear_call.operand_names(call), (*call.args, call.result), strict=True))
-    dtype, out_dtype = specs["x"].dtype, specs["out"].dtype
-    bias_dtype = specs["bias"].dtype if "bias" in specs else dtype
+    specs = linear_call.specs(call)
+    dtype, out_dtype, bias_dtype, _ = linear_call.types(specs)
     has_bias, has_residual = "bias" in specs, "residual" in specs
     activation, gated = linear_call.activation(call)
 
@@ -376,8 +375,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             # No block may leave while its neighbour still multicasts into its shared memory or arrives at its barriers.
             T.cuda.cluster_sync()
 
-    unused = [name for name in ("bias", "residual") if name not in specs]
-    return hopper.finish(gemm, f"gemm_{o}x{k}", unused, dependent_launch)
+    return hopper.finish(gemm, f"gemm_{o}x{k}", linear_call.absent(specs), dependent_launch)
 
 
 reference, roofline = linear_call.reference, linear_call.roofline

@@ -140,9 +140,8 @@ def kernel(call: KernelCall, config: dict[str, Any], experts: int = 0) -> Any:
     grouped = experts > 0
     outputs, rows, resident = config["tile"]
     split, sharing, dependent_launch = int(config["split"]), int(config["share"]), bool(config["dependent_launch"])
-    specs = dict(zip(linear_call.operand_names(call), (*call.args, call.result), strict=True))
-    dtype, out_dtype = specs["x"].dtype, specs["out"].dtype
-    bias_dtype = specs["bias"].dtype if "bias" in specs else dtype
+    specs = linear_call.specs(call)
+    dtype, out_dtype, bias_dtype, _ = linear_call.types(specs)
     _, gated = linear_call.activation(call)
 
     sides, matrix_rows = 1 + gated, o * max(experts, 1)
@@ -351,7 +350,7 @@ def kernel(call: KernelCall, config: dict[str, Any], experts: int = 0) -> Any:
             # No block may leave while another one still reads its shared memory.
             T.cuda.cluster_sync()
 
-    unused = [name for name in ("bias", "residual") if name not in specs] + ["tiles"] * (not grouped)
+    unused = linear_call.absent(specs) + ["tiles"] * (not grouped)
     return hopper.finish(gemm, f"gemm_split_{o}x{k}", unused, dependent_launch)
 
 

@@ -121,9 +121,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     o, k = int(call.attr("o")), int(call.attr("k"))
     at = layout_mma.geometry(how, o, k)
     specs = quantized_call.specs(call)
-    dtype, out_dtype, scale_dtype = specs["x"].dtype, specs["out"].dtype, how.scale_dtype
-    bias_dtype = specs["bias"].dtype if "bias" in specs else dtype
-    residual_dtype = specs["residual"].dtype if "residual" in specs else dtype
+    dtype, out_dtype, bias_dtype, residual_dtype = linear_call.types(specs)
+    scale_dtype = how.scale_dtype
     _, gated = linear_call.activation(call)
 
     rows, columns, resident = config["tile"]
@@ -394,8 +393,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             # No block may leave while another one still reads its shared memory.
             T.cuda.cluster_sync()
 
-    unused = [name for name in ("zeros", "minima", "bias", "residual") if name not in specs]
-    return hopper.finish(gemm, f"quantized_gemm_{how.name}_{o}x{k}", unused, dependent_launch)
+    return hopper.finish(gemm, f"quantized_gemm_{how.name}_{o}x{k}", linear_call.absent(specs), dependent_launch)
 
 
 reference, roofline = quantized_call.reference, quantized_call.roofline

@@ -126,9 +126,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     o, k = int(call.attr("o")), int(call.attr("k"))
     at = layout_mma.geometry(how, o, k)
     specs = quantized_call.specs(call)
-    dtype, out_dtype, scale_dtype = specs["x"].dtype, specs["out"].dtype, how.scale_dtype
-    bias_dtype = specs["bias"].dtype if "bias" in specs else dtype
-    residual_dtype = specs["residual"].dtype if "residual" in specs else dtype
+    dtype, out_dtype, bias_dtype, residual_dtype = linear_call.types(specs)
+    scale_dtype = how.scale_dtype
 
     warps, depth, tiles, min_blocks = (int(config[axis]) for axis in ("warps", "depth", "tiles", "min_blocks"))
     column_tiles, dependent_launch = int(config["columns"]) // 8, bool(config["dependent_launch"])
@@ -357,8 +356,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         T.cuda.cta_sync()
         end.finish(partial, 0, thread, first_tile * 16, first_row, rows, row_scales, bias_regs, residual_regs, out)
 
-    unused = [name for name in ("zeros", "minima", "bias", "residual") if name not in specs]
-    return hopper.finish(gemv, f"{'norm_' * norm.here}quantized_gemv_{how.name}_{o}x{k}", unused, dependent_launch)
+    return hopper.finish(
+        gemv, f"{'norm_' * norm.here}quantized_gemv_{how.name}_{o}x{k}", linear_call.absent(specs), dependent_launch
+    )
 
 
 reference, roofline = quantized_call.reference, quantized_call.roofline

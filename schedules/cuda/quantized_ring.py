@@ -122,9 +122,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     o, k = int(call.attr("o")), int(call.attr("k"))
     at = layout_mma.geometry(how, o, k)
     specs = quantized_call.specs(call)
-    dtype, out_dtype, scale_dtype = specs["x"].dtype, specs["out"].dtype, how.scale_dtype
-    bias_dtype = specs["bias"].dtype if "bias" in specs else dtype
-    residual_dtype = specs["residual"].dtype if "residual" in specs else dtype
+    dtype, out_dtype, bias_dtype, residual_dtype = linear_call.types(specs)
+    scale_dtype = how.scale_dtype
     sides = 1 + linear_call.activation(call)[1]
     results, tiles = o // sides, at.tiles // sides
 
@@ -232,6 +231,14 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                                 x_regs[at_x], x_regs[at_x + 1], acc[s], acc[s + 1], acc[s + 2], acc[s + 3],
                             )  # fmt: skip
 
+        @T.inline
+        def advance(tile, piece) -> None:
+            """To the warp's next box."""
+            piece = piece + 1
+            if piece == mine:
+                piece = 0
+                tile = tile + 1
+
         if dependent_launch:
             T.ptx.griddepcontrol.launch_dependents()
         streaming.start(full, ready, free, thread, warps * depth, warps)
@@ -249,10 +256,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 if next_tile < count and mine > 0:
                     if lane == 0:
                         fill(i, next_tile, next_piece)
-                    next_piece = next_piece + 1
-                    if next_piece == mine:
-                        next_piece = 0
-                        next_tile = next_tile + 1
+                    advance(next_tile, next_piece)
             for i in T.unroll(4 * column_tiles * 4):
                 x_regs[i] = T.uint32(0)
             for i in T.unroll(norm.slots * column_tiles * 4):
@@ -283,10 +287,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     if next_tile < count:
                         if lane == 0:
                             fill(slot, next_tile, next_piece)
-                        next_piece = next_piece + 1
-                        if next_piece == mine:
-                            next_piece = 0
-                            next_tile = next_tile + 1
+                        advance(next_tile, next_piece)
                     slot = slot + 1
                     if slot == depth:
                         slot = 0
@@ -313,8 +314,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 residual_regs, out,
             )  # fmt: skip
 
-    unused = [name for name in ("bias", "residual") if name not in specs]
-    return hopper.finish(gemv, f"{'norm_' * norm.here}quantized_ring_{how.name}_{o}x{k}", unused, dependent_launch)
+    return hopper.finish(
+        gemv, f"{'norm_' * norm.here}quantized_ring_{how.name}_{o}x{k}", linear_call.absent(specs), dependent_launch
+    )
 
 
 reference, roofline = quantized_call.reference, quantized_call.roofline

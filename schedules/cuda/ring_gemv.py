@@ -111,10 +111,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     """Also of a call with a norm before it, whose linear is one of the family's (:mod:`.input_norm`)."""
     whole, call = call, plain(call)
     o, k = (int(d) for d in call.args[1].shape)
-    specs = dict(zip(linear_call.operand_names(call), (*call.args, call.result), strict=True))
-    dtype, out_dtype = specs["x"].dtype, specs["out"].dtype
-    bias_dtype = specs["bias"].dtype if "bias" in specs else dtype
-    residual_dtype = specs["residual"].dtype if "residual" in specs else dtype
+    specs = linear_call.specs(call)
+    dtype, out_dtype, bias_dtype, residual_dtype = linear_call.types(specs)
     sides = 1 + linear_call.activation(call)[1]
     results = o // sides
 
@@ -268,8 +266,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 residual_regs, out,
             )  # fmt: skip
 
-    unused = [name for name in ("bias", "residual") if name not in specs]
-    return hopper.finish(gemv, f"{'norm_' * norm.here}ring_gemv_{o}x{k}", unused, dependent_launch)
+    return hopper.finish(gemv, f"{'norm_' * norm.here}ring_gemv_{o}x{k}", linear_call.absent(specs), dependent_launch)
 
 
 reference, roofline = linear_call.reference, linear_call.roofline

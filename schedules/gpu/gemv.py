@@ -61,7 +61,7 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 def build(call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
     symbols = Symbols()
     o, k = (int(d) for d in call.args[1].shape)
-    specs = dict(zip(linear_call.operand_names(call), (*call.args, call.result), strict=True))
+    specs = linear_call.specs(call)
     lanes = common_lanes(target, [s.dtype for s in call.args[:2]], k)
     pieces, group = k // lanes, group_size(k // lanes, target)
     threads = max(group, min(config["block"], target.max_threads))

@@ -63,12 +63,17 @@ def operand_names(call: KernelCall) -> list[str]:
     return ["x", "weight", *optional, "out"]
 
 
+def specs(call: KernelCall) -> dict[str, TensorSpec]:
+    """Operands and result by name."""
+    return dict(zip(operand_names(call), (*call.args, call.result), strict=True))
+
+
 def build(name: str, emit: Emit, call: KernelCall, target: GpuTarget, config: dict[str, Any]) -> Any:
     """The kernel ``name`` of a template that takes any operand, over a matrix of floats."""
     symbols, (o, k) = Symbols(), (int(d) for d in call.args[1].shape)
-    specs = dict(zip(operand_names(call), (*call.args, call.result), strict=True))
+    named = specs(call)
     with function(f"{name}_{o}x{k}") as done:
-        buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
+        buffers = dict(zip(named, arguments(symbols, **named), strict=True))
         weight = Floats(target, buffers["weight"], k, padded=False)
         emit(call, target, buffers, weight, k, symbols.dim(call.args[0].shape[0]), config)
     return done()

@@ -21,34 +21,39 @@ from llmc.passes import pipeline
 from llmc.passes.pipeline import Options
 from llmc.passes.rewrite import Graph, op_name
 from llmc.reference import reference_model
+from llmc.targets.base import Target
 from llmc.weights_file import stored
 from tests.kernels.harness import DTYPES
 from tests.support.cuda_emulator import run
 from tests.support.stepper import Stepper, page_shapes
 
-TARGET = targets.parse("cuda:sm_80")
 OPTIONS = Options(page_size=16, kv_dtype="bfloat16", context=32, max_batch=4, max_rows=16, max_logit_rows=8)
 PAGES = 6
+EVEN = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96}
+"""Sizes that the kernels for sm_90a take."""
 
 
 class Machine:
     """The fused module of a model, run call by call: a callable for :class:`Stepper`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, target: Target) -> None:
+        self.target = target
         imported = import_model(resolve(str(folder)), storage_dtype="bfloat16", compute_dtype="bfloat16", context=32)
         graph = Graph.of("main", imported.mod["main"])
         graph.remove_unused_params(imported.params)
-        state = pipeline._State([graph], imported.params, TARGET, OPTIONS, pipeline.Plan(OPTIONS.quantization))
+        state = pipeline._State([graph], imported.params, self.target, OPTIONS, pipeline.Plan(OPTIONS.quantization))
         for name, step in pipeline.PASSES:
             step(state)
             if name == "fuse_operators":
                 break
         self.module: Any = state.module
         self.kernels = {
-            var: targets.module_for(TARGET).schedule(f, TARGET)
+            var: targets.module_for(self.target).schedule(f, self.target)
             for var, f in self.module.functions.items()
             if isinstance(f, tirx.PrimFunc)
         }
+        assert state.library is not None
+        self.fused = any(k.op == "llmc.rope_attend" for k in state.library.choices())
         shapes = page_shapes(state.kv_layers, PAGES, OPTIONS.page_size)
         self.pages = [np.zeros(shape, ml_dtypes.bfloat16) for shape in shapes]
         self.weights = [stored(imported.params[name]) for name in state.weights]
@@ -77,7 +82,7 @@ class Machine:
         places = [int(i) for i in call.attrs.inplace_indices] if op_name(call) == "relax.call_tir_inplace" else [-1]
         results = list(binding.var.ty.fields) if isinstance(binding.var.ty, relax.TupleType) else [binding.var.ty]
         new = [self._empty(ty, symbols) for ty, place in zip(results, places, strict=True) if place < 0]
-        after = run(self.kernels[call.args[0]], TARGET, *arrays, *new)
+        after = run(self.kernels[call.args[0]], self.target, *arrays, *new)
         fresh = iter(after[len(arrays) :])
         for place in places:
             if place >= 0:
@@ -96,10 +101,15 @@ class Machine:
 
 # Slow: every thread of every kernel of a whole model is emulated.
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["llama", "gemma2", "mixtral"])
-def test_prefill_and_decode(model_type: str, tiny_model_dir: Callable[..., Path]) -> None:
-    folder = tiny_model_dir(model_type)
-    machine, reference = Machine(folder), reference_model(str(folder))
+@pytest.mark.parametrize(
+    ("model_type", "arch"),
+    [("llama", "sm_80"), ("gemma2", "sm_80"), ("mixtral", "sm_80"), ("llama", "sm_90a"), ("qwen3", "sm_90a")],
+)
+def test_prefill_and_decode(model_type: str, arch: str, tiny_model_dir: Callable[..., Path]) -> None:
+    sizes = EVEN if arch == "sm_90a" else {}
+    folder = tiny_model_dir(model_type, **sizes)
+    machine, reference = Machine(folder, targets.parse(f"cuda:{arch}")), reference_model(str(folder))
+    assert machine.fused == bool(sizes)
     sequences = [np.random.default_rng(5).integers(0, 200, n) for n in (7, 4)]
     stepper = Stepper(machine, sequences, OPTIONS.page_size, PAGES)
     stepper.extend([(0, 5), (1, 3)])

@@ -156,7 +156,8 @@ class Replay:
     others: Sequence[Record]
 
     def curve(self, trials: int, way: str, seed: int) -> list[float]:
-        """log(time found / best time) after every trial of one search. ``way``: one of :data:`WAYS`; all begin with the default."""
+        """log(time found / time of the best configuration) after every trial of one search, times as the mean of the logarithms
+        over the sizes. ``way``: one of :data:`WAYS`; all begin with the default."""
         times, rng = slowdowns(self.records), random.Random(seed)
         by_config: dict[str, list[Record]] = {}
         for r in self.records:
@@ -168,7 +169,7 @@ class Replay:
             tried += rng.sample([c for c in everything if c != tried[0]], trials - 1)
         else:
             self._learn(everything, tried, trials, by_config, self.others if way == WAYS[2] else [], rng)
-        losses = [times.get(config_text(c), math.inf) for c in tried]
+        losses = [times.get(config_text(c), math.inf) - min(times.values()) for c in tried]
         return [min(losses[: i + 1]) for i in range(trials)]
 
     def _learn(

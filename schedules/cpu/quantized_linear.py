@@ -104,7 +104,7 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     needed that a single row asks for weights (0: never). ``streams``: see :func:`_streams`."""
     at = _geometry(call)
     if _has_tiles(call, target):
-        return {"rows": [1], "row_block": [128, 64, 256, 512, 32], "ahead": [AHEAD, 0], "streams": [1]}
+        return {"rows": [12, 8, 4], "row_block": [128, 64, 256, 512, 32], "ahead": [AHEAD, 0], "streams": [1]}
     heights = [12, 8, 16, 4, 6] if Simd(target).registers >= 32 else [2, 4, 6, 3, 1] if at.bits == 8 else [4, 2, 6, 3, 5]
     fits = min(max(24, ROWS_CACHE // at.columns) // heights[0] * heights[0], 480)
     blocks = [fits, *(b for b in (24, 48, 96, 192, 480) if b != fits)]

@@ -3,7 +3,8 @@
 A panel's codes are unpacked once for all rows of a row block, to where a tile is read from: its rows are the eight quads. Rows of x
 lie so that 16 of them are a tile, too (``together`` of :mod:`.quantized_rows`). A block's integers go to memory, and come back as
 vectors to be scaled and added as :mod:`.quantized_products` does: the same numbers in the same order, so the results have the same
-bits. Between the two lie :data:`AHEAD` blocks, so that the vectors need not wait for the tiles.
+bits. Tiles work on two blocks at a time while vectors work on the two before. A tile register is free for other contents only when
+the instruction before has read it, so the two blocks have registers of their own.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ from llmc.schedules.cpu.layout_panel import BLOCK, QUADS, ROWS
 from llmc.schedules.cpu.quantized_products import Products
 
 Expr = Any
-FEW = 4
-"""Rows that are worth a tile of 16."""
-AHEAD = 2
-"""Blocks between the tile instructions of one and its vector instructions."""
-RING = 4
-"""Blocks whose integers there is room for, a power of two above :data:`AHEAD`."""
+FEW = 12
+"""Rows at the end that are worth a tile of 16."""
+LEAST = 32
+"""Rows of a row block that are worth unpacking a panel."""
+TURN = 2
+"""Blocks that tiles multiply at a time."""
+RING = 2 * TURN
+"""Blocks whose integers there is room for."""
 BLOCK_INTEGERS = ROWS * tiles.ROWS
 C, A, B = 0, 2, 4
-"""Registers, two of each kind: for the sets of columns that a block has."""
+"""Registers, two of each kind: for the blocks of a turn, or for the sets of columns where a block has two."""
 
 
 class TileProducts(Products):
@@ -40,9 +43,10 @@ class TileProducts(Products):
         return cls(other.call, other.dot, other.simd, other.buffers, other.rows, other.at, ahead=0)
 
     def emit_rows(self, panel: Expr, low: Expr, high: Expr) -> Expr:
-        """The products of rows ``low`` .. ``high``, but for fewer than :data:`FEW` at the end: the first of those. ``low`` is a
-        multiple of 16."""
-        count = bind(tirx.floordiv(high - low + (tiles.ROWS - FEW), tiles.ROWS))
+        """The products of rows ``low`` .. ``high`` if they are at least :data:`LEAST`, but for fewer than :data:`FEW` at the end.
+        The first of those that remain; ``low`` is a multiple of 16."""
+        whole = tirx.floordiv(high - low + (tiles.ROWS - FEW), tiles.ROWS)
+        count = bind(tirx.Select(high - low >= LEAST, whole, i64(0)))
         when(count > 0, lambda: self._tiles(panel, low, high, count))
         return bind(tirx.min(low + count * tiles.ROWS, high))
 
@@ -79,8 +83,7 @@ class TileProducts(Products):
         return []
 
     def _blocks(self, first: Expr, column: Expr, count: int) -> list[Expr]:
-        later = bind(column + AHEAD)
-        when(later < self.at.columns // BLOCK, lambda: self._multiply(first, later))
+        when((column & i64(TURN - 1)).equal(i64(0)), lambda: self._turn(first, bind(column + TURN)))
         block = bind(first * (self.at.columns // BLOCK) + column * tiles.ROWS)
         self._slot = bind((column & i64(RING - 1)) * (self.at.sets * BLOCK_INTEGERS))
         return [block + i for i in range(count)]
@@ -89,25 +92,31 @@ class TileProducts(Products):
         start = self._slot + (s * BLOCK_INTEGERS + self._part * self.lanes)
         return [read(self._integers, start + i * ROWS, lanes=self.lanes) for i in range(len(blocks))]
 
-    def _multiply(self, first: Expr, column: Expr) -> None:
+    def _turn(self, first: Expr, column: Expr) -> None:
+        """The integers of the blocks from ``column`` on, as many as there are."""
+        for i in range(TURN):
+            with T.If(column + i < self.at.columns // BLOCK), T.Then():
+                self._multiply(first, bind(column + i), i)
+
+    def _multiply(self, first: Expr, column: Expr, turn: int) -> None:
         """The integers of a block of columns of 16 rows of x, to their place in the ring."""
         sets, quads = self.at.sets, QUADS // self.at.sets
         x = bind((first * (self.at.columns // BLOCK) + column * tiles.ROWS) * BLOCK)
         weight = bind(column * (BLOCK * ROWS))
         slot = bind((column & i64(RING - 1)) * (sets * BLOCK_INTEGERS))
         for s in range(sets):
-            tiles.zero(C + s)
-            tiles.load(A + s, self.rows.codes, x + s * 4 * quads, stride=BLOCK)
-            tiles.load(B + s, self._unpacked, weight + s * quads * 4 * ROWS, stride=4 * ROWS)
-            tiles.multiply("tdpbssd" if self._signed else "tdpbsud", C + s, A + s, B + s)
-            tiles.store(C + s, self._integers, slot + s * BLOCK_INTEGERS, stride=4 * ROWS)
+            own = s if sets > 1 else turn
+            tiles.zero(C + own)
+            tiles.load(A + own, self.rows.codes, x + s * 4 * quads, stride=BLOCK)
+            tiles.load(B + own, self._unpacked, weight + s * quads * 4 * ROWS, stride=4 * ROWS)
+            tiles.multiply("tdpbssd" if self._signed else "tdpbsud", C + own, A + own, B + own)
+            tiles.store(C + own, self._integers, slot + s * BLOCK_INTEGERS, stride=4 * ROWS)
 
     def _parts(self, vectors: Sequence[tuple[Expr, int]], first: Expr, count: int) -> None:
         """One vector of weight rows with a tile of rows, of which those before :attr:`_end` are finished."""
         ((panel, self._part),) = vectors
         self._first = first
-        for column in range(min(AHEAD, self.at.columns // BLOCK)):
-            self._multiply(first, i64(column))
+        self._turn(first, i64(0))
         super()._parts(vectors, first, count)
         # What is done to a row is written out once, not for each row of a tile.
         with T.serial(first, tirx.min(first + count, self._end)) as r:

@@ -12,7 +12,7 @@ import pytest
 
 from llmc import targets
 from llmc.schedules.cpu import linear, linear_tiles, quantized_linear, tiles
-from llmc.schedules.protocol import KernelCall
+from llmc.schedules.protocol import KernelCall, TensorSpec
 from tests.kernels.harness import build, error, random_arrays, run
 from tests.kernels.test_cpu_quantized import arrays_of
 from tests.support import amx
@@ -24,8 +24,8 @@ QUANTIZED = (
     "q4_k_40x512",
 )  # fmt: skip
 CALL = linear_tiles.SHAPES["square_576"]
-ROWS = (1, 4, 17, 30, 50)
-"""Less than a tile, a short one alone, a row and a short tile behind whole ones."""
+ROWS = (1, 17, 37, 46, 81)
+"""Too few for tiles of bytes, five and a short tile behind two, and a second row block that has two."""
 
 
 @pytest.fixture(params=list(SPECS.values()), ids=list(SPECS))
@@ -42,7 +42,7 @@ def kernels(spec: str) -> Any:
     """Kernels by their labels; of bfloat16 weights ``bf16_``, with a row block that is not all rows."""
     chosen = {label: (quantized_linear, quantized_linear.SHAPES[label]) for label in QUANTIZED}
     chosen |= {f"bf16_{label}": (linear_tiles, call) for label, call in linear_tiles.SHAPES.items()}
-    blocks = {label: {"row_block": 32} for label in chosen}
+    blocks = {label: {"row_block": 48, "rows": 4} if label in QUANTIZED else {"row_block": 64} for label in chosen}
     return build(chosen, targets.parse(spec), blocks)
 
 
@@ -65,8 +65,8 @@ def test_quantized_products_have_the_bits_that_they_have_without_tiles(spec: str
 @pytest.mark.parametrize("label", QUANTIZED)
 def test_quantized_products_of_exact_activations_are_exact_to_float32(spec: str, label: str) -> None:
     call = quantized_linear.SHAPES[label]
-    arrays = arrays_of(call, 37, seed=2, exact=True)
-    result = run(kernels(spec), label, call, arrays, {"n": 37})
+    arrays = arrays_of(call, 46, seed=2, exact=True)
+    result = run(kernels(spec), label, call, arrays, {"n": 46})
     assert error(result, quantized_linear.reference(call, *arrays)) < 2e-6
 
 
@@ -117,11 +117,13 @@ def test_every_thread_gives_its_tiles_back(spec: str) -> None:
 def test_what_has_tiles_and_what_has_none() -> None:
     target = targets.parse("cpu:sapphirerapids")
     small, decode, half = (linear._call(o, k, d, phase=p) for o, k, d, p in (
-        (63, 64, "bfloat16", "extend"), (64, 64, "bfloat16", "decode"), (64, 64, "float16", "extend"),
+        (31, 64, "bfloat16", "extend"), (64, 64, "bfloat16", "decode"), (64, 64, "float16", "extend"),
     ))  # fmt: skip
     assert "AMX tiles" in str(linear_tiles.matches(CALL, target))
     assert [linear_tiles.matches(c, target) for c in (small, decode, half)] == [None] * 3
     assert linear_tiles.matches(linear._call(64, 48, "bfloat16"), target) is None
+    logits = replace(CALL, args=(TensorSpec(("r", 576), "float32"), *CALL.args[1:]), result=TensorSpec(("r", 576), "float32"))
+    assert linear_tiles.matches(logits, target) is None
     quantized = quantized_linear.SHAPES["square_256_int4_g64"]
     assert "AMX tiles, vnni" in str(quantized_linear.matches(quantized, target))
     assert "AMX" not in str(quantized_linear.matches(replace(quantized, phase="decode"), target))
@@ -135,7 +137,7 @@ def test_what_has_tiles_and_what_has_none() -> None:
     [
         (quantized_linear, quantized_linear.SHAPES["square_256_int4_g64"], "tdpbssd"),
         (quantized_linear, quantized_linear.SHAPES["q5_1_16x64"], "tdpbsud"),
-        (linear_tiles, linear_tiles.SHAPES["one_step_64x32_silu"], "tdpbf16ps"),
+        (linear_tiles, linear_tiles.SHAPES["one_step_32x32_silu"], "tdpbf16ps"),
     ],
     ids=["signed", "unsigned", "bfloat16"],
 )

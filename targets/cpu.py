@@ -66,7 +66,7 @@ ARM_FEATURES = {
 
 
 def known_specs() -> list[str]:
-    arm = [f"cpu:aarch64+{extension}" for extension in ("neon", "dotprod", "i8mm")]
+    arm = [f"cpu:aarch64+{extension}" for extension in ("neon", "dotprod", "dotprod+i8mm")]
     elsewhere = ["cpu:apple-m1@macos", "cpu:x86-64-v3@windows", "cpu:aarch64+dotprod@android"]
     return ["cpu", *(f"cpu:{level}" for level in LEVELS), *arm, *elsewhere]
 

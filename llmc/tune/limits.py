@@ -15,9 +15,9 @@ from llmc.tune.task import Task
 DENSE_FLOPS = {"sm_80": 312e12, "sm_86": 150e12, "sm_89": 165e12, "sm_90": 989e12, "sm_90a": 989e12, "sm_100a": 2250e12}
 """Multiply-adds of 16-bit numbers per second, times two, of the largest GPU of an architecture (NVIDIA's data sheets)."""
 
-INTEGER = {"vnni": 4.0, "sdot": 4.0, "bytes": 2.0}
+INTEGER = {"vnni": 4.0, "sdot": 4.0, "smmla": 8.0, "bytes": 2.0}
 """Products of bytes in the time of one of float32, by :attr:`llmc.schedules.cpu.quantized_dot.Dot.how`: an instruction multiplies
-four times as many numbers, and without VNNI or dotprod another one adds them up. 1 for other ways."""
+four or, with i8mm, eight times as many numbers, and without any of these another one adds them up. 1 for other ways."""
 
 
 @dataclass(frozen=True)

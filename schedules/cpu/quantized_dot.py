@@ -13,6 +13,7 @@ AVX2, 8 bits        the same of |code - 128| and the activation with that one's 
 SSE2, and 8 bits    even and odd bytes widened, ``pmaddwd``
 with AVX-512BW
 NEON dotprod        ``sdot``: signed · signed; 8-bit codes are moved to -128..127 by flipping a bit
+NEON i8mm           ``smmla``: eight bytes of two weight rows · those of two rows of x, four sums; ``sdot`` for a single row of x
 others              32-bit multiplications
 =================== ===========================================================================================
 """
@@ -24,7 +25,7 @@ from typing import Any
 
 from tvm import tirx
 
-from llmc.schedules.cpu.emit import Simd, bind, read, vector
+from llmc.schedules.cpu.emit import Simd, bind, read, shuffle, vector
 from llmc.schedules.cpu.layout_panel import PLANES, QUADS, ROWS
 from llmc.targets.base import Target
 
@@ -34,6 +35,7 @@ MADD_BYTES = {16: "llvm.x86.avx512.pmaddubs.w.512", 8: "llvm.x86.avx2.pmadd.ub.s
 MADD_WORDS = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}
 SIGN = "llvm.x86.avx2.psign.b"
 SDOT = "llvm.aarch64.neon.sdot.v4i32.v16i8"
+SMMLA = "llvm.aarch64.neon.smmla.v4i32.v16i8"
 
 
 class Dot:
@@ -44,7 +46,7 @@ class Dot:
         self.lanes = min(simd.lanes, ROWS)
         self.parts = ROWS // self.lanes
         self.how = self._instructions(target)
-        self.bias = 128 if self.how in ("sdot", "signs") and bits == 8 else 0
+        self.bias = 128 if self.how in ("sdot", "smmla", "signs") and bits == 8 else 0
         """What was subtracted from the codes: the products are those of code - bias."""
 
     def _instructions(self, target: Target) -> str:
@@ -56,7 +58,7 @@ class Dot:
                 return "bytes"
             return "signs" if self.lanes == 8 else "words"
         if "asimddp" in has:
-            return "sdot"
+            return "smmla" if "i8mm" in has else "sdot"
         return "multiply"
 
     def codes(self, panels: Expr, panel: Expr, block: Expr, part: int) -> list[Expr]:
@@ -82,11 +84,41 @@ class Dot:
         """Quads that :meth:`products` takes best at a time: more of them only where it adds several before it widens."""
         return min(QUADS, self._narrow_steps()) if self.how == "bytes" else 1
 
+    def of_rows(self, starts: Sequence[Expr], quads: Sequence[Expr], codes: Expr, places: Sequence[Expr]) -> list[Expr]:
+        """For each row of x, whose activations for the ``quads`` are ``codes[place:]``, :meth:`products` from its start on (an
+        int32 for all lanes). Rows take turns at every few quads: an instruction that adds to a sum waits for the one before, and
+        the other rows' need not."""
+        pairs = len(places) // 2 if self.how == "smmla" else 0
+        found = self._of_pairs(starts[: 2 * pairs], quads, codes, places[: 2 * pairs]) if pairs else []
+        starts, places = starts[2 * pairs :], places[2 * pairs :]
+        sums = [tirx.Broadcast(start, self.lanes) for start in starts]
+        for low in range(0, len(quads), self.step):
+            taken = quads[low : low + self.step]
+            for i, place in enumerate(places):
+                sums[i] = self.products(sums[i], taken, codes, place + 4 * low)
+        return found + sums
+
+    def _of_pairs(self, starts: Sequence[Expr], quads: Sequence[Expr], codes: Expr, places: Sequence[Expr]) -> list[Expr]:
+        """The same of an even number of rows: a 2 x 2 matrix of sums for two weight rows and two rows of x."""
+        rows = range(0, len(places), 2)
+        sums = [
+            [bind(shuffle([tirx.Broadcast(start, 2) for start in starts[i : i + 2]], [0, 2, 1, 3])) for _ in range(2)] for i in rows
+        ]
+        for q in range(0, len(quads), 2):
+            words = [_as(quad, "int32", 4) for quad in quads[q : q + 2]]
+            # Eight columns of weight rows 0 and 1, and of 2 and 3.
+            weights = [bind(_as(shuffle(words, [i, 4 + i, i + 1, 5 + i]), "int8", 16)) for i in (0, 2)]
+            for total, i in zip(sums, rows, strict=True):
+                x = bind(shuffle([read(codes, place + 4 * q, lanes=8) for place in places[i : i + 2]], range(16)))
+                for half, weight in enumerate(weights):
+                    total[half] = bind(_call("int32x4", SMMLA, total[half], weight, x))
+        return [bind(shuffle(total, range(row, 8, 2))) for total in sums for row in range(2)]
+
     def products(self, start: Expr, quads: Sequence[Expr], codes: Expr, at: Expr) -> Expr:
         """``start`` (int32) + the sum over ``quads`` of their products with the activations int8 ``codes[at:]``."""
         xs = [_broadcast(codes, at + 4 * i, self.lanes) for i in range(len(quads))]
         return {"vnni": self._vnni, "bytes": self._madd_bytes, "signs": self._madd_signs, "words": self._madd_words,
-                "sdot": self._sdot, "multiply": self._multiply}[self.how](start, quads, xs)  # fmt: skip
+                "sdot": self._sdot, "smmla": self._sdot, "multiply": self._multiply}[self.how](start, quads, xs)  # fmt: skip
 
     def _narrow_steps(self) -> int:
         """Quads whose products with 7-bit activations add up in 16 bits."""

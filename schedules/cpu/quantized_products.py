@@ -126,17 +126,12 @@ class Products:
         return [bind(self.rows.block(first + i, column)) for i in range(count)]
 
     def _sums(self, codes: list[Expr], blocks: Sequence[Expr], s: int) -> list[Expr]:
-        """For each of ``blocks`` of x, its products with set ``s`` of the codes. The rows take turns at every few quads: an
-        instruction that adds to a sum waits for the one before, and the other rows' need not."""
-        at, rows, dot = self.at, self.rows, self.dot
+        """For each of ``blocks`` of x, its products with set ``s`` of the codes."""
+        at, rows = self.at, self.rows
         quads, zero = QUADS // at.sets, tirx.const(0, "int32")
         starts = [zero if rows.starts is None else read(rows.starts, block * at.sets + s) for block in blocks]
-        sums = [tirx.Broadcast(start, self.lanes) for start in starts]
-        for low in range(s * quads, (s + 1) * quads, dot.step):
-            taken = codes[low : min(low + dot.step, (s + 1) * quads)]
-            for i, block in enumerate(blocks):
-                sums[i] = dot.products(sums[i], taken, rows.codes, block * BLOCK + 4 * low)
-        return sums
+        places = [block * BLOCK + 4 * s * quads for block in blocks]
+        return self.dot.of_rows(starts, codes[s * quads : (s + 1) * quads], rows.codes, places)
 
     def _add(self, integers: Expr, scale: Expr, offset: Expr | None, scales: Expr, offsets: Expr, acc: Expr, group: Expr) -> None:
         """Scaled products to ``group``, and to ``acc`` what the weights' minima add."""

@@ -21,6 +21,7 @@ COLUMNS = {
     "AMX": "cpu:x86-64-v3+amx-bf16+amx-int8",
     "NEON": "cpu:aarch64+neon",
     "NEON dotprod": "cpu:aarch64+dotprod",
+    "NEON i8mm": "cpu:aarch64+dotprod+i8mm",
 }
 ROWS = (1, 7)
 """Rows that kernels are run with."""
@@ -34,7 +35,7 @@ The instruction sets below are those that kernels differ by. x86-64 ran on its h
 SmolLM2 gives the same tokens too (`pytest -m slow tests/slow`). AMX's tile instructions were emulated one by one
 (`tests/support/amx_emulator.c`), with AVX2 beside them; on a processor that has them, beside AVX-512 as `cpu:sapphirerapids` and
 its kin do, products of quantized weights had the bits that they have without (benchmarks/cpu.md). Libraries for macOS, Windows and
-Android are linked and their headers checked; none has run there. i8mm is accepted and has no kernels of its own.
+Android are linked and their headers checked; none has run there.
 
 Largest error of any shape against a float64 reference, in units of the result's largest value, for float32 / 16-bit results.
 Products with quantized weights are given activations that 8 bits hold, so that what they round is not in it; between the two

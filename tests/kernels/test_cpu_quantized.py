@@ -214,6 +214,7 @@ def test_take_gives_the_dequantized_rows(label: str) -> None:
     [
         ("cpu:aarch64+neon", "mla"),
         ("cpu:aarch64+dotprod", "sdot"),
+        ("cpu:aarch64+dotprod+i8mm", "smmla"),
         ("cpu:x86-64-v3", "vpsignb"),
         ("cpu:x86-64-v3+avxvnni", "vpdpbusd"),
         ("cpu:x86-64-v4+avx512vnni", "vpdpbusd"),
@@ -223,8 +224,9 @@ def test_every_instruction_set_has_its_dot_product(spec: str, instruction: str) 
     """Eight bits, where the ways differ."""
     module = build({"linear": (quantized_linear, quantized_linear.SHAPES["odd_33x70_int8"])}, targets.parse(spec))
     assembly = module.inspect_source("asm")
-    found = {name for name in ("mla", "sdot", "vpsignb", "vpdpbusd") if re.search(rf"\b{name}\b", assembly)}
-    assert found - {"mla"} == {instruction} - {"mla"} and instruction in found
+    found = {name for name in ("mla", "sdot", "smmla", "vpsignb", "vpdpbusd") if re.search(rf"\b{name}\b", assembly)}
+    # A single row takes sdot where pairs of rows take smmla.
+    assert found - {"mla"} == {instruction, *(["sdot"] if instruction == "smmla" else [])} - {"mla"} and instruction in found
     assert ("{vex}" in assembly) == ("avxvnni" in spec)
 
 

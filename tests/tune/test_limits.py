@@ -12,7 +12,13 @@ from llmc.tune.task import make
 
 @pytest.mark.parametrize(
     "target, factor",
-    [("cpu:x86-64-v4+avx512vnni", 4), ("cpu:aarch64+dotprod", 4), ("cpu:x86-64-v3", 2), ("cpu:x86-64-v2", 1)],
+    [
+        ("cpu:x86-64-v4+avx512vnni", 4),
+        ("cpu:aarch64+dotprod", 4),
+        ("cpu:aarch64+dotprod+i8mm", 8),
+        ("cpu:x86-64-v3", 2),
+        ("cpu:x86-64-v2", 1),
+    ],
 )
 def test_integer_products_are_held_against_integer_instructions(target: str, factor: int) -> None:
     limits, at = Limits(bandwidth=1e15, flops=1e12), targets.parse(target)

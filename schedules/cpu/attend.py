@@ -15,7 +15,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from llmc.kv_layout import FLOATS, scheme_attr
-from llmc.schedules.cpu.emit import Simd, Symbols, arguments, bind, ceildiv, function, i64, local, read, store, when
+from llmc.schedules.cpu.emit import Simd, Symbols, arguments, bind, ceildiv, function, i64, keep, local, read, store, when
 from llmc.schedules.cpu.flash import Flash, Heads, Scores
 from llmc.schedules.cpu.kv_codes import Side
 from llmc.schedules.cpu.states import SEGMENT, width
@@ -151,12 +151,13 @@ def _decode(flash: Flash, hk: int, n: Expr, pages: Expr, lengths: Expr, out: Exp
 
     with T.parallel(0, n * hk * parts) as t:
         flash.allocate()
-        pair, part = bind(tirx.floordiv(i64(t), parts)), bind(tirx.floormod(i64(t), parts))
+        # Kept, so that TVM's analyses of every address do not go into a division by a variable.
+        pair, part = keep(tirx.floordiv(i64(t), parts)), keep(tirx.floormod(i64(t), parts))
         row, head, position = of(pair)
         low, high = flash.segments(position, position)
         alone = parts <= 1
         begin, end = tirx.Select(alone, low, tirx.max(low, part)), tirx.Select(alone, high, tirx.min(high, part + 1))
-        flash.run(row, head, row, i64(1), position, bind(begin), bind(end))
+        flash.run(row, head, row, i64(1), position, keep(begin), keep(end))
         when(
             alone,
             lambda: flash.states.finish(out, head, row, i64(1)),

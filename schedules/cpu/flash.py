@@ -101,19 +101,20 @@ class Flash:
         ``sequence``, over the segments ``low .. high``."""
         last = bind(position + rows - 1)
         self.states.start(i64(0), rows)
+        lowest = keep(tirx.floordiv(self._lowest(position), self.chunk))
         with T.serial(low, high) as s:
             segment = bind(i64(s))
             self.set = self.states.set_of(segment, low)
             when(segment > low, lambda: self.states.start(self.set, rows))
-            begin = tirx.max(tirx.floordiv(self._lowest(position), self.chunk), segment * (SEGMENT // self.chunk))
+            begin = tirx.max(lowest, segment * (SEGMENT // self.chunk))
             end = tirx.min(tirx.floordiv(last, self.chunk), segment * (SEGMENT // self.chunk) + (SEGMENT // self.chunk - 1))
-            with T.serial(bind(begin), bind(end + 1)) as c:
+            with T.serial(keep(begin), keep(end + 1)) as c:
                 self._chunk(sequence, head, first, rows, position, bind(i64(c) * self.chunk), last)
             when(segment > low, lambda: self.states.merge(rows))
 
     def segments(self, first: Expr, last: Expr) -> tuple[Expr, Expr]:
         """The segments that rows at positions ``first .. last`` of a sequence see: the first, and the one behind the last."""
-        return bind(tirx.floordiv(self._lowest(first), SEGMENT)), bind(tirx.floordiv(last, SEGMENT) + 1)
+        return keep(tirx.floordiv(self._lowest(first), SEGMENT)), keep(tirx.floordiv(last, SEGMENT) + 1)
 
     def _chunk(self, sequence: Expr, head: Expr, first: Expr, rows: Expr, position: Expr, base: Expr, last: Expr) -> None:
         """The positions from ``base`` on for all rows, at most up to the ``last``."""

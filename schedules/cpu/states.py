@@ -45,7 +45,8 @@ class States:
 
     def set_of(self, segment: Expr, low: Expr) -> Expr:
         """The first query of the set that takes ``segment``, where ``low`` is the first of the task."""
-        return bind(tirx.Select(segment > low, i64(self.queries), i64(0)))
+        # Kept: an address with a choice in it is looked through by every analysis of TVM's.
+        return keep(tirx.Select(segment > low, i64(self.queries), i64(0)))
 
     def start(self, first: Expr, rows: Expr) -> None:
         """Empty the states of ``rows`` rows from query number ``first`` on."""

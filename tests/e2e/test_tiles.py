@@ -24,7 +24,10 @@ PROMPT = [3 + 5 * i % 90 for i in range(37)]
     ("options", "sizes", "products"),
     [
         ({"quant": "int4_g32"}, {}, "byte products"),
-        ({"dtype": "bfloat16"}, {"hidden_size": 96, "intermediate_size": 128}, "bfloat16 products"),
+        # Slow: the same way as the other; bfloat16 kernels are run by tests/kernels/test_cpu_tiles.py.
+        pytest.param(
+            {"dtype": "bfloat16"}, {"hidden_size": 96, "intermediate_size": 128}, "bfloat16 products", marks=pytest.mark.slow
+        ),
     ],
     ids=["int4", "bfloat16"],
 )

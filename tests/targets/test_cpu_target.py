@@ -179,7 +179,7 @@ def test_a_library_for_windows_names_the_one_it_imports_from(tmp_path: Path) -> 
 def test_aarch64_kernels_use_fused_vector_arithmetic_and_the_stack() -> None:
     """Buffers of an attention task are tens of KB: from the system's allocator they would be page faults in every step."""
     target = targets.parse("cpu:aarch64+neon")
-    calls = {"linear": (linear, linear.SHAPES["odd_37x100_f16_silu"]), "attend": (attend, attend.SHAPES["smollm2_decode"])}
+    calls = {"linear": (linear, linear.SHAPES["odd_37x100_f16_silu"]), "attend": (attend, attend.SHAPES["smollm2_extend"])}
     functions = {}
     for name, (family, call) in calls.items():
         config = {axis: values[0] for axis, values in family.space(call, target).items()}

@@ -32,7 +32,7 @@ from llmc.passes.fold_norm import fold_norm
 from llmc.passes.fuse_append import fuse_append
 from llmc.passes.fuse_attend import fuse_attend
 from llmc.passes.fuse_epilogue import fuse_bias, fuse_epilogue
-from llmc.passes.fuse_gated import fuse_gated
+from llmc.passes.fuse_gated import Takes, fuse_gated
 from llmc.passes.fuse_norm import fuse_norm
 from llmc.passes.fuse_rope import fuse_rope
 from llmc.passes.lower_kernels import KernelLibrary, generated_choice, kernel_call, lower_kernels
@@ -181,20 +181,23 @@ def _fuse_append(s: _State) -> None:
         fuse_append(graph)
 
 
+def _fuse_in_decode(s: _State, fuse: Callable[[Graph, Takes], None]) -> None:
+    """Run ``fuse`` on the decode phase, with what the target has kernels for there."""
+    families = targets.module_for(s.target).families(s.target)
+    decode = next(graph for graph in s.graphs if graph.name == "decode")
+    fuse(decode, lambda layer, y: takes(kernel_call(layer, y, "decode"), s.target, families))
+
+
 def _fuse_attend(s: _State) -> None:
     if "attend" in s.options.unfused:
         return
-    families = targets.module_for(s.target).families(s.target)
-    decode = next(graph for graph in s.graphs if graph.name == "decode")
-    fuse_attend(decode, lambda layer, y: takes(kernel_call(layer, y, "decode"), s.target, families))
+    _fuse_in_decode(s, fuse_attend)
 
 
 def _fold_norm(s: _State) -> None:
     if "norm" in s.options.unfused:
         return
-    families = targets.module_for(s.target).families(s.target)
-    decode = next(graph for graph in s.graphs if graph.name == "decode")
-    fold_norm(decode, lambda layer, y: takes(kernel_call(layer, y, "decode"), s.target, families))
+    _fuse_in_decode(s, fold_norm)
 
 
 def _lower_kernels(s: _State) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,21 +11,17 @@ import numpy as np
 import pytest
 from tvm.relax import op
 
-from llmc import targets
 from llmc.dialect.core import attrs_of
 from llmc.dialect.interpreter import OPS
 from llmc.dialect.linear import linear, reference
 from llmc.dialect.moe import moe
 from llmc.dialect.norm import layer_norm, rms_norm
 from llmc.dialect.quantized import quantized_linear
-from llmc.importer.model import import_model
 from llmc.importer.params import Constant
-from llmc.importer.resolve import resolve
-from llmc.passes import pipeline
 from llmc.passes.fold_norm import fold_norm
-from llmc.passes.pipeline import Options
-from llmc.passes.rewrite import Graph, op_name
+from llmc.passes.rewrite import op_name
 from tests.passes.test_patterns import Case
+from tests.support.pipelines import EVEN, OPTIONS, phases_after
 
 
 def fold(graph: Any) -> None:
@@ -126,34 +121,19 @@ def test_all_layers_must_have_a_kernel() -> None:
     assert set(asked) == {"llmc.norm_linear"}
 
 
-OPTIONS = Options(kv_dtype="bfloat16", context=32, max_batch=4, max_rows=16, max_logit_rows=8, unfused=frozenset())
-EVEN = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-
-
-def _phases(folder: Path, options: Options = OPTIONS, target: str = "cuda:sm_90a") -> dict[str, Counter[str]]:
-    """The operators of both phases before they are lowered."""
-    imported = import_model(resolve(str(folder)), storage_dtype="bfloat16", compute_dtype="bfloat16", context=32)
-    graph = Graph.of("main", imported.mod["main"])
-    graph.remove_unused_params(imported.params)
-    plan = pipeline.Plan(options.quantization)
-    state = pipeline._State([graph], imported.params, targets.parse(target), options, plan)
-    for name, step in pipeline.PASSES:
-        step(state)
-        if name == "fold_norm":
-            break
-    return {g.name: Counter(op_name(value) for _, value in g.bindings) for g in state.graphs}
-
-
 def test_a_models_decode_phase(tiny_model_dir: Callable[..., Path]) -> None:
     """Two layers; the norm before the logits stays, for 277 outputs no kernel of the family fits."""
     folder = tiny_model_dir("llama", intermediate_size=96, **EVEN)
-    found = _phases(folder)
+    found = phases_after("fold_norm", folder)
     assert (found["decode"]["llmc.norm_linear"], found["decode"]["llmc.rms_norm"]) == (4, 1)
     assert (found["extend"]["llmc.norm_linear"], found["extend"]["llmc.rms_norm"]) == (0, 5)
-    for plain in (_phases(folder, replace(OPTIONS, unfused=frozenset({"norm"}))), _phases(folder, target="cuda:sm_80")):
+    for plain in (
+        phases_after("fold_norm", folder, replace(OPTIONS, unfused=frozenset({"norm"}))),
+        phases_after("fold_norm", folder, target="cuda:sm_80"),
+    ):
         assert plain["decode"]["llmc.rms_norm"] == 5
 
 
 def test_norms_of_experts_stay(tiny_model_dir: Callable[..., Path]) -> None:
-    found = _phases(tiny_model_dir("mixtral", intermediate_size=96, **EVEN))["decode"]
+    found = phases_after("fold_norm", tiny_model_dir("mixtral", intermediate_size=96, **EVEN))["decode"]
     assert (found["llmc.norm_linear"], found["llmc.rms_norm"]) == (2, 3)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +12,14 @@ import pytest
 from tvm import relax, tirx
 from tvm.relax import TensorType
 
-from llmc import targets
 from llmc.dialect import interpreter
 from llmc.dialect.paged import attend
 from llmc.dialect.rope_append import rope_append
-from llmc.importer.model import import_model
 from llmc.importer.params import ParamTable
-from llmc.importer.resolve import resolve
-from llmc.passes import pipeline
 from llmc.passes.fuse_attend import fuse_attend
-from llmc.passes.pipeline import Options
-from llmc.passes.rewrite import Graph, Rewriter, op_name
+from llmc.passes.rewrite import Graph, Rewriter
 from llmc.passes.verify_dialect import Verifier
+from tests.support.pipelines import EVEN, OPTIONS, count, phases_after
 
 PAGE, HEADS, D = 4, 4, 6
 
@@ -65,14 +60,10 @@ def _run(graph: Graph) -> tuple[np.ndarray, np.ndarray]:
     return machine.run([given[p.name] for p in graph.params]), machine.pages["kv_pages.0"]
 
 
-def _count(graph: Graph) -> Counter[str]:
-    return Counter(op_name(value) for _, value in graph.bindings)
-
-
 def test_a_later_layer_reads_the_pages_of_the_fused_operator() -> None:
     plain, graph = _layers(), _layers()
     fuse_attend(graph, lambda *_: True)
-    found = _count(graph)
+    found = count(graph)
     assert (found["llmc.rope_attend"], found["llmc.attend"], found["llmc.rope_append"]) == (1, 1, 0)
     Verifier(ParamTable()).graph("fuse_attend", graph)
     for a, b in zip(_run(graph), _run(plain), strict=True):
@@ -83,37 +74,20 @@ def test_a_later_layer_reads_the_pages_of_the_fused_operator() -> None:
 def test_what_is_left_alone(again: str, takes: bool) -> None:
     graph = _layers(again)
     fuse_attend(graph, lambda *_: takes)
-    assert not _count(graph)["llmc.rope_attend"]
-
-
-OPTIONS = Options(kv_dtype="bfloat16", context=32, max_batch=4, max_rows=16, max_logit_rows=8, unfused=frozenset())
-EVEN = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-
-
-def _phases(folder: Path, options: Options = OPTIONS, target: str = "cuda:sm_90a") -> dict[str, Counter[str]]:
-    """The operators of both phases before they are lowered."""
-    imported = import_model(resolve(str(folder)), storage_dtype="bfloat16", compute_dtype="bfloat16", context=32)
-    graph = Graph.of("main", imported.mod["main"])
-    graph.remove_unused_params(imported.params)
-    state = pipeline._State([graph], imported.params, targets.parse(target), options, pipeline.Plan(options.quantization))
-    for name, step in pipeline.PASSES:
-        step(state)
-        if name == "fuse_attend":
-            break
-    return {g.name: _count(g) for g in state.graphs}
+    assert not count(graph)["llmc.rope_attend"]
 
 
 def test_a_models_decode_phase(tiny_model_dir: Callable[..., Path]) -> None:
     folder = tiny_model_dir("llama", **EVEN)
-    found = _phases(folder)
+    found = phases_after("fuse_attend", folder)
     fused = {"llmc.rope_attend": 2, "llmc.rope_append": 0, "llmc.attend": 0}
     apart = {"llmc.rope_attend": 0, "llmc.rope_append": 2, "llmc.attend": 2}
     assert {op: found["decode"][op] for op in fused} == fused
     assert {op: found["extend"][op] for op in apart} == apart
     others = [
-        _phases(folder, replace(OPTIONS, unfused=frozenset({"attend"}))),
-        _phases(folder, replace(OPTIONS, kv_dtype="int8")),
-        _phases(folder, target="cuda:sm_80"),
+        phases_after("fuse_attend", folder, replace(OPTIONS, unfused=frozenset({"attend"}))),
+        phases_after("fuse_attend", folder, replace(OPTIONS, kv_dtype="int8")),
+        phases_after("fuse_attend", folder, target="cuda:sm_80"),
     ]
     for plain in others:
         assert {op: plain["decode"][op] for op in apart} == apart

@@ -195,8 +195,11 @@ def compared(call: KernelCall, symbols: dict[str, int]) -> tuple[Array, Array]:
     return pick(rows, COMPARED_ROWS), pick(columns, COMPARED_OUTPUTS)
 
 
-def expected(family: Any, call: KernelCall, symbols: dict[str, int], arrays: list[Array]) -> Array:
-    """What the family's reference says for the rows and columns of :func:`compared`.
+def expected(
+    family: Any, call: KernelCall, symbols: dict[str, int], arrays: list[Array], fused: tuple[Any, KernelCall] | None = None
+) -> Array:
+    """What the family's reference says for the rows and columns of :func:`compared`, or that of the family and the call that run
+    in its place.
 
     A matrix product is computed for these alone: they depend on no other row of x and on no other row of the weight. (A packed
     weight has no rows to pick before it is unpacked, and attention is computed for all rows.)
@@ -211,7 +214,8 @@ def expected(family: Any, call: KernelCall, symbols: dict[str, int], arrays: lis
                 of_weight = i == 1 or array.ndim == 1
                 array = array[_outputs(call, columns)] if of_weight else array[:, columns]
         parts.append(widen(array, spec.dtype))
-    result = family.reference(call, *parts)
+    runs, as_call = fused or (family, call)
+    result = runs.reference(as_call, *parts)
     if call.op == "llmc.attend":
         result = result[rows]
     return np.asarray(result if call.op == "llmc.linear" else result[..., columns], np.float32)

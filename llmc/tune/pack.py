@@ -83,7 +83,7 @@ class _Expect(_Job):
         task = self.task
         packed = inputs.packed_parts(task.call)
         arrays = (inputs.make(task.call, s, packed=packed) for s in task.sizes)
-        wanted = [inputs.expected(task.family, task.call, s, a) for s, a in zip(task.sizes, arrays, strict=True)]
+        wanted = [inputs.expected(task.family, task.call, s, a, task.fused) for s, a in zip(task.sizes, arrays, strict=True)]
         named = {f"packed{i}": part for i, part in enumerate(packed)} | {f"wanted{i}": w for i, w in enumerate(wanted)}
         np.savez(self.path, **named)  # type: ignore[arg-type]  # no name is "allow_pickle"
 
@@ -123,7 +123,7 @@ def write(
     if folder.exists() and any(folder.iterdir()):
         raise OutputError(f"--offline {folder} is there already and not empty: name a new folder, or remove it")
     problems: list[str] = []
-    found: dict[tuple[str, KernelCall, str], dict[str, str]] = {}
+    found: dict[_Key, dict[str, str]] = {}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _copy_modules(folder)
@@ -134,7 +134,7 @@ def write(
         for job, result in _done(jobs, workers):
             if isinstance(job, _Compile):
                 for text, symbol in result[0].items():
-                    found[job.task.family.NAME, job.task.call, text] = {"library": job.path.name, "symbol": symbol}
+                    found[_key(job.task, text)] = {"library": job.path.name, "symbol": symbol}
                 problems += result[1]
                 done += len(job.configs)
                 progress(done, total, job.task.label)
@@ -142,13 +142,13 @@ def write(
         for task, configs in chosen:
             candidates = []
             for config in configs:
-                place = found.get((task.family.NAME, task.call, _text(task, config)))
+                place = found.get(_key(task, _text(task, config)))
                 if place is not None:
                     source = source_hash(task.family, config_text(config))
                     candidates.append({**place, "config": config, "source": source})
             described = {**task.setup(), "label": task.label, "candidates": candidates}
             first, described["before"] = firsts[id(task)], None
-            if first is not None and (key := (first.family.NAME, first.call, _text(first, first.default))) in found:
+            if first is not None and (key := _key(first, _text(first, first.default))) in found:
                 described["before"] = {**found[key], "call": call_to_json(first.call), "sizes": first.sizes}
             tasks.append(described)
         contents = {
@@ -164,15 +164,25 @@ def write(
     return problems
 
 
+_Key = tuple[str, KernelCall, str]
+"""What is built: family, call and configuration as text."""
+
+
+def _key(task: Task, text: str) -> _Key:
+    family, call = task.runs
+    return family.NAME, call, text
+
+
 def _text(task: Task, config: Config) -> str:
-    return config_text(built_by(task.family, config))
+    """Equal for equal code of one family and call."""
+    return config_text(built_by(task.runs[0], config))
 
 
 def _compiles(chosen: Sequence[tuple[Task, Sequence[Config]]], folder: Path) -> list[_Job]:
     tasks: dict[tuple[str, KernelCall], Task] = {}
     wanted: dict[tuple[str, KernelCall], dict[str, Config]] = {}
     for task, configs in chosen:
-        key = task.family.NAME, task.call
+        key = _key(task, "")[:2]
         tasks.setdefault(key, task)
         wanted.setdefault(key, {}).update({_text(task, c): c for c in configs})
     jobs: list[_Job] = []
@@ -201,7 +211,7 @@ def _compile(task: Task, configs: dict[str, Config], path: Path) -> tuple[dict[s
     functions, names, problems = {}, {}, []
     for i, (text, config) in enumerate(configs.items()):
         try:
-            functions[f"k{i}"] = build(task.family, task.call, task.target, config)
+            functions[f"k{i}"] = build(*task.runs, task.target, config)
             names[f"k{i}"] = text
         except Exception as error:  # a family may refuse a point of its space in any way
             problems.append(f"{task.family.NAME} {config_text(config)}: {_last_line(error)}")

@@ -30,8 +30,8 @@ STEP_ROWS = 128
 read."""
 
 
-Before = tuple[Any, KernelCall]
-"""Family and call of a kernel that runs before another."""
+Kernel = tuple[Any, KernelCall]
+"""Family and call of a kernel."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Task:
     """A distinct kernel call of a model, taken by ``family``, or a part of one. ``per_token``, ``per_prefill``: how often a step of
     decode and of extend runs it; ``sizes``: the symbols it is timed at; ``label``: for people; ``part``: the axis that is searched
     alone, empty for the whole space (:mod:`llmc.schedules.parts`); ``logits``: it gives the logits, of a prompt those of its last
-    row alone; ``before``: what runs before it, and what it is timed behind (None: behind itself)."""
+    row alone; ``before``: what runs before it, and what it is timed behind (None: behind itself); ``fused``: the family and the
+    call that steps run in its place, of the same operands, and what is built and timed (None: itself)."""
 
     family: Any
     call: KernelCall
@@ -50,7 +51,13 @@ class Task:
     label: str = ""
     part: str = ""
     logits: bool = False
-    before: Before | None = None
+    before: Kernel | None = None
+    fused: Kernel | None = None
+
+    @property
+    def runs(self) -> Kernel:
+        """What is built and timed."""
+        return self.fused or (self.family, self.call)
 
     @property
     def space(self) -> dict[str, list[Any]]:
@@ -80,7 +87,8 @@ class Task:
             "target": self.target.name,
             "sizes": list(self.sizes),
             "part": self.part,
-            "before": None if self.before is None else {"family": self.before[0].NAME, "call": call_to_json(self.before[1])},
+            "before": _kernel_to_json(self.before),
+            "fused": _kernel_to_json(self.fused),
         }
 
     def preceding(self) -> Task | None:
@@ -127,10 +135,16 @@ def from_setup(setup: dict[str, Any]) -> Task:
     from llmc.tune.build import family_named
 
     target = targets.parse(setup["target"])
-    family, call = family_named(setup["family"], target), call_from_json(setup["call"])
-    first = setup["before"]
-    before = None if first is None else (family_named(first["family"], target), call_from_json(first["call"]))
-    return Task(family, call, target, 0, 0, tuple(setup["sizes"]), part=setup["part"], before=before)
+
+    def kernel(value: dict[str, Any]) -> Kernel:
+        return family_named(value["family"], target), call_from_json(value["call"])
+
+    before, fused = (kernel(value) if value is not None else None for value in (setup["before"], setup["fused"]))
+    return Task(*kernel(setup), target, 0, 0, tuple(setup["sizes"]), part=setup["part"], before=before, fused=fused)
+
+
+def _kernel_to_json(kernel: Kernel | None) -> dict[str, Any] | None:
+    return None if kernel is None else {"family": kernel[0].NAME, "call": call_to_json(kernel[1])}
 
 
 def tasks_of(choices: Sequence[KernelChoice], target: Target, pattern: str = "*") -> list[Task]:
@@ -141,6 +155,7 @@ def tasks_of(choices: Sequence[KernelChoice], target: Target, pattern: str = "*"
     families = {family.NAME: family for family in targets.module_for(target).families(target)}
     counts: dict[tuple[str, KernelCall], list[int]] = {}
     names: dict[tuple[str, KernelCall], str] = {}
+    fused: dict[tuple[str, KernelCall], Kernel] = {}
     for choice in choices:
         if choice.family not in families or not choice.call:
             continue
@@ -151,6 +166,8 @@ def tasks_of(choices: Sequence[KernelChoice], target: Target, pattern: str = "*"
         key = family.NAME, measured
         at = counts.setdefault(key, [0, 0])
         at[0 if choice.function == "decode" else 1] += choice.count
+        if choice.function == "decode" and choice.family != family.NAME and call.args == measured.args:
+            fused[key] = families[choice.family], call
         names[key] = choice.kernel if call.phase in choice.kernel or measured != call else f"{choice.kernel} {call.phase}"
     befores = {phase: _before(choices, families, phase) for phase in ("decode", "extend")} if target.kind == "cuda" else {}
     heads = [choice.call for choice in choices if choice.function == "extend" and choice.op in LAYERS]
@@ -159,7 +176,8 @@ def tasks_of(choices: Sequence[KernelChoice], target: Target, pattern: str = "*"
         if prod(map(len, families[name].space(call, target).values())) > 1:
             before = {phase: found_before[name, call] for phase, found_before in befores.items() if (name, call) in found_before}
             label = names[name, call]
-            found += make(families[name], call, target, per_token, per_prefill, label, logits=call == head, before=before)
+            counted = per_token, per_prefill, label
+            found += make(families[name], call, target, *counted, logits=call == head, before=before, fused=fused.get((name, call)))
     if not found:
         kernels = sorted({c.kernel for c in choices if c.call})
         raise UsageError(
@@ -169,7 +187,7 @@ def tasks_of(choices: Sequence[KernelChoice], target: Target, pattern: str = "*"
     return found
 
 
-def _before(choices: Sequence[KernelChoice], families: Mapping[str, Any], phase: str) -> dict[tuple[str, KernelCall], Before]:
+def _before(choices: Sequence[KernelChoice], families: Mapping[str, Any], phase: str) -> dict[tuple[str, KernelCall], Kernel]:
     """By the family and the call that records are kept under, what runs before a kernel in a step of ``phase``.
 
     Kernels are listed in the order of their first use, and the first one of a layer follows the last one of the layer before.
@@ -179,7 +197,7 @@ def _before(choices: Sequence[KernelChoice], families: Mapping[str, Any], phase:
     kernels = [(kept_under(families[c.family], call_from_json(c.call)), c.count) for c in mine]
     kernels = [(kernel, count) for kernel, count in kernels if kernel[1].op in inputs.KNOWN]
     layer = [kernel for kernel, count in kernels if count > 1]
-    found: dict[tuple[str, KernelCall], Before] = {}
+    found: dict[tuple[str, KernelCall], Kernel] = {}
     for i, ((family, call), _) in enumerate(kernels):
         before = layer[-1] if layer and layer[0] == (family, call) else kernels[i - 1][0] if i else None
         if before is not None:
@@ -199,10 +217,12 @@ def make(
     per_prefill: int = 0,
     label: str = "",
     logits: bool = False,
-    before: Mapping[str, Before] | None = None,
+    before: Mapping[str, Kernel] | None = None,
+    fused: Kernel | None = None,
 ) -> list[Task]:
     """The tasks of a call: one with the sizes of :func:`llmc.tune.inputs.sizes`, or one for each part of the family. Without parts,
-    one that gives ``logits`` runs a prompt's last row. ``before``: by phase, what runs before it in the model."""
+    one that gives ``logits`` runs a prompt's last row. ``before``: by phase, what runs before it in the model; ``fused``: what
+    steps run in its place."""
     before = before or {}
     name, (family, call) = label or f"{family.NAME}_{call.args[1].shape}", kept_under(family, call)
     if not has_parts(family):
@@ -215,5 +235,6 @@ def make(
             continue
         few = max(sizes[-1].values()) <= STEP_ROWS
         steps, behind = ((per_token, 0), before.get("decode")) if few else ((0, per_prefill), before.get("extend"))
-        found.append(Task(family, call, target, *steps, tuple(sizes), f"{name} n={part}", part, before=behind))
+        runs = fused if few else None
+        found.append(Task(family, call, target, *steps, tuple(sizes), f"{name} n={part}", part, before=behind, fused=runs))
     return found

@@ -92,16 +92,16 @@ class _Server:
         from llmc.tune.task import from_setup
 
         task = from_setup(setup)
-        self.target, self.family, self.call, self.space = task.target, task.family, task.call, task.space
+        self.target, self.runs, self.space = task.target, task.runs, task.space
         self.sizes = sizes = task.sizes
-        arrays = [inputs.make(self.call, s) for s in sizes]
-        wanted = [inputs.expected(self.family, self.call, s, a) for s, a in zip(sizes, arrays, strict=True)]
+        arrays = [inputs.make(task.call, s) for s in sizes]
+        wanted = [inputs.expected(task.family, task.call, s, a, task.fused) for s, a in zip(sizes, arrays, strict=True)]
         self.device = open_device(self.target.kind)
         before = None
         if (first := task.preceding()) is not None:
             kernel = compile_one(first.family, first.call, self.target, first.default, first.sizes).kernel
             before = Before(kernel, first.call, first.sizes, [inputs.make(first.call, s) for s in first.sizes])
-        self.bench = Bench(self.device, self.call, sizes, arrays, wanted, before)
+        self.bench = Bench(self.device, task.call, sizes, arrays, wanted, before)
         self.timers: list[Any] = []
 
     def answer(self, message: dict[str, Any]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class _Server:
         restored = restore(config_text(config), self.space)
         if restored is None:
             raise ValueError("the configuration is not in the family's space")
-        made = compile_one(self.family, self.call, self.target, restored, self.sizes, self.bench.repeats)
+        made = compile_one(*self.runs, self.target, restored, self.sizes, self.bench.repeats)
         error = self.bench.check(made.kernel)
         self.timers.append(self.bench.timers(made.kernel, made.steps))
         return {"number": len(self.timers) - 1, "error": error}

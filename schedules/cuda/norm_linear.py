@@ -65,6 +65,7 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
+    """Of a configuration of some of the ranges of rows (:mod:`llmc.schedules.parts`): for these alone."""
     family, linear = measured_as(call)
 
     def kernel(chosen: dict[str, Any]) -> Any:
@@ -74,15 +75,16 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         return _norm_first(call, of_range.build(linear, target, chosen), bool(chosen["dependent_launch"]))
 
     ranges: dict[str, int | None] = {}
-    chosen: dict[str, Any] = {"dependent_launch": config["dependent_launch"]}
+    chosen: dict[str, Any] = {"dependent_launch": config.get("dependent_launch", True)}
     before = 0
     for axis, most in family.BUCKETS.items():
-        inside = _most_inside(linear, config[axis])
-        if inside > before:
-            few = inside if most is None else min(inside, most)
-            ranges[f"{axis}, norm"], chosen[f"{axis}, norm"] = few, {**config[axis], "norm": True}
-        if most is None or inside < most:
-            ranges[axis], chosen[axis] = most, config[axis]
+        if axis in config:
+            inside = _most_inside(linear, config[axis])
+            if inside > before:
+                few = inside if most is None else min(inside, most)
+                ranges[f"{axis}, norm"], chosen[f"{axis}, norm"] = few, {**config[axis], "norm": True}
+            if most is None or inside < most:
+                ranges[axis], chosen[axis] = most, config[axis]
         before = most or before
     o, k = (linear.attr("o"), linear.attr("k")) if linear.attr("scheme") else linear.args[1].shape
     return for_rows(f"norm_linear_{o}x{k}", ranges, chosen, kernel)

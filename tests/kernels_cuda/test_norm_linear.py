@@ -68,6 +68,23 @@ def test_rows(k: int, dtype: str) -> None:
     assert error(found, rms_norm_reference(x, np.ones(k), eps=1e-5)) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize(
+    ("name", "axis", "n"), [("edges_136x328", "1-8", 5), ("edges_136x328", "17-32", 17), ("edges_136x328_int8", "1-8", 3)]
+)
+def test_a_range_of_rows_alone(name: str, axis: str, n: int) -> None:
+    case = family.SHAPES[name]
+    config = {axis: family.space(case, TARGET)[axis][0]}
+    alone = family.build(case, TARGET, config)
+    assert len(alone.script()) < len(family.build(case, TARGET, parts_default(case)).script()) / 2
+    arrays = arrays_of(case, n)
+    result = run(alone, TARGET, *arrays, np.full((n, 136), np.nan, arrays[0].dtype))[-1]
+    check(family, case, result, family.reference(case, *arrays), "bfloat16")
+
+
+def parts_default(case: KernelCall) -> dict[str, Any]:
+    return {axis: values[0] for axis, values in family.space(case, TARGET).items()}
+
+
 def test_records_are_those_of_the_linear() -> None:
     case = family.SHAPES["edges_136x328"]
     linear = parts.kept_under(family, case)[1]

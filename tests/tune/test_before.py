@@ -92,6 +92,9 @@ def test_a_task_tells_other_processes_what_it_is_timed_behind() -> None:
     assert again.before is not None
     assert (again.before[0].NAME, again.before[1]) == (linear.NAME, FIRST)
     assert from_setup(dataclasses.replace(TASK, before=None).setup()).before is None
+    fused = dataclasses.replace(TASK, family=linear_hopper, target=HOPPER, before=None, fused=(norm_linear, QKV))
+    assert from_setup(json.loads(json.dumps(fused.setup()))).runs == (norm_linear, QKV)
+    assert again.runs == (again.family, CALL)
 
 
 def test_a_worker_times_candidates_behind_it() -> None:
@@ -146,6 +149,9 @@ def test_what_runs_before_a_kernel_follows_from_the_model() -> None:
     assert shapes[o, "1025-"] == qkv
     assert {before[0].NAME for before in found.values() if before} == {linear_hopper.NAME, decode_attention.NAME}
     assert next(task for task in tasks if task.call.op == "llmc.attend").preceding().sizes[-1] == {"n": 64}  # type: ignore[union-attr]
+    fused = {(task.call.args[1].shape, task.part): task.fused for task in tasks}
+    assert [fused[key, "1-8"] for key in (qkv, gate_up)] == [(norm_linear, QKV), (norm_linear, GATE_UP)]
+    assert not any((fused[o, "1-8"], fused[down, "1-8"], fused[pages, ""], fused[qkv, "129-256"]))
     preceding = {key: task.preceding() for task in tasks if (key := (task.call.args[1].shape, task.part))}
     assert {preceding[down, rows].part for rows in ("1-8", "1025-")} == {"1-8", "1025-"}  # type: ignore[union-attr]
     assert preceding[pages, ""].part == ""  # type: ignore[union-attr]  # its sizes are in several ranges of rows

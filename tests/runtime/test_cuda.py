@@ -188,8 +188,8 @@ def test_every_position_has_its_slot_while_steps_are_in_flight(
 class Streams(Cuda):
     """A driver without a GPU that notes what it waits for."""
 
-    def __init__(self, stream: int, waited: list[int]) -> None:
-        self.device, self.stream, self._waited = 3, stream, waited
+    def __init__(self, stream: int, waited: list[int], device: int = 3) -> None:
+        self.device, self.stream, self._waited = device, stream, waited
         self._events, self._pinned, self._allocations = [], [], []
 
     def _call(self, name: str, *arguments: Any) -> None:
@@ -228,6 +228,25 @@ def test_a_thread_waits_for_the_turn_of_another() -> None:
             pass
     thread.join()
     assert said == ["first", "second"]
+    one.close()
+    other.close()
+
+
+def test_another_gpu_is_not_waited_for() -> None:
+    waited: list[int] = []
+    one, other = Streams(5, waited), Streams(6, waited, device=4)
+    said = []
+
+    def second() -> None:
+        with other.turn():
+            said.append("second")
+
+    thread = Thread(target=second)
+    with one.turn():
+        thread.start()
+        thread.join()
+        said.append("first")
+    assert said == ["second", "first"] and not waited
     one.close()
     other.close()
 

@@ -173,7 +173,7 @@ class Cuda:
     graphs = True
     stream = 0
     prefix = "cuda"
-    _turn: ClassVar[RLock] = RLock()
+    _turns: ClassVar[dict[tuple[str, int], RLock]] = {}
     _latest: ClassVar[dict[tuple[str, int], Cuda]] = {}
     renamed: Mapping[str, str] = MappingProxyType({})
 
@@ -222,15 +222,22 @@ class Cuda:
     def turn(self) -> Iterator[None]:
         """See :meth:`Driver.turn`. What another one has put into its stream is done first: the models of a process take the memory
         of a call from one pool, which is in stream order for one stream alone."""
-        with self._turn:
+        with self._device_lock():
             self.use()
-            place = self.prefix, self.device
-            before = self._latest.get(place)
+            before = self._latest.get(self._place)
             if before is not self:
                 if before is not None:
                     before.synchronize()
-                self._latest[place] = self
+                self._latest[self._place] = self
             yield
+
+    @property
+    def _place(self) -> tuple[str, int]:
+        """What names the GPU in this process."""
+        return self.prefix, self.device
+
+    def _device_lock(self) -> RLock:
+        return self._turns.setdefault(self._place, RLock())
 
     def memory(self) -> tuple[int, int]:
         """See :meth:`Driver.memory`."""
@@ -367,10 +374,10 @@ class Cuda:
 
     def close(self) -> None:
         """See :meth:`Driver.close`."""
-        with self._turn:
+        with self._device_lock():
             self.synchronize()
-            if self._latest.get((self.prefix, self.device)) is self:
-                del self._latest[self.prefix, self.device]
+            if self._latest.get(self._place) is self:
+                del self._latest[self._place]
         for event in self._events:
             self._call("EventDestroy", ctypes.c_void_p(event))
         self._events = []

@@ -8,7 +8,7 @@ e, so that two integer sums (tokens, and e in fixed point) give the bin's mass. 
 exp(-32) of the largest weight count as none.
 
 The draw inverts the cumulative distribution in the order of token ids, by sums of runs of ids and then within one run, at the point
-that Philox4x64-10 (Salmon et al., 2011) gives for (seed, stream, position): the token that :mod:`llmc.runtime.sampling` draws,
+that :mod:`.philox` gives for (seed, stream, position): the token that :mod:`llmc.runtime.sampling` draws,
 as far as the logits' own rounding goes. Token counts of the penalties go up by the token drawn.
 """
 
@@ -21,7 +21,7 @@ from tvm.script import tirx as T
 
 from llmc.runtime.draws import FIELD, FIELDS, MOST
 from llmc.runtime.sampling import SamplingParams, candidates, uniform
-from llmc.schedules.cuda import hopper, sample_stats
+from llmc.schedules.cuda import hopper, philox, sample_stats
 from llmc.schedules.cuda.sample_stats import CHUNK, INFINITE, WIDTH, magnitude, penalize
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.targets.base import Target
@@ -43,8 +43,6 @@ LOSS_BITS = 19
 """Fixed-point bits of e in the first digit's bins, where e < 2^-6: half a million of them fit 32 bits. 11 more for each digit."""
 
 LOADS = 8
-MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
-WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 
 
 def _call(vocab: int) -> KernelCall:
@@ -65,25 +63,6 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     return {}
-
-
-@T.inline
-def multiply_wide(product: Any, a: Any, constant: Any) -> None:
-    """product[0] + 2^64 product[1] = a * constant, all uint64."""
-    mask = T.meta_var(T.uint64(0xFFFFFFFF))
-    a0: T.uint64 = T.bitwise_and(a, mask)
-    a1: T.uint64 = T.shift_right(a, T.uint64(32))
-    p0: T.uint64 = a0 * T.uint64(constant & 0xFFFFFFFF)
-    p1: T.uint64 = a0 * T.uint64(constant >> 32)
-    p2: T.uint64 = a1 * T.uint64(constant & 0xFFFFFFFF)
-    middle: T.uint64 = T.shift_right(p0, T.uint64(32)) + T.bitwise_and(p1, mask) + T.bitwise_and(p2, mask)
-    product[0] = T.bitwise_or(T.shift_left(middle, T.uint64(32)), T.bitwise_and(p0, mask))
-    product[1] = (
-        a1 * T.uint64(constant >> 32)
-        + T.shift_right(p1, T.uint64(32))
-        + T.shift_right(p2, T.uint64(32))
-        + T.shift_right(middle, T.uint64(32))
-    )
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
@@ -123,10 +102,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         goal = T.alloc_local((1,), "float64")
         prefix = T.alloc_local((1,), "uint32")
         most = T.alloc_local((1,), "uint32")
-        counter = T.alloc_local((4,), "uint64")
         key = T.alloc_local((2,), "uint64")
-        product = T.alloc_local((2,), "uint64")
-        product2 = T.alloc_local((2,), "uint64")
 
         row: T.int64 = T.cast(draws[draw, at["row"]], "int64")
         slot: T.int32 = draws[draw, at["slot"]]
@@ -304,23 +280,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                     T.shift_left(T.cast(T.reinterpret("uint32", draws[draw, at["seed_high"]]), "uint64"), T.uint64(32)),
                 )
                 key[1] = T.cast(T.reinterpret("uint32", draws[draw, at["stream"]]), "uint64")
-                # NumPy's generator counts up before it makes a number
-                counter[0] = T.cast(positions[draw] + 1, "uint64")
-                counter[1] = T.uint64(0)
-                counter[2] = T.uint64(0)
-                counter[3] = T.uint64(0)
-                for _ in T.serial(10):
-                    multiply_wide(product, counter[0], MULTIPLIERS[0])
-                    multiply_wide(product2, counter[2], MULTIPLIERS[1])
-                    counter[0] = T.bitwise_xor(T.bitwise_xor(product2[1], counter[1]), key[0])
-                    counter[1] = product2[0]
-                    counter[2] = T.bitwise_xor(T.bitwise_xor(product[1], counter[3]), key[1])
-                    counter[3] = product[0]
-                    # a constant beyond int64 cannot be written: the sum modulo 2^64 as a difference
-                    key[0] = key[0] - T.uint64(2**64 - WEYL[0])
-                    key[1] = key[1] - T.uint64(2**64 - WEYL[1])
-                # TVM writes float64 constants with 15 decimals: a division, since 2^-53 would come out as zero
-                point[0] = T.cast(T.shift_right(counter[0], T.uint64(11)), "float64") / T.float64(2.0**53)
+                philox.uniform(point, key, positions[draw])
             most[0] = T.uint32(0xFFFFFFFF)
             if top_k > 0 and top_k < vocab:
                 select(False)

@@ -83,7 +83,7 @@ class _Prepared:
             if {f for f in (self.packed.finds[j] for j in taken) if f.rows == self.rows} == finds
         )
         (artifact / "weights").mkdir(exist_ok=True)
-        for weights in (self.folder / "0" / "weights").glob("*.safetensors"):
+        for weights in (self.folder / "0" / "weights").iterdir():
             link = artifact / "weights" / weights.name
             if not link.exists():
                 os.link(weights, link)

@@ -87,4 +87,4 @@ def by_rows(buckets: dict[str, int | None], many: int) -> dict[str, list[dict[st
     range without an end."""
     found = {axis: [{"n": most or many}] for axis, most in buckets.items()}
     first = next(iter(found))
-    return {**found, first: [{"n": 1}, *found[first]]}
+    return found if buckets[first] == 1 else {**found, first: [{"n": 1}, *found[first]]}

@@ -62,6 +62,11 @@ def matches(call: KernelCall, target: Target) -> str | None:
     )
 
 
+def buckets(call: KernelCall) -> dict[str, int | None]:
+    """:data:`BUCKETS`, of any call."""
+    return BUCKETS
+
+
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     """For each of :data:`BUCKETS` its kernel and that kernel's configuration; ``dependent_launch``: start early."""
     return {**{rows: candidates(call, rows) for rows in BUCKETS}, "dependent_launch": [True, False]}

@@ -77,7 +77,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     ranges: dict[str, int | None] = {}
     chosen: dict[str, Any] = {"dependent_launch": config.get("dependent_launch", True)}
     before = 0
-    for axis, most in family.BUCKETS.items():
+    for axis, most in family.buckets(linear).items():
         if axis in config:
             inside = _most_inside(linear, config[axis])
             if inside > before:

@@ -3,8 +3,8 @@
 =============  ===================  =========================================================================
 rows           kernel               why
 =============  ===================  =========================================================================
-1-8            ``quantized_ring``   mma with the weights as the wide operand, where there are many of them
-1-8, 9-16      ``quantized_gemv``   the same with more, smaller blocks
+1, 2-8         ``quantized_ring``   mma with the weights as the wide operand, where there are many of them
+1, 2-8, 9-16   ``quantized_gemv``   the same with more, smaller blocks
 more           ``quantized_gemm``   wgmma over tiles as wide as there are rows; k split over a cluster
 =============  ===================  =========================================================================
 
@@ -28,8 +28,9 @@ from llmc.targets.base import Target
 NAME = "cuda.quantized_hopper"
 OP = quantized_call.OP
 KERNELS = {"gemv": quantized_gemv, "ring": quantized_ring, "gemm": quantized_gemm}
-BUCKETS = {"1-8": 8, "9-16": 16, "17-32": 32, "33-64": 64, "65-128": 128, "129-512": 512, "513-": None}
-"""An axis of the configuration -> the most rows that its kernel runs for."""
+BUCKETS = {"1": 1, "1-8": 8, "9-16": 16, "17-32": 32, "33-64": 64, "65-128": 128, "129-512": 512, "513-": None}
+"""An axis of the configuration -> the most rows that its kernel runs for. One row is apart (:func:`buckets`) where a kernel with
+room for one alone leaves memory to its neighbours; what is called 1-8 begins with two then."""
 
 MANY_ROWS = 2048
 """What the last range is tuned for."""
@@ -49,18 +50,25 @@ def matches(call: KernelCall, target: Target) -> str | None:
     return f"{call.attr('scheme')} codes to {call.args[0].dtype} tensor cores; the kernel by the number of rows: mma, wgmma"
 
 
+def buckets(call: KernelCall) -> dict[str, int | None]:
+    """:data:`BUCKETS` of a call: one row is apart where :mod:`.quantized_ring` takes it."""
+    alone = quantized_ring.most_rows(call) > 0
+    return {rows: most for rows, most in BUCKETS.items() if rows != "1" or alone}
+
+
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
-    """For each of :data:`BUCKETS` its kernel and that kernel's configuration; ``dependent_launch``: start early."""
-    return {**{rows: candidates(call, rows) for rows in BUCKETS}, "dependent_launch": [True, False]}
+    """For each of :func:`buckets` its kernel and that kernel's configuration; ``dependent_launch``: start early."""
+    return {**{rows: candidates(call, rows) for rows in buckets(call)}, "dependent_launch": [True, False]}
 
 
 def candidates(call: KernelCall, rows: str) -> list[dict[str, Any]]:
     """Configurations for a bucket, the default first. Next to where one kernel takes over from the other a bucket has both."""
     most = BUCKETS[rows]
     match rows:
-        case "1-8":
-            streams, rings = tried.quantized_gemvs(call, 8), tried.quantized_rings(call, 8)
-            return rings + streams if quantized_ring.pays(call) else streams + rings
+        case "1" | "1-8":
+            # A row alone has no use for fewer columns in quantized_gemv: the same code as for eight.
+            streams, rings = tried.quantized_gemvs(call, 8), tried.quantized_rings(call, BUCKETS[rows] or 1)
+            return rings + streams if quantized_ring.pays(call, BUCKETS[rows] or 1) else streams + rings
         case "9-16":
             return tried.quantized_gemvs(call, 16) + tried.quantized_gemms(call, 16)
         case "17-32":
@@ -69,7 +77,7 @@ def candidates(call: KernelCall, rows: str) -> list[dict[str, Any]]:
 
 
 def parts(call: KernelCall, target: Target) -> dict[str, list[dict[str, int]]]:
-    return by_rows(BUCKETS, MANY_ROWS)
+    return by_rows(buckets(call), MANY_ROWS)
 
 
 def build_part(call: KernelCall, target: Target, axis: str, value: dict[str, Any]) -> Any:
@@ -78,7 +86,7 @@ def build_part(call: KernelCall, target: Target, axis: str, value: dict[str, Any
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     name = f"quantized_linear_{call.attr('scheme')}_{call.attr('o')}x{call.attr('k')}"
-    return for_rows(name, BUCKETS, config, lambda chosen: KERNELS[chosen["kernel"]].build(call, target, chosen))
+    return for_rows(name, buckets(call), config, lambda chosen: KERNELS[chosen["kernel"]].build(call, target, chosen))
 
 
 reference, roofline = quantized_call.reference, quantized_call.roofline

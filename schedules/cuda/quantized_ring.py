@@ -34,10 +34,13 @@ X_PADDING = 32
 """Columns behind a row of x: rows next to each other are half of the banks apart."""
 
 WORTH = (64 << 20, 256 << 20)
-"""Bytes of codes between which it pays."""
+"""Bytes of codes between which it pays for two rows and more."""
+
+WORTH_ALONE, WORTH_LONG = 24 << 20, 16 << 20
+"""Bytes of codes from which it pays for one row, and where no block has more than a tile."""
 
 LONG = 64
-"""Blocks of 128 columns from which on boxes of two were faster."""
+"""Blocks of 128 columns from which on boxes of two were faster; for one row they always were."""
 
 COPY = "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
 LOAD_SHARED = "ld.shared.v4.b32"
@@ -86,7 +89,7 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 def splits(call: KernelCall, columns: int) -> list[tuple[int, int]]:
     """``split`` such that ``columns`` rows of x fit in shared memory beside two boxes of each warp, the fastest first."""
     at = layout_mma.geometry(quantized_call.how(call), call.attr("o"), call.attr("k"))
-    wides = [wide for wide in ((2, 1) if at.blocks >= LONG else (1, 2)) if at.blocks % wide == 0]
+    wides = [wide for wide in ((2, 1) if at.blocks >= LONG or columns == 1 else (1, 2)) if at.blocks % wide == 0]
     found = [(warps, wide) for warps in (8, 16, 4) for wide in wides if warps * wide <= max(at.blocks, 4)]
     return [split for split in found if stages(call, split, columns, ring_gemv.RING_BYTES) >= 2]
 
@@ -99,10 +102,12 @@ def most_rows(call: KernelCall) -> int:
     return next((columns for columns in (8, 4, 2, 1) if splits(call, columns)), 0)
 
 
-def pays(call: KernelCall) -> bool:
+def pays(call: KernelCall, rows: int) -> bool:
     """Whether for so many codes the kernel was faster than :mod:`.quantized_gemv`, and takes as many rows at once."""
     at = layout_mma.geometry(quantized_call.how(call), call.attr("o"), call.attr("k"))
-    return most_rows(call) >= 8 and WORTH[0] <= at.tiles * ROWS * at.columns * at.bits // 8 <= WORTH[1]
+    alone = WORTH_LONG if at.tiles // (1 + linear_call.activation(call)[1]) <= MULTIPROCESSORS else WORTH_ALONE
+    least, most = alone if rows == 1 else WORTH[0], WORTH[1]
+    return most_rows(call) >= rows and least <= at.tiles * ROWS * at.columns * at.bits // 8 <= most
 
 
 def stages(call: KernelCall, split: tuple[int, int], columns: int, ring: int) -> int:

@@ -84,6 +84,12 @@ def test_few_rows_of_many_weights_stream_where_x_fits(o: int, k: int, kernel: st
     assert family.candidates(call, "9-16")[0]["kernel"] == "gemv"
 
 
+def test_tens_of_rows_by_a_long_k_have_low_tiles_on_all_multiprocessors() -> None:
+    first = {(o, k): family.candidates(gemm_split._call(o, k), "17-32")[0] for o, k in ((4096, 14336), (2048, 8192), (4096, 4096))}
+    assert [(c["tile"], c["split"]) for c in first.values()] == [([64, 32, 1], 2), ([64, 32, 1], 4), ([128, 32, 1], 3)]
+    assert family.candidates(gemm_split._call(4096, 14336), "33-64")[0]["tile"] == [128, 64, 1]
+
+
 def test_what_it_does_not_take() -> None:
     assert family.matches(gemm_split._call(20, 64), TARGET) is None
     assert family.matches(gemm_split._call(64, 20), TARGET) is None

@@ -49,6 +49,9 @@ def test_a_ring_where_there_are_many_codes() -> None:
     ]
     first = [family.candidates(make(o, k, scheme), "1-8")[0]["kernel"] for o, k, scheme in large]
     assert first == ["ring", "gemv", "gemv", "gemv", "gemv"]
+    first = [family.candidates(make(o, k, scheme), "1")[0]["kernel"] for o, k, scheme in large]
+    assert first == ["ring", "gemv", "ring", "gemv", "gemv"]
+    assert [family.candidates(make(*shape, "int8"), "1")[0]["kernel"] for shape in ((2048, 8192), (3072, 2048))] == ["ring", "gemv"]
     case = family.SHAPES["gated_160x264_int8_f16"]
     arrays = operands(case, 5, seed=3)
     chosen = next(c for c in family.candidates(case, "1-8") if c["kernel"] == "ring")
@@ -57,12 +60,28 @@ def test_a_ring_where_there_are_many_codes() -> None:
     assert np.array_equal(ours.view(np.uint16), call(quantized_ring, case, TARGET, arrays, {"n": 5}, own).view(np.uint16))
 
 
+def test_one_row_has_a_kernel_of_its_own() -> None:
+    """Where the ring takes the matrix; two rows keep that of one to eight."""
+    case = family.SHAPES["gated_160x264_int8_f16"]
+    assert set(family.BUCKETS) - set(family.buckets(case)) == set()
+    assert set(family.BUCKETS) - set(family.buckets(family.SHAPES["edges_136x328_q4_1"])) == {"1"}
+    chosen = next(c for c in family.candidates(case, "1") if c["kernel"] == "ring")
+    assert chosen["columns"] == 1
+    own = {axis: value for axis, value in chosen.items() if axis != "kernel"}
+    for n in (1, 2):
+        arrays = operands(case, n, seed=3)
+        ours = call(family, case, TARGET, arrays, {"n": n}, {"1": chosen})
+        check(family, case, ours, family.reference(case, *arrays))
+        if n == 1:
+            assert np.array_equal(ours.view(np.uint16), call(quantized_ring, case, TARGET, arrays, {"n": n}, own).view(np.uint16))
+
+
 @pytest.mark.parametrize(("o", "k"), [(64, 64), (4096, 4096), (28672, 4096), (128256, 2048), (32, 8)])
 @pytest.mark.parametrize("activation", ["none", "silu_gated"])
 def test_every_candidate_fits(o: int, k: int, activation: str) -> None:
     """Its sums the shared memory of a block, its rows of x the blocks that share a tile, its warps the most of a block."""
     case = make(o, k, "int4_g128", activation=activation)
-    for rows in family.BUCKETS:
+    for rows in family.buckets(case):
         for config in family.candidates(case, rows):
             if config["kernel"] == "gemm":
                 height, columns, resident = config["tile"]

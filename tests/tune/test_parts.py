@@ -41,9 +41,9 @@ def record(config: dict[str, Any], seconds: float, n: int, call: KernelCall = CA
 def test_parts_are_axes_and_their_sizes_are_theirs(family: Any) -> None:
     for call in family.SHAPES.values():
         space, found = family.space(call, HOPPER), family.parts(call, HOPPER)
-        assert found.keys() == family.BUCKETS.keys() <= space.keys()
+        assert found.keys() == family.buckets(call).keys() <= space.keys()
         below = 0
-        for axis, most in family.BUCKETS.items():
+        for axis, most in family.buckets(call).items():
             assert all(below < s["n"] <= (most or 10**6) for s in found[axis])
             below = most or 0
 

@@ -35,7 +35,7 @@ DECODE_CONFIGS: dict[str, list[dict[str, Any]]] = {
     "d64": [{}, {"least": 4}, {"least": 2}, {"warps": 4}, {"many": 512}, {"many": 2048}],
     "d96": [{}, {"least": 4}, {"warps": 4}],
 }
-EXTEND_CONFIGS: list[dict[str, Any]] = [{}, {"short": [128, 128], "long": [128, 128]}]
+EXTEND_CONFIGS: list[dict[str, Any]] = [{}, {"short": [128, 128, 2], "long": [128, 128, 2]}]
 EXTEND = {
     "d128": ([(2048, 2048)], [(8192, 8192)], [(512, 512)] * 16, [(128, 128)] * 64, [(512, 8192)],
              [(1, 1024)] * 63 + [(512, 512)], [(4, 2048)] * 32),

@@ -1,8 +1,8 @@
 """``llmc.attend`` in the extend phase on sm_90a: one function that picks a kernel by the tokens of a sequence when it is called.
 
-The kernel is :mod:`.prefill_kernel`. Long chunks run with tiles of 128 rows, one thread block to a multiprocessor: each key is read
-for the most rows. Many short ones run with tiles of 64, two blocks to a multiprocessor: while one waits for its first keys
-or stores its result, the other computes. The choice is host code and sees the sizes n and b only.
+The kernel is :mod:`.prefill_kernel`. Chunks run with tiles of 128 rows, one thread block to a multiprocessor: each key is read for
+the most rows. Many short ones run with tiles of 64, two blocks to a multiprocessor: fewer rows are empty, and while one waits for
+its first keys or stores its result, the other computes. The choice is host code and sees the sizes n and b only.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from tvm import tirx
 
 from llmc.schedules.cuda import hopper
+from llmc.schedules.cuda.gemm_hopper import MULTIPROCESSORS
 from llmc.schedules.cuda.host_choice import host_choice
-from llmc.schedules.cuda.prefill_kernel import kernel, packed_heads
+from llmc.schedules.cuda.prefill_kernel import kernel
+from llmc.schedules.cuda.prefill_tiles import Choices, Shape, packed_heads
 from llmc.schedules.gpu import attention_tile
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
@@ -26,8 +27,8 @@ MAX_HEAD_DIM = 256
 PAGE_SIZES = (8, 16, 32, 64)
 """A page's rows are whole swizzle periods of 8, and a key tile is made of whole pages."""
 
-SHORT = 512
-"""The most tokens of a sequence, on average, that are a short chunk; half of them for a single sequence, likely behind a prefix."""
+SHORT = 128
+"""The most tokens of a sequence, on average, that are a short chunk."""
 
 _call = attention_tile.make_call
 SHAPES: dict[str, KernelCall] = {
@@ -63,28 +64,39 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
-    """``short``, ``long``: rows of a thread block and positions of a key tile for such chunks; ``stages``: tiles of keys, and of
-    values, in shared memory; ``dependent_launch``: start early.
+    """``short``, ``long``: rows of a tile, positions of a tile of keys, and blocks that share keys, for such chunks; the rest is
+    what :class:`~.prefill_kernel.Choices` has.
     """
-    d = int(call.args[0].shape[2])
+    d, page_size = int(call.args[0].shape[2]), int(call.attr("page_size"))
     if d <= 64:
-        short = long = [[64, 128], [64, 64], [128, 128]]
+        short = long = [[64, 128, 1], [128, 128, 2], [128, 128, 1], [64, 64, 1]]
     elif d <= 128:
-        short, long = [[64, 64], [128, 128]], [[128, 128], [128, 64], [64, 64]]
+        short, long = [[64, 64, 1], [128, 128, 2]], [[128, 128, 2], [128, 128, 1], [64, 64, 1]]
     else:
-        short = long = [[128, 64], [64, 64]]
-    return {"short": short, "long": long, "stages": [2], "dependent_launch": [True, False]}
+        short = long = [[128, 64, 2], [128, 64, 1], [64, 64, 1]]
+    # Both gain where two blocks share keys and queries are in registers, and lose elsewhere, as measured on an H200.
+    middle = [True, False] if 64 < d <= 128 else [False, True]
+    shapes = {"short": short, "long": long}
+    return {
+        **{length: [s for s in shapes[length] if s[1] % (s[2] * page_size) == 0] for length in shapes},
+        "stages": [2],
+        "blocks": [MULTIPROCESSORS],
+        "lazy": middle,
+        "turns": middle,
+        "dependent_launch": [True, False],
+    }
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
-    depth, early = int(config["stages"]), bool(config["dependent_launch"])
-    tiles = dict.fromkeys((int(config[length][0]), int(config[length][1])) for length in ("short", "long"))
-    kernels = [kernel(call, rows, keys, depth, early) for rows, keys in tiles]
+    choices = Choices(
+        int(config["stages"]), int(config["blocks"]), bool(config["lazy"]), bool(config["turns"]), bool(config["dependent_launch"])
+    )
+    shapes = dict.fromkeys(Shape(*(int(v) for v in config[length])) for length in ("short", "long"))
+    kernels = [kernel(call, shape, choices) for shape in shapes]
     if len(kernels) == 1:
         return kernels[0]
     q, _, table = kernels[0].params[:3]
-    n, b = q.ty.shape[0], table.ty.shape[0]
-    return host_choice(kernels, [n <= tirx.Select(b > 1, b * SHORT, tirx.const(SHORT // 2, "int64"))])
+    return host_choice(kernels, [q.ty.shape[0] <= table.ty.shape[0] * SHORT])
 
 
 reference = attention_tile.reference

@@ -11,11 +11,15 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from llmc.schedules.cuda.hopper import LOG2E, exchange
+from llmc.schedules.cuda.hopper import FULL_WARP, LOG2E, exchange
 
 Expr = Any
 MASKED = -1e30
 """A score that no row keeps: finite, so that the difference of two masked maxima is a number."""
+
+SLACK = 8.0
+"""How far a score may pass the largest so far, in powers of two, before sums are rescaled: dividing by the sum of the weights makes
+up for any common factor, and 2 ** 8 times as many positions as a context has are within the range of float32."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +80,12 @@ def mask(s: Any, count: Any, rules: Any, first_column: Any, first_position: Any,
 
 
 @T.inline
-def accumulate(s: Any, count: Any, rules: Any, largest: Any, shift: Any, decay: Any, total: Any) -> None:
+def accumulate(s: Any, count: Any, rules: Any, largest: Any, shift: Any, decay: Any, total: Any, lazy: Any) -> None:
     """s becomes exp2(s - largest); one online step (Milakov & Gimelshein, 2018).
 
     For each of the thread's two rows: ``largest`` is the largest score so far, ``decay`` what earlier sums shrink by,
-    ``total`` the sum over the thread's own columns; ``shift`` is scratch.
+    ``total`` the sum over the thread's own columns; ``shift`` is scratch. ``lazy``: ``largest`` stays as long as no weight passes
+    2 ** :data:`SLACK`, and ``decay`` is 1 then.
     """
     for r in T.unroll(2):
         shift[r] = largest[r]
@@ -89,6 +94,9 @@ def accumulate(s: Any, count: Any, rules: Any, largest: Any, shift: Any, decay: 
     for r in T.unroll(2):
         shift[r] = T.max(shift[r], exchange(shift[r], 1))
         shift[r] = T.max(shift[r], exchange(shift[r], 2))
+        if lazy:
+            grown = T.meta_var((shift[r] - largest[r]) * T.float32(rules.to_log2))
+            shift[r] = T.if_then_else(grown > T.float32(SLACK), shift[r], largest[r])
         T.ptx["ex2.approx.ftz.f32"](decay[r], (largest[r] - shift[r]) * T.float32(rules.to_log2))
         largest[r] = shift[r]
         # A row that sees nothing of its tiles so far gets no weights. Its score times the factor, less the rounded product, would
@@ -99,3 +107,34 @@ def accumulate(s: Any, count: Any, rules: Any, largest: Any, shift: Any, decay: 
         T.ptx["ex2.approx.ftz.f32"](s[i], s[i] * T.float32(rules.to_log2) - shift[i // 2 % 2])
     for i in T.unroll(count):
         total[i // 2 % 2] = total[i // 2 % 2] + s[i]
+
+
+@T.inline
+def rescale(o: Any, count: Any, decay: Any, lazy: Any) -> None:
+    """Earlier sums shrink by ``decay``. ``lazy``: not where it is 1 in a whole warp, as in most tiles behind the first few."""
+    if lazy:
+        if T.cuda.any_sync(T.uint32(FULL_WARP), T.Or(decay[0] != T.float32(1), decay[1] != T.float32(1))) != 0:
+            for i in T.unroll(count):
+                o[i] = o[i] * decay[i // 2 % 2]
+    else:
+        for i in T.unroll(count):
+            o[i] = o[i] * decay[i // 2 % 2]
+
+
+@T.inline
+def reciprocals(total: Any, largest: Any, scratch: Any, rules: Any, sinks: Any, first_head: Any, own_row: Any, packed: Any) -> None:
+    """total[r] becomes one over the sum of its row's weights. ``sinks`` of the heads, or None; a row is a token's head, of
+    ``packed`` heads from ``first_head`` on, and the thread's are ``own_row`` and 8 more.
+    """
+    for r in T.unroll(2):
+        total[r] = total[r] + exchange(total[r], 1)
+        total[r] = total[r] + exchange(total[r], 2)
+        if sinks is not None:
+            # A sink is one more score without a value. Far above all scores it makes the sum infinite, the result 0.
+            T.ptx["ex2.approx.ftz.f32"](
+                scratch[r],
+                T.cast(sinks[first_head + (own_row + 8 * r) % packed], "float32") * T.float32(LOG2E)
+                - largest[r] * T.float32(rules.to_log2),
+            )
+            total[r] = total[r] + scratch[r]
+        total[r] = T.float32(1) / total[r]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llmc.schedules.cuda import prefill_attention as family
-from llmc.schedules.cuda import prefill_kernel
+from llmc.schedules.cuda import prefill_tiles
 from llmc.targets import cuda
 from tests.kernels.harness import paged_arrays
 from tests.kernels_cuda.emulated import call, check
@@ -55,9 +55,11 @@ def test_many_sequences_empty_ones_and_padding() -> None:
 
 
 CONFIGS: list[dict[str, Any]] = [
-    {"long": [128, 64], "stages": 3},
-    {"long": [64, 64], "dependent_launch": False},
-    {"short": [64, 128], "long": [64, 128]},
+    {"long": [128, 128, 1], "stages": 3, "blocks": 3},
+    {"long": [64, 64, 1], "dependent_launch": False, "lazy": False},
+    {"short": [64, 128, 1], "long": [64, 128, 1], "blocks": 1},
+    {"short": [128, 128, 2], "blocks": 2, "turns": False},
+    {"short": [128, 64, 2], "long": [128, 64, 2], "lazy": False, "blocks": 4},
 ]
 
 
@@ -68,6 +70,18 @@ def test_configurations(config: dict[str, Any], lengths: list[int], rows: list[i
     arrays, symbols = paged_arrays(case, lengths, rows, seed=1)
     result = call(family, case, TARGET, arrays, symbols, config)
     check(family, case, result, family.reference(case, *arrays))
+
+
+def test_sums_are_rescaled_when_scores_grow() -> None:
+    """Scores that rise by hundreds along a sequence and between neighbouring rows, and fall again."""
+    case = family.SHAPES["small_2x1x128"]
+    arrays, symbols = paged_arrays(case, [600, 300], [200, 300], seed=4)
+    q, pages, *_ = arrays
+    q *= np.linspace(1, 40, len(q))[:, None, None].astype(q.dtype)
+    pages *= np.geomspace(0.2, 6, pages.size).reshape(pages.shape).astype(pages.dtype)
+    for lazy in (True, False):
+        result = call(family, case, TARGET, arrays, symbols, {"lazy": lazy, "blocks": 4})
+        check(family, case, result, family.reference(case, *arrays))
 
 
 def test_what_it_does_not_take() -> None:
@@ -83,7 +97,7 @@ def test_what_it_does_not_take() -> None:
 
 @pytest.mark.parametrize(("group", "packed"), [(1, 1), (3, 3), (4, 4), (8, 8), (16, 16), (32, 16), (7, 7), (71, 1), (13, 1)])
 def test_heads_of_a_tile(group: int, packed: int) -> None:
-    assert prefill_kernel.packed_heads(group, 128) == packed
+    assert prefill_tiles.packed_heads(group, 128) == packed
 
 
 def test_roofline() -> None:

@@ -161,6 +161,10 @@ template <class T>
 static inline T __shfl_down_sync(uint, T v, int delta, int = 32) {
   return emu_from_lane(v, emu_lane() + delta < emu_warp_size() ? emu_lane() + delta : emu_lane());
 }
+static inline int __any_sync(uint, int predicate) {
+  for (int mask = 1; mask < emu_warp_size(); mask *= 2) predicate |= emu_from_lane(predicate, emu_lane() ^ mask);
+  return predicate;
+}
 static inline unsigned __activemask() { return ~0u; }
 template <class T>
 static inline T atomicAdd(T* p, T v) {

@@ -4,8 +4,9 @@ Every thread block stays on its multiprocessor and works through output tiles ``
 ``TILE_GROUP`` row tiles and their weights in the L2 cache. One warpgroup of it only copies: 128-byte-swizzled tiles of x and
 of the weight, ``stages`` deep, over mbarriers. The others multiply, 64 rows each, accumulate in float32 and finish:
 act(. + bias) + residual (gated as in ``gemm_split``), rounded once, through shared memory to a TMA store that clips at the
-edges and overlaps the next tile. In a cluster of two blocks each loads half of the weight tile for both. The design is that of
-CUTLASS's persistent cooperative kernel (Thakkar et al., 2023).
+edges and overlaps the next tile. In a cluster of two blocks each loads half of the weight tile for both: a third less to bring
+from the L2 cache for tiles of 256 columns, and less power, of which long prompts have no more than the GPU may draw. The
+design is that of CUTLASS's persistent cooperative kernel (Thakkar et al., 2023).
 
 Tiles that reach over an edge read zeros, so n is free, k and o only have to make rows of 16 bytes. The order of additions
 behind an output element does not depend on n.
@@ -18,6 +19,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from llmc.schedules.cuda import hopper, linear_call
+from llmc.schedules.cuda.host_choice import host_choice
 from llmc.schedules.gpu.emit import WIDTH
 from llmc.schedules.protocol import KernelCall
 from llmc.targets.base import Target
@@ -35,6 +37,9 @@ WGMMA_K = 16
 PRODUCER_REGISTERS = {1: 56, 2: 40}
 CONSUMER_REGISTERS = {1: 240, 2: 232}
 """By the number of consumer warpgroups. Together they stay below the 64 K registers of a multiprocessor."""
+
+EVEN = "even"
+"""The cluster of a function with two kernels: of two blocks where there is an even number of row tiles, else of one."""
 
 NARROW_COST = 32
 """What a result tile costs beside its columns, in columns: rows of x to copy, and the pipeline to fill and to empty."""
@@ -87,15 +92,16 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
-    """``tile``: rows and columns of a result tile; ``cluster``: blocks that share a weight tile; ``blocks``: the grid.
+    """``tile``: rows and columns of a result tile; ``cluster``: blocks that share a weight tile, or :data:`EVEN`; ``blocks``: the
+    grid.
 
     ``dependent_launch``: start while the kernel before this one drains.
     """
     tiles = [*dict.fromkeys(tile for tile, _ in candidates(call, None)), (64, 256), (64, 128)]
-    return {"tile": tiles, "cluster": [1, 2], "blocks": [MULTIPROCESSORS], "dependent_launch": [True, False]}
+    return {"tile": tiles, "cluster": [1, 2, EVEN], "blocks": [MULTIPROCESSORS], "dependent_launch": [True, False]}
 
 
-def candidates(call: KernelCall, rows: int | None) -> list[tuple[tuple[int, int], int]]:
+def candidates(call: KernelCall, rows: int | None) -> list[tuple[tuple[int, int], int | str]]:
     """Pairs of ``tile`` and ``cluster`` for about ``rows`` rows (None: many), the default first.
 
     Of two tile widths the one that leaves fewer multiprocessors idle in the last round is better, and of equal ones the wider.
@@ -109,9 +115,11 @@ def candidates(call: KernelCall, rows: int | None) -> list[tuple[tuple[int, int]
 
     if rows is not None:
         widths.sort(key=rounds)
-    pairs = [((128, width), cluster) for width in widths for cluster in (1, 2)]
-    # Two row tiles that share a narrow weight tile's way from the L2 cache are faster, and slower with a wide one.
-    return sorted(pairs, key=lambda p: p != ((128, widths[0]), 2 if widths[0] == 128 and o >= 256 else 1))
+    clusters = (1, 2, EVEN) if rows is None else (1, 2)
+    pairs = [((128, width), cluster) for width in widths for cluster in clusters]
+    # Two row tiles share a narrow weight tile's way from the L2 cache, and any if there are so many rows that power is short.
+    best = 1 if o < 256 else 2 if widths[0] == 128 else EVEN if rows is None else 1
+    return sorted(pairs, key=lambda p: p != ((128, widths[0]), best))
 
 
 def stages(rows: int, columns: int) -> int:
@@ -121,6 +129,14 @@ def stages(rows: int, columns: int) -> int:
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
+    if config["cluster"] != EVEN:
+        return _kernel(call, config)
+    kernels = [_kernel(call, {**config, "cluster": cluster}) for cluster in (2, 1)]
+    rows, n = config["tile"][0], kernels[0].params[0].ty.shape[0]
+    return host_choice(kernels, [(n + (rows - 1)) // rows % 2 == 0])
+
+
+def _kernel(call: KernelCall, config: dict[str, Any]) -> Any:
     o, k = (int(d) for d in call.args[1].shape)
     rows, columns = config["tile"]
     cluster, blocks, dependent_launch = int(config["cluster"]), int(config["blocks"]), bool(config["dependent_launch"])
@@ -129,6 +145,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     has_bias, has_residual = "bias" in specs, "residual" in specs
     activation, gated = linear_call.activation(call)
 
+    together = TILE_GROUP // cluster
     groups, depth = rows // 64, stages(rows, columns)
     threads, sums = 128 * (groups + 1), columns // 2
     halves = 2 if gated else 1
@@ -144,13 +161,13 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
 
     # Which tile is the i-th: down the row tiles of a group, then to the next column of tiles, then the next group.
     def column_tile(tile: Any, row_tiles: Any) -> Any:
-        inside = tile % (TILE_GROUP * column_tiles)
-        return inside // T.min(row_tiles - tile // (TILE_GROUP * column_tiles) * TILE_GROUP, TILE_GROUP)
+        inside = tile % (together * column_tiles)
+        return inside // T.min(row_tiles - tile // (together * column_tiles) * together, together)
 
     def row_tile(tile: Any, row_tiles: Any) -> Any:
-        group = tile // (TILE_GROUP * column_tiles)
-        inside = tile % (TILE_GROUP * column_tiles)
-        return group * TILE_GROUP + inside % T.min(row_tiles - group * TILE_GROUP, TILE_GROUP)
+        group = tile // (together * column_tiles)
+        inside = tile % (together * column_tiles)
+        return group * together + inside % T.min(row_tiles - group * together, together)
 
     @T.prim_func
     def gemm(x_ptr: T.handle, weight_ptr: T.handle, bias_ptr: T.handle, residual_ptr: T.handle, out_ptr: T.handle) -> None:

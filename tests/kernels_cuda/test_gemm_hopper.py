@@ -50,6 +50,7 @@ def test_reference(name: str) -> None:
         {"tile": (64, 128), "dependent_launch": False},
         {"tile": (128, 256), "cluster": 2, "blocks": 4},
         {"tile": (64, 128), "cluster": 2, "blocks": 2},
+        {"tile": (64, 128), "cluster": "even", "blocks": 2},
     ],
 )
 def test_configurations(name: str, config: dict[str, Any]) -> None:
@@ -59,6 +60,16 @@ def test_configurations(name: str, config: dict[str, Any]) -> None:
     arrays = random_arrays(case, symbols, seed=1)
     result = call(family, case, TARGET, arrays, symbols, BLOCKS | config)
     check(family, case, result, family.reference(case, *arrays))
+
+
+@pytest.mark.parametrize("rows", [150, 260])
+def test_clusters_for_an_even_number_of_row_tiles(rows: int) -> None:
+    """Both kernels of a function, with the same bits."""
+    case, symbols = family.SHAPES["residual_328x136_gelu"], {"n": rows}
+    arrays = random_arrays(case, symbols, seed=3)
+    chosen = call(family, case, TARGET, arrays, symbols, BLOCKS | {"cluster": "even", "blocks": 4})
+    alone = call(family, case, TARGET, arrays, symbols, BLOCKS)
+    assert np.array_equal(chosen.view(np.uint16), alone.view(np.uint16))
 
 
 def test_rows_do_not_depend_on_the_batch() -> None:

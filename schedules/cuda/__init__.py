@@ -14,6 +14,7 @@ from llmc.schedules.cuda import (
     prefill_attention,
     quantized_gemv,
     quantized_hopper,
+    rms_norm,
     rope_attention,
     sample,
     sample_stats,
@@ -21,6 +22,6 @@ from llmc.schedules.cuda import (
 
 FAMILIES = (
     linear_hopper, gemv, quantized_hopper, quantized_gemv, norm_linear, decode_attention, rope_attention, prefill_attention,
-    moe_hopper, *gpu.FAMILIES, sample_stats, sample, advance,
+    moe_hopper, rms_norm, *gpu.FAMILIES, sample_stats, sample, advance,
 )  # fmt: skip
 """In order of preference; the first that matches takes a call."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
@@ -28,6 +29,25 @@ def build(kernels: dict[str, tuple[Any, KernelCall]], target: Target, configs: d
         config |= (configs or {}).get(name, {})
         functions[name] = family.build(call, target, config).with_attr("global_symbol", name)
     return cpu.build_kernels(tvm.IRModule(functions), target)
+
+
+class Kernels:
+    """Kernels by name, each compiled as a module of its own when it is first asked for: a process that runs some of a file's tests
+    compiles what those call. ``kernels``, ``target`` and ``configs`` are those of :func:`build`."""
+
+    def __init__(
+        self,
+        kernels: dict[str, tuple[Any, KernelCall]],
+        target: Target,
+        configs: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
+        self._kernels, self._target, self._configs = kernels, target, configs
+        self._built: dict[str, Any] = {}
+
+    def __getitem__(self, name: str) -> Callable[..., Any]:
+        if name not in self._built:
+            self._built[name] = build({name: self._kernels[name]}, self._target, self._configs)
+        return self._built[name][name]
 
 
 def tensor(array: np.ndarray) -> Any:

@@ -13,7 +13,7 @@ from llmc import targets
 from llmc.passes.quantize.scheme import QuantizedTensor, Scheme, scheme, stored
 from llmc.schedules.cpu import layout_panel, quantized_linear, quantized_rows, quantized_take
 from llmc.schedules.protocol import KernelCall
-from tests.kernels.harness import build, error, run
+from tests.kernels.harness import Kernels, build, error, run
 
 LEVELS = {
     "x86-64": "cpu:x86-64",
@@ -101,7 +101,7 @@ def test_what_the_layout_does_not_take_has_a_reason() -> None:
 def kernels(spec: str) -> Any:
     """Kernels for one instruction set; all shapes on the host's own, a few on the others."""
     labels = quantized_linear.SHAPES if spec == "cpu" else SMALL
-    return build({label: (quantized_linear, quantized_linear.SHAPES[label]) for label in labels}, targets.parse(spec))
+    return Kernels({label: (quantized_linear, quantized_linear.SHAPES[label]) for label in labels}, targets.parse(spec))
 
 
 def arrays_of(call: KernelCall, n: int, seed: int, exact: bool) -> list[np.ndarray]:
@@ -230,7 +230,7 @@ def test_every_instruction_set_has_its_dot_product(spec: str, instruction: str) 
     assert ("{vex}" in assembly) == ("avxvnni" in spec)
 
 
-@pytest.mark.parametrize("spec", ["cpu:x86-64-v3", "cpu:aarch64+neon"])
+@pytest.mark.parametrize("spec", ["cpu:x86-64-v3", "cpu:aarch64+dotprod"])
 def test_weights_of_few_bits_are_asked_for_before_they_are_needed(spec: str) -> None:
     module = build({"linear": (quantized_linear, quantized_linear.SHAPES["qkv_960x576_q4_1"])}, targets.parse(spec))
     assert re.search(r"\bprefetch|\bprfm", module.inspect_source("asm"))

@@ -12,7 +12,7 @@ from llmc import targets
 from llmc.passes.quantize.scheme import QuantizedTensor, Scheme
 from llmc.schedules.cpu import quantized_moe
 from llmc.schedules.protocol import KernelCall
-from tests.kernels.harness import build, error, run
+from tests.kernels.harness import Kernels, error, run
 from tests.kernels.quantized_cases import expert_operands
 from tests.kernels.test_cpu_quantized import quantized
 from tests.quantize.weights import random_matrix
@@ -23,7 +23,7 @@ EXACT = ("clipped_gate_64x40_mxfp4",)
 
 @cache
 def module() -> Any:
-    return build({label: (quantized_moe, call) for label, call in quantized_moe.SHAPES.items()}, targets.parse("cpu"))
+    return Kernels({label: (quantized_moe, call) for label, call in quantized_moe.SHAPES.items()}, targets.parse("cpu"))
 
 
 def arrays_of(call: KernelCall, n: int) -> list[np.ndarray]:

@@ -13,7 +13,7 @@ import pytest
 from llmc import targets
 from llmc.schedules.cpu import linear, linear_tiles, quantized_linear, tiles
 from llmc.schedules.protocol import KernelCall, TensorSpec
-from tests.kernels.harness import build, error, random_arrays, run
+from tests.kernels.harness import Kernels, build, error, random_arrays, run
 from tests.kernels.test_cpu_quantized import arrays_of
 from tests.support import amx
 
@@ -43,14 +43,14 @@ def kernels(spec: str) -> Any:
     chosen = {label: (quantized_linear, quantized_linear.SHAPES[label]) for label in QUANTIZED}
     chosen |= {f"bf16_{label}": (linear_tiles, call) for label, call in linear_tiles.SHAPES.items()}
     blocks = {label: {"row_block": 48, "rows": 4} if label in QUANTIZED else {"row_block": 64} for label in chosen}
-    return build(chosen, targets.parse(spec), blocks)
+    return Kernels(chosen, targets.parse(spec), blocks)
 
 
 @cache
 def without_tiles(spec: str) -> Any:
     """The quantized kernels of the same target without them."""
     target = targets.parse(spec.replace("+amx-bf16+amx-int8", ""))
-    return build({label: (quantized_linear, quantized_linear.SHAPES[label]) for label in QUANTIZED}, target)
+    return Kernels({label: (quantized_linear, quantized_linear.SHAPES[label]) for label in QUANTIZED}, target)
 
 
 @pytest.mark.parametrize("label", QUANTIZED)

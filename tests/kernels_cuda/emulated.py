@@ -56,9 +56,14 @@ def after(
     config: dict[str, Any] | None = None,
 ) -> list[np.ndarray]:
     """The operands as :func:`call` leaves them, and the result."""
+    out = np.full(case.result.bind(symbols), np.nan, DTYPES[case.result.dtype])
+    return kernel(family, case, target, config)(*arrays, out)
+
+
+def kernel(family: Any, case: KernelCall, target: Target, config: dict[str, Any] | None = None) -> Callable[..., list[np.ndarray]]:
+    """The kernel of ``case``, built once in a process: called with copies of its arguments, it returns all of them after it."""
     full = {axis: values[0] for axis, values in family.space(case, target).items()} | (config or {})
     key = (family.NAME, repr(case), target, repr(full))
     if key not in _kernels:
         _kernels[key] = launchable(family.build(case, target, full), target)
-    out = np.full(case.result.bind(symbols), np.nan, DTYPES[case.result.dtype])
-    return _kernels[key](*arrays, out)
+    return _kernels[key]

@@ -36,8 +36,9 @@ def logits_of(case: str) -> tuple[list[dict[int, np.ndarray]], Any]:
     return stepper.logits, lowered
 
 
-# Slow: what these norms and windows add is kernels of the same kinds; compare() in test_end_to_end.py has them by default.
-@pytest.mark.parametrize("case", ["grouped", "nhd", pytest.param("offset_norms", marks=pytest.mark.slow)])
+# Slow: what other norms, windows and layouts of weights add is kernels of the same kinds; compare() in test_end_to_end.py has all
+# of them by default, in one region.
+@pytest.mark.parametrize("case", ["grouped", *(pytest.param(case, marks=pytest.mark.slow) for case in ("nhd", "offset_norms"))])
 def test_a_step_in_one_region_gives_the_same_bits(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     together, lowered = logits_of(case)
     for phase in pipeline.PHASES:

@@ -79,23 +79,22 @@ QUANTIZED = {
     "gemv, norm and append inside": Linears(("quantized_gemv",), True, True),
 }
 STREAMED = ("quantized_ring", "quantized_gemv")
+FOR_ONE = {"split": [8, 2], "columns": 1}
 BYTES = {
     **QUANTIZED,
-    "ring": Linears(STREAMED),
-    "ring, norm inside": Linears(STREAMED, True),
-    "ring of 16 warps, norm inside": Linears(STREAMED, True, settings={"split": [16, 1]}),
-    "ring of two rows, norm inside": Linears(STREAMED, True, settings={"columns": 2}),
-    "ring of two rows and 16 warps, norm inside": Linears(STREAMED, True, settings={"split": [16, 1], "columns": 2}),
-    "ring of larger boxes, norm inside": Linears(STREAMED, True, settings={"split": [8, 2]}),
-    "ring of 4 warps, norm inside": Linears(STREAMED, True, settings={"split": [4, 2]}),
-    "ring of 160 KB, norm inside": Linears(STREAMED, True, settings={"ring": 160 << 10}),
-    "ring of 96 KB, norm inside": Linears(STREAMED, True, settings={"ring": 96 << 10}),
-    "ring but for o, norm inside": Linears(STREAMED, True, roles={"o": ("quantized_gemv",)}),
-    "ring but for o and qkv, norm inside": Linears(STREAMED, True, roles=dict.fromkeys(("o", "qkv"), ("quantized_gemv",))),
+    "ring, norm and append inside": Linears(STREAMED, True, True),
+    "ring but for o, norm and append inside": Linears(STREAMED, True, True, roles={"o": ("quantized_gemv",)}),
+    "ring for gate and up, norm and append inside": Linears(
+        STREAMED, True, True, roles=dict.fromkeys(("o", "qkv", "down"), ("quantized_gemv",))
+    ),
+    "ring for one row, norm and append inside": Linears(STREAMED, True, True, settings=FOR_ONE),
+    "ring for one row but for o, norm and append inside": Linears(
+        STREAMED, True, True, roles={"o": ("quantized_gemv",)}, settings=FOR_ONE
+    ),
 }
 SETS: dict[str, dict[str, Linears]] = {
-    "8b-bf16": DENSE, "1b-bf16": DENSE, "8b-int8": BYTES, "8b-fp8_e4m3": BYTES, "8b-int4_g128": QUANTIZED,
-    "1b-int4_g128": QUANTIZED,
+    "8b-bf16": DENSE, "1b-bf16": DENSE, "8b-int8": BYTES, "8b-fp8_e4m3": BYTES, "1b-int8": BYTES,
+    "8b-int4_g128": QUANTIZED, "1b-int4_g128": QUANTIZED,
 }  # fmt: skip
 """Model and weights -> label -> kernels of the linears."""
 

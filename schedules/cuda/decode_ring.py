@@ -19,7 +19,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from llmc.schedules.cuda import hopper
-from llmc.schedules.cuda.decode_rotation import Rotation, attend_call
+from llmc.schedules.cuda.decode_rotation import Operands, Rotation, attend_call
 from llmc.schedules.cuda.decode_softmax import CHUNK, MASKED, softmaxer
 from llmc.schedules.kv_pages import stored_as
 from llmc.schedules.protocol import KernelCall
@@ -53,11 +53,11 @@ def takes(call: KernelCall) -> bool:
 def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
     """The PrimFunc of ``call`` with ``parts`` (1, 2 or 4) warps to a pair of a sequence and a KV head."""
     rotation, attention = Rotation(call), attend_call(call)
+    operands = Operands(call, rotation)
     hq, d = (int(v) for v in attention.args[0].shape[1:])
     hk, page_size = int(attention.args[1].shape[1]), int(call.attr("page_size"))
     group, dtype, out_dtype, fused = hq // hk, attention.args[0].dtype, call.result.dtype, rotation.here
     has_sinks = bool(call.attr("sinks"))
-    sink_dtype = attention.args[5].dtype if has_sinks else dtype
     window, span = int(call.attr("window")), int(call.attr("chunk"))
 
     stages, atoms, page_chunks, pairs = depth(call), d // hopper.ATOM, page_size // CHUNK, WARPS // parts
@@ -77,18 +77,11 @@ def kernel(call: KernelCall, parts: int, dependent_launch: bool) -> Any:
         rows = T.int64()
         num_pages = T.int64()
         max_pages = T.int64()
-        q = T.match_buffer(q_ptr, (rows, hq, d), dtype, align=16)
-        qkv = T.match_buffer(qkv_ptr, (rows, rotation.width), dtype, align=16)
-        cos = T.match_buffer(cos_ptr, (rows, rotation.table_width), rotation.table_dtype, align=16)
-        sin = T.match_buffer(sin_ptr, (rows, rotation.table_width), rotation.table_dtype, align=16)
-        slots = T.match_buffer(slots_ptr, (rows,), "int32", align=4)
+        q, qkv, cos, sin, slots, table, lens, starts, q_weight, k_weight, sinks = operands.match(  # noqa: RUF059
+            q_ptr, qkv_ptr, cos_ptr, sin_ptr, slots_ptr, table_ptr, lens_ptr, starts_ptr, q_weight_ptr, k_weight_ptr, sinks_ptr,
+            b, rows, max_pages,
+        )  # fmt: skip
         pages = T.match_buffer(pages_ptr, (num_pages, hk, page_size * 2 * d), dtype, align=16)
-        table = T.match_buffer(table_ptr, (b, max_pages), "int32", align=4)
-        lens = T.match_buffer(lens_ptr, (b,), "int32", align=4)
-        starts = T.match_buffer(starts_ptr, (b + 1,), "int32", align=4)  # noqa: F841  (0, 1, ... b in this phase)
-        q_weight = T.match_buffer(q_weight_ptr, (d,), rotation.norm_dtypes[0], align=4)
-        k_weight = T.match_buffer(k_weight_ptr, (d,), rotation.norm_dtypes[1], align=4)
-        sinks = T.match_buffer(sinks_ptr, (hq,), sink_dtype, align=4)
         out = T.match_buffer(out_ptr, (rows, hq, d), out_dtype, align=16)
         # A page of a head is 2 * page_size rows of d: its keys, then its values.
         kv_map: T.let[T.handle("tensormap")] = T.tvm_stack_alloca("tensormap", 1)

@@ -21,6 +21,7 @@ from llmc.schedules.cuda import hopper
 from llmc.schedules.protocol import KernelCall, TensorSpec
 
 Expr = Any
+Parameter = Any
 PAD = 8
 """Elements between two vectors in shared memory, that rows of a fragment lie in different banks."""
 
@@ -49,6 +50,41 @@ def takes(call: KernelCall) -> bool:
     if call.attr("kv_scheme") or not isinstance(qkv.shape[1], int) or slots.dtype != "int32":
         return False
     return all(dtype in ("float32", *hopper.PTX_TYPE) for dtype in floats) and r % (2 if call.attr("interleaved") else 4) == 0
+
+
+class Operands:
+    """What the kernels of both kinds of calls read but the pages, which lie in them as each likes: ``match`` is for their head.
+
+    ``match(q_ptr, qkv_ptr, .., sinks_ptr, b, rows, max_pages)``: the buffers of the parameters in this order, for ``b`` sequences
+    with as many ``rows`` and up to ``max_pages`` pages each. ``starts`` is 0, 1, .. b in this phase.
+    """
+
+    def __init__(self, call: KernelCall, rotation: Rotation) -> None:
+        attention = attend_call(call)
+        hq, d = (int(v) for v in attention.args[0].shape[1:])
+        dtype = attention.args[0].dtype
+        sink_dtype = attention.args[STATE + 2].dtype if attention.attr("sinks") else dtype
+
+        def match(
+            q: Parameter, qkv: Parameter, cos: Parameter, sin: Parameter, slots: Parameter, table: Parameter, lens: Parameter,
+            starts: Parameter, q_weight: Parameter, k_weight: Parameter, sinks: Parameter, b: Expr, rows: Expr, max_pages: Expr,
+        ) -> tuple[Expr, ...]:  # fmt: skip
+            angles = (rows, rotation.table_width), rotation.table_dtype
+            return (
+                T.match_buffer(q, (rows, hq, d), dtype, align=16),
+                T.match_buffer(qkv, (rows, rotation.width), dtype, align=16),
+                T.match_buffer(cos, *angles, align=16),
+                T.match_buffer(sin, *angles, align=16),
+                T.match_buffer(slots, (rows,), "int32", align=4),
+                T.match_buffer(table, (b, max_pages), "int32", align=4),
+                T.match_buffer(lens, (b,), "int32", align=4),
+                T.match_buffer(starts, (b + 1,), "int32", align=4),
+                T.match_buffer(q_weight, (d,), rotation.norm_dtypes[0], align=4),
+                T.match_buffer(k_weight, (d,), rotation.norm_dtypes[1], align=4),
+                T.match_buffer(sinks, (hq,), sink_dtype, align=4),
+            )
+
+        self.match = match
 
 
 class Rotation:

@@ -141,9 +141,17 @@ def _load(path: Path) -> tuple[dict[Any, list[Record]], Any]:
     return dict(sorted(by_call.items(), key=lambda item: item[0][0])), target
 
 
-def _space(family: Any, record: Record, target: Any) -> dict[str, list[Any]]:
-    """The space that a record's configuration is from."""
-    return next(s for s in spaces(family, record.call, target) if s.keys() == axes(record.config))
+def _space(family: Any, records: Sequence[Record], target: Any) -> dict[str, list[Any]]:
+    """The space that the records of a kernel are from. If the family has other axes now: as it was when they were made."""
+    names = axes(records[0].config)
+    if now := next((s for s in spaces(family, records[0].call, target) if s.keys() == names), None):
+        return now
+    found: dict[str, list[Any]] = {axis: [] for axis in sorted(names)}
+    for config in (json.loads(r.config) for r in records):
+        for axis, value in config.items():
+            if value not in found[axis]:
+                found[axis].append(value)
+    return found
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,7 @@ class Replay:
         by_config: dict[str, list[Record]] = {}
         for r in self.records:
             by_config.setdefault(r.config, []).append(r)
-        space = _space(self.family, self.records[0], self.target)
+        space = _space(self.family, self.records, self.target)
         everything = [c for c in enumerate_space(space, rng) if config_text(c) in by_config]
         tried = [{axis: values[0] for axis, values in space.items()}]
         if way == "random":
@@ -181,7 +189,11 @@ class Replay:
         known: Sequence[Record],
         rng: random.Random,
     ) -> None:
-        model, call = CostModel(lambda c: self.family.space(c, self.target)), self.records[0].call
+        by_call: dict[Any, list[Record]] = {}
+        for r in [*self.records, *known]:
+            by_call.setdefault(r.call, []).append(r)
+        known_spaces = {call: _space(self.family, records, self.target) for call, records in by_call.items()}
+        model, call = CostModel(known_spaces.__getitem__), self.records[0].call
         times = slowdowns(self.records)
         model.fit(known)
         while len(tried) < trials:
@@ -282,7 +294,7 @@ def gains(path: Path) -> None:
         if not scores:
             continue
         best = min(scores, key=lambda text: (scores[text], text))
-        default = config_text({axis: values[0] for axis, values in _space(family, records[0], target).items()})
+        default = config_text({axis: values[0] for axis, values in _space(family, records, target).items()})
         seconds = {(r.config, r.symbols): r.seconds for r in records if r.seconds is not None}
         logs.append(scores.get(default, 0.0))
         for symbols in sorted({r.symbols for r in records}):

@@ -3,8 +3,8 @@
     python benchmarks/tuning_cpu.py FOLDER [--only attend]     compiles every configuration for this machine into folders
     python FOLDER/attend/run.py                                checks and times them: let nothing else run
 
-Five shapes of each: attention of prompts, bfloat16 layers of prompts, quantized layers of prompts and of decode steps. Axes that a
-size makes nothing of are left at their default: how far ahead a single row asks for weights, in prompts; row blocks, in steps.
+Five shapes of each: attention of prompts, bfloat16 layers of prompts, quantized layers of prompts and of decode steps, these with
+few of the register tiles, which a single row has none of.
 """
 
 from __future__ import annotations
@@ -48,15 +48,11 @@ class Spaces:
 SPACES = {
     "attend": Spaces(attend, [replace(attend._call(*heads, page_size=16), phase="extend") for heads in HEADS]),
     "linear": Spaces(linear, [linear._call(o, k, "bfloat16") for o, k in PLAIN]),
-    "prompts": Spaces(
-        quantized_linear,
-        [quantized_linear._call(*shape, "extend") for shape in PROMPTS],
-        lambda config, default: config["ahead"] == default["ahead"],
-    ),
+    "prompts": Spaces(quantized_linear, [quantized_linear._call(*shape, "extend") for shape in PROMPTS]),
     "steps": Spaces(
         quantized_linear,
         [quantized_linear._call(*shape, "decode") for shape in STEPS],
-        lambda config, default: config["row_block"] == default["row_block"] and config["rows"] in (default["rows"], 1, 2),
+        lambda config, default: config["rows"] in (default["rows"], 2) and config["turn"] in (default["turn"], 8),
     ),
 }
 

@@ -25,6 +25,9 @@ from llmc.tune.compare import Site
 from llmc.tune.turns import Turns, Workload
 from llmc.tune.validate import Find, Validation
 
+PHASES = ("decode", "extend")
+"""The rows of finds that are not for a range of them: they touch all ranges of the phase."""
+
 CONTENTS, VERDICTS = "finds.json", "verdicts.jsonl"
 
 
@@ -80,7 +83,7 @@ class _Prepared:
         artifact = next(
             self.folder / str(i)
             for i, taken in enumerate(self.packed.artifacts)
-            if {f for f in (self.packed.finds[j] for j in taken) if f.rows == self.rows} == finds
+            if self._tested([self.packed.finds[j] for j in taken]) == finds
         )
         (artifact / "weights").mkdir(exist_ok=True)
         for weights in (self.folder / "0" / "weights").iterdir():
@@ -90,6 +93,11 @@ class _Prepared:
         out.parent.mkdir(exist_ok=True)
         out.unlink(missing_ok=True)
         out.symlink_to(artifact)
+
+    def _tested(self, taken: list[Find]) -> set[Find] | None:
+        """Those of the range of rows; None where others touch them."""
+        touched = any((f.rows in PHASES) != (self.rows in PHASES) for f in taken)
+        return None if touched else {f for f in taken if f.rows == self.rows}
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from llmc.errors import OutputError, UsageError
 from llmc.schedules.lookup import Records, slowdowns, worthwhile
 from llmc.schedules.records import axes, config_text, machine_class, restore
-from llmc.tune.offline_model import Packed
+from llmc.tune.offline_model import PHASES, Packed
 from llmc.tune.subject import Subject
 from llmc.tune.task import Task, find, workloads
 from llmc.tune.tuner import versions
@@ -52,12 +52,17 @@ def _promised(find: Find) -> float:
 
 
 def sets_of(finds: Sequence[Find]) -> list[list[int]]:
-    """Artifacts so that for each range of rows every set of its finds is in one of them: ranges do not touch each other."""
+    """Artifacts so that every set of a range's finds is in one of them: ranges of rows do not touch each other, nor do phases; what
+    is for a whole phase touches ranges, and is in other artifacts than these."""
     by_rows: dict[str, list[int]] = {}
     for i, f in enumerate(finds):
         by_rows.setdefault(f.rows, []).append(i)
-    subsets = [[set(c) for n in range(len(group) + 1) for c in itertools.combinations(group, n)] for group in by_rows.values()]
-    return [sorted(set().union(*column)) for column in itertools.zip_longest(*subsets, fillvalue=set())]
+    found: list[set[int]] = [set()]
+    for of_phases in (False, True):
+        groups = [group for rows, group in by_rows.items() if (rows in PHASES) == of_phases]
+        subsets = [[set(c) for n in range(1, len(group) + 1) for c in itertools.combinations(group, n)] for group in groups]
+        found += [set().union(*column) for column in itertools.zip_longest(*subsets, fillvalue=set())]
+    return [sorted(taken) for taken in found]
 
 
 def write(

@@ -20,16 +20,22 @@ others              32-bit multiplications
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from tvm import tirx
 
-from llmc.schedules.cpu.emit import Simd, bind, read, shuffle, vector
+from llmc.schedules.cpu.emit import Simd, bind, local, read, shuffle, store, vector
 from llmc.schedules.cpu.layout_panel import PLANES, QUADS, ROWS
 from llmc.targets.base import Target
 
 Expr = Any
+Quads = Callable[[int], Expr]
+"""A quad of codes by its number in the block, in a register."""
+Apart = Callable[[Callable[[], None]], None]
+TURNS = (4, 2, 8)
+"""Quads of a turn: the more, the more of them are in registers."""
 VNNI = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256"}
 MADD_BYTES = {16: "llvm.x86.avx512.pmaddubs.w.512", 8: "llvm.x86.avx2.pmadd.ub.sw"}
 MADD_WORDS = {16: "llvm.x86.avx512.pmaddw.d.512", 8: "llvm.x86.avx2.pmadd.wd", 4: "llvm.x86.sse2.pmadd.wd"}
@@ -41,13 +47,19 @@ SMMLA = "llvm.aarch64.neon.smmla.v4i32.v16i8"
 class Dot:
     """The instruction set's way. ``lanes``: rows in a vector; ``parts``: vectors that make a panel."""
 
-    def __init__(self, simd: Simd, target: Target, bits: int) -> None:
-        self.simd, self.bits = simd, bits
+    def __init__(self, simd: Simd, target: Target, bits: int, turn: int = TURNS[0]) -> None:
+        """``turn``: one of :data:`TURNS`."""
+        self.simd, self.bits, self.turn = simd, bits, turn
         self.lanes = min(simd.lanes, ROWS)
         self.parts = ROWS // self.lanes
         self.how = self._instructions(target)
         self.bias = 128 if self.how in ("sdot", "smmla", "signs") and bits == 8 else 0
         """What was subtracted from the codes: the products are those of code - bias."""
+
+    @property
+    def turns(self) -> tuple[int, ...]:
+        """The values of ``turn`` that make a difference, the default first."""
+        return TURNS if self.how in ("bytes", "signs") else TURNS[:1]
 
     def _instructions(self, target: Target) -> str:
         has = set(target.features)
@@ -63,39 +75,37 @@ class Dot:
 
     def codes(self, panels: Expr, panel: Expr, block: Expr, part: int) -> list[Expr]:
         """The eight quads of the block at byte ``block`` of a panel, for the rows of vector ``part``."""
+        return [self.quad(panels, panel, block, part, q) for q in range(QUADS)]
+
+    def quad(self, panels: Expr, panel: Expr, block: Expr, part: int, number: int) -> Expr:
+        """One of :meth:`codes`."""
         width = 4 * self.lanes
-        quads: list[Expr] = []
-        low = start = 0
+        code, low, start = None, 0, 0
         for plane in PLANES[self.bits]:
-            fields: list[Expr] = []
-            for v in range(plane):
-                value = bind(read(panels, panel, block + (start + 64 * v + part * width), lanes=width))
-                for f in range(8 // plane):
-                    bits = value >> _bytes(f * plane, width) if f else value
-                    fields.append(bits & _bytes((1 << plane) - 1, width) if plane < 8 and f < 8 // plane - 1 else bits)
-            quads = [a | (b << _bytes(low, width)) for a, b in zip(quads, fields, strict=True)] if quads else fields
+            v, f = divmod(number, 8 // plane)
+            value = bind(read(panels, panel, block + (start + 64 * v + part * width), lanes=width))
+            bits = value >> _bytes(f * plane, width) if f else value
+            bits = bits & _bytes((1 << plane) - 1, width) if plane < 8 and f < 8 // plane - 1 else bits
+            code = bits if code is None else code | (bits << _bytes(low, width))
             low, start = low + plane, start + 64 * plane
-        if self.bias:
-            quads = [q ^ _bytes(self.bias, width) for q in quads]
-        return [bind(q) for q in quads]
+        return bind(code ^ _bytes(self.bias, width) if self.bias else code)
 
-    @property
-    def step(self) -> int:
-        """Quads that :meth:`products` takes best at a time: more of them only where it adds several before it widens."""
-        return min(QUADS, self._narrow_steps()) if self.how == "bytes" else 1
-
-    def of_rows(self, starts: Sequence[Expr], quads: Sequence[Expr], codes: Expr, places: Sequence[Expr]) -> list[Expr]:
-        """For each row of x, whose activations for the ``quads`` are ``codes[place:]``, :meth:`products` from its start on (an
-        int32 for all lanes). Rows take turns at every few quads: an instruction that adds to a sum waits for the one before, and
-        the other rows' need not."""
+    def of_rows(
+        self, starts: Sequence[Expr], quads: Quads, numbers: range, codes: Expr, places: Sequence[Expr], apart: Apart
+    ) -> list[Expr]:
+        """For each row of x, whose activations are ``codes[place:]``, the products with the quads ``numbers`` added to its start
+        (an int32 for all lanes). Rows take turns at every few quads: an instruction that adds to a sum waits for the one before,
+        and the other rows' need not. ``apart``: emits a turn so that the turns stay apart."""
+        if self.how in ("bytes", "signs"):
+            return self._madd(starts, quads, numbers, codes, places, apart)
+        taken = [quads(q) for q in numbers]
         pairs = len(places) // 2 if self.how == "smmla" else 0
-        found = self._of_pairs(starts[: 2 * pairs], quads, codes, places[: 2 * pairs]) if pairs else []
+        found = self._of_pairs(starts[: 2 * pairs], taken, codes, places[: 2 * pairs]) if pairs else []
         starts, places = starts[2 * pairs :], places[2 * pairs :]
         sums = [tirx.Broadcast(start, self.lanes) for start in starts]
-        for low in range(0, len(quads), self.step):
-            taken = quads[low : low + self.step]
+        for q, quad in enumerate(taken):
             for i, place in enumerate(places):
-                sums[i] = self.products(sums[i], taken, codes, place + 4 * low)
+                sums[i] = self.products(sums[i], quad, _broadcast(codes, place + 4 * q, self.lanes))
         return found + sums
 
     def _of_pairs(self, starts: Sequence[Expr], quads: Sequence[Expr], codes: Expr, places: Sequence[Expr]) -> list[Expr]:
@@ -114,70 +124,77 @@ class Dot:
                     total[half] = bind(_call("int32x4", SMMLA, total[half], weight, x))
         return [bind(shuffle(total, range(row, 8, 2))) for total in sums for row in range(2)]
 
-    def products(self, start: Expr, quads: Sequence[Expr], codes: Expr, at: Expr) -> Expr:
-        """``start`` (int32) + the sum over ``quads`` of their products with the activations int8 ``codes[at:]``."""
-        xs = [_broadcast(codes, at + 4 * i, self.lanes) for i in range(len(quads))]
-        return {"vnni": self._vnni, "bytes": self._madd_bytes, "signs": self._madd_signs, "words": self._madd_words,
-                "sdot": self._sdot, "smmla": self._sdot, "multiply": self._multiply}[self.how](start, quads, xs)  # fmt: skip
+    def products(self, start: Expr, quad: Expr, x: Expr) -> Expr:
+        """``start`` (int32) + the products of a quad with one of activations, which is an int32 in every lane."""
+        return {"vnni": self._vnni, "words": self._madd_words, "sdot": self._sdot, "smmla": self._sdot,
+                "multiply": self._multiply}[self.how](start, quad, x)  # fmt: skip
+
+    def _vnni(self, total: Expr, quad: Expr, x: Expr) -> Expr:
+        return bind(_call(f"int32x{self.lanes}", VNNI[self.lanes], total, quad, _as(x, "int8", 4 * self.lanes)))
+
+    def _madd(
+        self, starts: Sequence[Expr], quads: Quads, numbers: range, codes: Expr, places: Sequence[Expr], apart: Apart
+    ) -> list[Expr]:
+        """Sums of two products in 16 bits, which are added up in 16 bits for as many quads as cannot overflow. A turn unpacks its
+        quads: no more of them than that take registers."""
+        words, lanes = 2 * self.lanes, self.lanes
+        ones = tirx.Broadcast(tirx.const(1, "int16"), words)
+        narrow = [local(words, dtype="int16") for _ in places]
+        sums = [local(lanes, dtype="int32") for _ in places]
+        for total, start in zip(sums, starts, strict=True):
+            store(total, tirx.Broadcast(start, lanes), 0, lanes=lanes)
+        steps = self._narrow_steps()
+
+        def turn(taken: range) -> None:
+            weights = {q: quads(q) for q in taken}
+            for q in taken:
+                for place, part, total in zip(places, narrow, sums, strict=True):
+                    pairs = self._pairs(weights[q], _broadcast(codes, place + 4 * (q - numbers.start), lanes))
+                    if (q - numbers.start) % steps:
+                        pairs = read(part, 0, lanes=words) + pairs
+                    if (q - numbers.start + 1) % steps and q + 1 < numbers.stop:
+                        store(part, pairs, 0, lanes=words)
+                    else:
+                        wide = _call(f"int32x{lanes}", MADD_WORDS[lanes], pairs, ones)
+                        store(total, read(total, 0, lanes=lanes) + wide, 0, lanes=lanes)
+
+        together = self.turn if len(places) > 1 else len(numbers)
+        for low in range(numbers.start, numbers.stop, together):
+            apart(partial(turn, range(low, min(low + together, numbers.stop))))
+        return [bind(read(total, 0, lanes=lanes)) for total in sums]
 
     def _narrow_steps(self) -> int:
         """Quads whose products with 7-bit activations add up in 16 bits."""
-        return int(32767 // (2 * 127 * ((1 << self.bits) - 1)))
+        return 1 if self.how == "signs" else int(32767 // (2 * 127 * ((1 << self.bits) - 1)))
 
-    def _vnni(self, total: Expr, quads: Sequence[Expr], xs: Sequence[Expr]) -> Expr:
-        for q, x in zip(quads, xs, strict=True):
-            total = bind(_call(f"int32x{self.lanes}", VNNI[self.lanes], total, q, _as(x, "int8", 4 * self.lanes)))
-        return total
+    def _pairs(self, quad: Expr, x: Expr) -> Expr:
+        """The products of a quad with one of activations, sums of two in 16 bits."""
+        width = 4 * self.lanes
+        x = _as(x, "int8", width)
+        if self.how == "signs":
+            code = bind(_as(quad, "int8", width))
+            quad = _call(f"int8x{width}", "llvm.abs", code, tirx.const(False, "bool"))
+            x = _call(f"int8x{width}", SIGN, x, code)
+        return _call(f"int16x{2 * self.lanes}", MADD_BYTES[self.lanes], quad, x)
 
-    def _madd_bytes(self, total: Expr, quads: Sequence[Expr], xs: Sequence[Expr]) -> Expr:
-        words, name = 2 * self.lanes, MADD_BYTES[self.lanes]
-        steps = min(len(quads), self._narrow_steps())
-        ones = tirx.Broadcast(tirx.const(1, "int16"), words)
-        for first in range(0, len(quads), steps):
-            pairs = [
-                _call(f"int16x{words}", name, q, _as(x, "int8", 4 * self.lanes))
-                for q, x in zip(quads[first : first + steps], xs[first : first + steps], strict=True)
-            ]
-            pair = pairs[0]
-            for other in pairs[1:]:
-                pair = pair + other
-            total = bind(total + _call(f"int32x{self.lanes}", MADD_WORDS[self.lanes], pair, ones))
-        return total
-
-    def _madd_signs(self, total: Expr, quads: Sequence[Expr], xs: Sequence[Expr]) -> Expr:
-        width, words = 4 * self.lanes, 2 * self.lanes
-        ones = tirx.Broadcast(tirx.const(1, "int16"), words)
-        for q, x in zip(quads, xs, strict=True):
-            code = bind(_as(q, "int8", width))
-            size = _call(f"int8x{width}", "llvm.abs", code, tirx.const(False, "bool"))
-            signed = _call(f"int8x{width}", SIGN, _as(x, "int8", width), code)
-            pair = _call(f"int16x{words}", MADD_BYTES[self.lanes], size, signed)
-            total = bind(total + _call(f"int32x{self.lanes}", MADD_WORDS[self.lanes], pair, ones))
-        return total
-
-    def _madd_words(self, total: Expr, quads: Sequence[Expr], xs: Sequence[Expr]) -> Expr:
+    def _madd_words(self, total: Expr, quad: Expr, x: Expr) -> Expr:
         words, name = 2 * self.lanes, MADD_WORDS[self.lanes]
         eight = tirx.Broadcast(tirx.const(8, "int16"), words)
-        for q, x in zip(quads, xs, strict=True):
-            w, a = bind(_as(q, "uint16", words)), bind(_as(x, "int16", words))
-            even = _as(w & tirx.Broadcast(tirx.const(255, "uint16"), words), "int16", words)
-            odd = _as(w >> tirx.Broadcast(tirx.const(8, "uint16"), words), "int16", words)
-            total = total + _call(f"int32x{self.lanes}", name, even, (a << eight) >> eight)
-            total = bind(total + _call(f"int32x{self.lanes}", name, odd, a >> eight))
-        return total
+        w, a = bind(_as(quad, "uint16", words)), bind(_as(x, "int16", words))
+        even = _as(w & tirx.Broadcast(tirx.const(255, "uint16"), words), "int16", words)
+        odd = _as(w >> tirx.Broadcast(tirx.const(8, "uint16"), words), "int16", words)
+        total = total + _call(f"int32x{self.lanes}", name, even, (a << eight) >> eight)
+        return bind(total + _call(f"int32x{self.lanes}", name, odd, a >> eight))
 
-    def _sdot(self, total: Expr, quads: Sequence[Expr], xs: Sequence[Expr]) -> Expr:
-        for q, x in zip(quads, xs, strict=True):
-            total = bind(_call("int32x4", SDOT, total, _as(q, "int8", 16), _as(x, "int8", 16)))
-        return total
+    def _sdot(self, total: Expr, quad: Expr, x: Expr) -> Expr:
+        return bind(_call("int32x4", SDOT, total, _as(quad, "int8", 16), _as(x, "int8", 16)))
 
-    def _multiply(self, total: Expr, quads: Sequence[Expr], xs: Sequence[Expr]) -> Expr:
-        for q, x in zip(quads, xs, strict=True):
-            w = bind(_as(q, "uint32", self.lanes))
-            for byte in range(4):
-                code = (w >> _words(8 * byte, self.lanes)) & _words(255, self.lanes)
-                up, down = (tirx.Broadcast(tirx.const(s, "int32"), self.lanes) for s in (24 - 8 * byte, 24))
-                total = bind(total + _as(code, "int32", self.lanes) * ((x << up) >> down))
+    def _multiply(self, total: Expr, quad: Expr, x: Expr) -> Expr:
+        w = bind(_as(quad, "uint32", self.lanes))
+        for byte in range(4):
+            code = (w >> _words(8 * byte, self.lanes)) & _words(255, self.lanes)
+            up, down = (tirx.Broadcast(tirx.const(s, "int32"), self.lanes) for s in (24 - 8 * byte, 24))
+            total = bind(total + _as(code, "int32", self.lanes) * ((x << up) >> down))
         return total
 
 

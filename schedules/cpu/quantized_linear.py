@@ -32,7 +32,7 @@ from llmc.schedules.cpu.emit import (
 )
 from llmc.schedules.cpu.layout_panel import BLOCK, ROWS, Panels, geometry
 from llmc.schedules.cpu.math import ACTIVATIONS
-from llmc.schedules.cpu.quantized_dot import Dot
+from llmc.schedules.cpu.quantized_dot import TURNS, Dot
 from llmc.schedules.cpu.quantized_products import Products
 from llmc.schedules.cpu.quantized_tiles import TileProducts
 from llmc.schedules.cpu.rows_kernel import RowsKernel
@@ -100,19 +100,33 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
-    """``rows``: rows of a register tile. ``row_block``: rows that share one pass over a panel. ``ahead``: bytes before they are
-    needed that a single row asks for weights (0: never). ``streams``: see :func:`_streams`."""
-    at = _geometry(call)
-    if _has_tiles(call, target):
-        return {"rows": [12, 8, 4], "row_block": [128, 64, 256, 512, 32], "ahead": [AHEAD, 0], "streams": [1]}
-    heights = [12, 8, 16, 4, 6] if Simd(target).registers >= 32 else [2, 4, 6, 3, 1] if at.bits == 8 else [4, 2, 6, 3, 5]
-    fits = min(max(24, ROWS_CACHE // at.columns) // heights[0] * heights[0], 480)
-    blocks = [fits, *(b for b in (24, 48, 96, 192, 480) if b != fits)]
-    many = at.panels >= MANY_PANELS
-    first = 0 if at.bits == 8 else AHEAD if many else AHEAD // 2
+    """``rows``: rows of a register tile; ``turn``: quads of codes after which another one of them goes on.
+
+    Of prompts: ``row_block``: rows that pass over a panel while it is in the first-level cache, ``panels``: how many of these stay
+    in the second-level cache for the row blocks that follow. Of steps: ``ahead``: bytes before they are needed that a single row
+    asks for weights (0: never), ``streams``: see :func:`_streams`.
+    """
+    at, step = _geometry(call), call.phase == "decode"
+    first = 0 if at.bits == 8 else AHEAD if at.panels >= MANY_PANELS else AHEAD // 2
     ahead = [first, *(bytes_ for bytes_ in (0, 512, 1024, 2048, 4096, 8192) if bytes_ != first)]
-    streams = [1] if call.phase != "decode" else [2, 1, 4]
-    return {"rows": heights, "row_block": blocks, "ahead": ahead, "streams": streams}
+    if _has_tiles(call, target):
+        rows: dict[str, list[Any]] = {"rows": [12, 8, 4], "turn": [TURNS[0]]}
+        return {**rows, "row_block": [128, 64, 256, 512, 32], "panels": _groups(at), "ahead": [AHEAD], "streams": [1]}
+    simd = Simd(target)
+    heights = [12, 8, 16, 4, 6] if simd.registers >= 32 else [4, 2, 6, 3, 5]
+    rows = {"rows": heights, "turn": list(Dot(simd, target, at.bits).turns)}
+    fits = min(max(24, ROWS_CACHE // at.columns) // heights[0] * heights[0], 480)
+    if step:
+        return {**rows, "row_block": [fits], "panels": [at.panels], "ahead": ahead, "streams": [2, 1, 4]}
+    blocks = [fits, *(b for b in (24, 48, 96, 192, 480) if b != fits)]
+    return {**rows, "row_block": blocks, "panels": _groups(at), "ahead": [first], "streams": [1]}
+
+
+def _groups(at: Panels) -> list[int]:
+    """How many panels may stay in a cache: divisors of all of them."""
+    most = (PANELS_CACHE, PANELS_CACHE // 2, PANELS_CACHE // 4, 2 * PANELS_CACHE, 0)
+    divisors = [g for g in range(1, at.panels + 1) if at.panels % g == 0]
+    return list(dict.fromkeys(max(g for g in divisors if g == 1 or g * at.panel_bytes <= bytes_) for bytes_ in most))
 
 
 def _streams(call: KernelCall, config: dict[str, Any]) -> int:
@@ -120,14 +134,6 @@ def _streams(call: KernelCall, config: dict[str, Any]) -> int:
     leaves a core waiting at the end of every memory page."""
     wanted = int(config["streams"])
     return wanted if _geometry(call).panels % wanted == 0 else 1
-
-
-def _group(call: KernelCall, at: Panels, tasks: int) -> int:
-    """Of ``tasks`` panels, how many a row block passes over before the next one does: all of them for a step of few rows, whose
-    panels are read once; else a divisor that the cache has room for."""
-    if call.phase == "decode":
-        return tasks
-    return max(g for g in range(1, tasks + 1) if tasks % g == 0 and (g == 1 or g * at.panel_bytes <= PANELS_CACHE))
 
 
 def _geometry(call: KernelCall) -> Panels:
@@ -141,13 +147,13 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     with function(f"quantized_linear_{at.o}x{at.k}") as done:
         buffers = dict(zip(specs, arguments(symbols, **specs), strict=True))
         n = symbols.dim(call.args[0].shape[0])
-        tile = _tile(call, target, simd, buffers, n, int(config["ahead"]), _has_tiles(call, target))
+        tile = _tile(call, target, simd, buffers, n, int(config["ahead"]), int(config["turn"]), _has_tiles(call, target))
 
         streams = _streams(call, config)
         tasks = at.panels // streams
 
         blocks = bind(ceildiv(n, block))
-        group = _group(call, at, tasks)
+        group = min(int(config["panels"]), tasks)
 
         def task(t: Expr) -> None:
             # Kept, so that TVM's analyses of every address do not go into a division by a variable.
@@ -175,16 +181,24 @@ def _has_tiles(call: KernelCall, target: Target) -> bool:
 
 
 def _tile(
-    call: KernelCall, target: Target, simd: Simd, buffers: dict[str, Expr], n: Expr, ahead: int, tiled: bool = False
+    call: KernelCall,
+    target: Target,
+    simd: Simd,
+    buffers: dict[str, Expr],
+    n: Expr,
+    ahead: int,
+    turn: int = TURNS[0],
+    tiled: bool = False,
 ) -> Products:
     """Emit the rounding of x's ``n`` rows; what multiplies them. ``tiled``: tile registers are to take them, too."""
     at, how = _geometry(call), scheme(call.attr("scheme"))
-    dot = Dot(simd, target, at.bits)
+    dot = Dot(simd, target, at.bits, turn)
     # What products lack: dot's codes are those of the scheme less a bias, and a symmetric scheme's zero is half their range.
     start = dot.bias - (1 << (at.bits - 1)) if how.offset == "none" else dot.bias
     rows = quantized_rows.workspace(n, at.columns, min(at.record // at.sets, BLOCK), start, how.offset, tiles.ROWS if tiled else 1)
     quantized_rows.quantize(simd, buffers["x"], n, at.k, rows)
-    return Products(call, dot, simd, buffers, rows, at, ahead)
+    beyond = keep(tirx.Select(n > 0, i64(1 << 40), i64(0)))
+    return Products(call, dot, simd, buffers, rows, at, ahead, beyond)
 
 
 def rows_kernel(call: KernelCall, target: Target, x: Expr, out: Expr, n: Expr) -> RowsKernel:

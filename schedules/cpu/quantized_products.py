@@ -7,8 +7,9 @@ integers come from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
+from itertools import count
 from typing import Any
 
 from tvm import tirx
@@ -32,10 +33,19 @@ class Products:
     """The products of a panel with a tile of rows."""
 
     def __init__(
-        self, call: KernelCall, dot: Dot, simd: Simd, buffers: dict[str, Expr], rows: quantized_rows.Rows, at: Panels, ahead: int
+        self,
+        call: KernelCall,
+        dot: Dot,
+        simd: Simd,
+        buffers: dict[str, Expr],
+        rows: quantized_rows.Rows,
+        at: Panels,
+        ahead: int,
+        beyond: Expr,
     ) -> None:
+        """``beyond``: a number that no byte of a panel has, which the compiler does not know."""
         self.call, self.dot, self.simd, self.buffers, self.rows, self.at = call, dot, simd, buffers, rows, at
-        self.ahead = ahead
+        self.ahead, self.beyond = ahead, beyond
         self.scheme = scheme(call.attr("scheme"))
         self.lanes = dot.lanes
 
@@ -81,8 +91,7 @@ class Products:
         offsets = [self._offsets(panel, record, part, s) for s in range(at.sets)]
 
         def block(b: Expr) -> None:
-            codes = self._codes(panel, part, record + b * at.block_bytes)
-            self._block(codes, first, bind(number * at.blocks + b), scales, offsets, acc, group)
+            self._block(panel, part, record + b * at.block_bytes, first, bind(number * at.blocks + b), scales, offsets, acc, group)
 
         if at.blocks == 1:
             block(i64(0))
@@ -97,13 +106,11 @@ class Products:
             self._put(total, self.simd.fma(self._get(part_sum), scales[0], self._get(total)))
             self._put(part_sum, self.simd.splat(0.0, self.lanes))
 
-    def _codes(self, panel: Expr, part: int, block: Expr) -> list[Expr]:
-        """The codes of the block at byte ``block`` of a panel, in registers."""
-        return self.dot.codes(self.buffers["panels"], panel, block, part)
-
     def _block(
         self,
-        codes: list[Expr],
+        panel: Expr,
+        part: int,
+        block: Expr,
         first: Expr,
         column: Expr,
         scales: list[Expr],
@@ -111,27 +118,40 @@ class Products:
         acc: Sequence[Expr],
         group: Sequence[Expr],
     ) -> None:
-        """Rows of x times the block of columns ``column``."""
+        """Rows of x times the block of columns ``column``, which is at byte ``block`` of a panel."""
         at, rows = self.at, self.rows
         blocks = self._blocks(first, column, len(acc))
         for s in range(at.sets):
-            sums = self._sums(codes, blocks, s)
-            for i, block in enumerate(blocks):
-                scale = self.simd.splat(bind(read(rows.scales, block)), self.lanes)
-                offset = None if rows.offsets is None else self.simd.splat(read(rows.offsets, block * at.sets + s), self.lanes)
+            sums = self._sums(panel, part, block, blocks, s)
+            for i, of_row in enumerate(blocks):
+                scale = self.simd.splat(bind(read(rows.scales, of_row)), self.lanes)
+                offset = None if rows.offsets is None else self.simd.splat(read(rows.offsets, of_row * at.sets + s), self.lanes)
                 self._add(sums[i], scale, offset, scales[s], offsets[s], acc[i], group[i])
 
     def _blocks(self, first: Expr, column: Expr, count: int) -> list[Expr]:
         """The numbers of the blocks of columns ``column`` of ``count`` rows."""
         return [bind(self.rows.block(first + i, column)) for i in range(count)]
 
-    def _sums(self, codes: list[Expr], blocks: Sequence[Expr], s: int) -> list[Expr]:
-        """For each of ``blocks`` of x, its products with set ``s`` of the codes."""
+    def _sums(self, panel: Expr, part: int, block: Expr, blocks: Sequence[Expr], s: int) -> list[Expr]:
+        """For each of ``blocks`` of x, its products with set ``s`` of the codes at byte ``block`` of a panel."""
         at, rows = self.at, self.rows
         quads, zero = QUADS // at.sets, tirx.const(0, "int32")
-        starts = [zero if rows.starts is None else read(rows.starts, block * at.sets + s) for block in blocks]
-        places = [block * BLOCK + 4 * s * quads for block in blocks]
-        return self.dot.of_rows(starts, codes[s * quads : (s + 1) * quads], rows.codes, places)
+        starts = [zero if rows.starts is None else read(rows.starts, of_row * at.sets + s) for of_row in blocks]
+        places = [of_row * BLOCK + 4 * s * quads for of_row in blocks]
+        turns = count(s * QUADS)
+
+        def apart(turn: Callable[[], None]) -> None:
+            # Instructions stay in their basic block: without one for each turn, LLVM has a row's sum computed after the other.
+            number = next(turns)
+            if number == s * QUADS:
+                turn()
+            else:
+                when(block + number < self.beyond, turn)
+
+        def quad(number: int) -> Expr:
+            return self.dot.quad(self.buffers["panels"], panel, block, part, number)
+
+        return self.dot.of_rows(starts, quad, range(s * quads, (s + 1) * quads), rows.codes, places, apart)
 
     def _add(self, integers: Expr, scale: Expr, offset: Expr | None, scales: Expr, offsets: Expr, acc: Expr, group: Expr) -> None:
         """Scaled products to ``group``, and to ``acc`` what the weights' minima add."""

@@ -40,7 +40,7 @@ class TileProducts(Products):
     @classmethod
     def like(cls, other: Products) -> TileProducts:
         """Those of the same operands."""
-        return cls(other.call, other.dot, other.simd, other.buffers, other.rows, other.at, ahead=0)
+        return cls(other.call, other.dot, other.simd, other.buffers, other.rows, other.at, 0, other.beyond)
 
     def emit_rows(self, panel: Expr, low: Expr, high: Expr) -> Expr:
         """The products of rows ``low`` .. ``high`` if they are at least :data:`LEAST`, but for fewer than :data:`FEW` at the end.
@@ -79,16 +79,13 @@ class TileProducts(Products):
                     value = quad - tirx.Broadcast(tirx.const(moved % 256, "uint8"), width) if moved else quad
                     store(self._unpacked, value, first + (q * 4 * ROWS + part * width), lanes=width)
 
-    def _codes(self, panel: Expr, part: int, block: Expr) -> list[Expr]:
-        return []
-
     def _blocks(self, first: Expr, column: Expr, count: int) -> list[Expr]:
         when((column & i64(TURN - 1)).equal(i64(0)), lambda: self._turn(first, bind(column + TURN)))
         block = bind(first * (self.at.columns // BLOCK) + column * tiles.ROWS)
         self._slot = bind((column & i64(RING - 1)) * (self.at.sets * BLOCK_INTEGERS))
         return [block + i for i in range(count)]
 
-    def _sums(self, codes: list[Expr], blocks: Sequence[Expr], s: int) -> list[Expr]:
+    def _sums(self, panel: Expr, part: int, block: Expr, blocks: Sequence[Expr], s: int) -> list[Expr]:
         start = self._slot + (s * BLOCK_INTEGERS + self._part * self.lanes)
         return [read(self._integers, start + i * ROWS, lanes=self.lanes) for i in range(len(blocks))]
 

@@ -169,9 +169,9 @@ def test_a_row_has_the_same_bits_in_every_batch(module: Any, label: str) -> None
         np.testing.assert_array_equal(run(module, label, call, alone, {"n": 1})[0], together[r])
 
 
-@pytest.mark.parametrize("config", [{"rows": 4, "row_block": 8}, {"rows": 16, "row_block": 48}])
-def test_the_tile_does_not_change_the_bits(module: Any, config: dict[str, int]) -> None:
-    label = "odd_19x100_int4z_g32_silu"
+@pytest.mark.parametrize("label", ["odd_19x100_int4z_g32_silu", "q5_1_16x64", "zero_points_24x128_int8p_g32"])
+@pytest.mark.parametrize("config", [{"rows": 4, "row_block": 8}, {"rows": 16, "row_block": 48, "turn": 8}, {"rows": 3, "turn": 4}])
+def test_the_tile_does_not_change_the_bits(module: Any, config: dict[str, int], label: str) -> None:
     call = quantized_linear.SHAPES[label]
     arrays = arrays_of(call, 40, seed=8, exact=False)
     other = build({"other": (quantized_linear, call)}, targets.parse("cpu"), {"other": config})
@@ -179,14 +179,13 @@ def test_the_tile_does_not_change_the_bits(module: Any, config: dict[str, int]) 
 
 
 @pytest.mark.parametrize("n", [1, 24, 61])
-def test_panels_in_turns_are_the_same_bits(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+def test_panels_in_turns_are_the_same_bits(n: int) -> None:
     """Groups of two of six panels, over row blocks of which the last is short."""
     call = quantized_linear._call(96, 64, "q4_1")
     arrays = arrays_of(call, n, seed=n, exact=False)
-    config = {"one": {"row_block": 24}}
-    together = run(build({"one": (quantized_linear, call)}, targets.parse("cpu"), config), "one", call, arrays, {"n": n})
-    monkeypatch.setattr(quantized_linear, "PANELS_CACHE", 2 * layout_panel.geometry(scheme("q4_1"), 96, 64).panel_bytes)
-    in_turns = run(build({"one": (quantized_linear, call)}, targets.parse("cpu"), config), "one", call, arrays, {"n": n})
+    configs = {f"panels_{panels}": {"row_block": 24, "panels": panels} for panels in (2, 6)}
+    both = build(dict.fromkeys(configs, (quantized_linear, call)), targets.parse("cpu"), configs)
+    in_turns, together = (run(both, name, call, arrays, {"n": n}) for name in configs)
     np.testing.assert_array_equal(in_turns, together)
 
 

@@ -43,24 +43,30 @@ def test_tune_then_compile(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert len({record.config for record in load([records]).entries.values()}) == 6  # nothing was tried twice
 
 
-def test_finds_are_decided_in_the_model(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Compiled with and without, run in turns by a process of its own; whichever way it goes, the file says so."""
+def test_finds_are_decided_in_the_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled with and without, run in turns by a process of its own; whichever way it goes, the file says so. One find of each
+    phase: what is done with several is in test_validate.py."""
     from llmc import targets
     from llmc.progress import SilentProgress
     from llmc.schedules.lookup import Records
     from llmc.schedules.records import call_from_json, config_text
+    from llmc.tune import compare
     from llmc.tune.compare import Site
     from llmc.tune.subject import Subject
     from llmc.tune.task import find, tasks_of, workloads
     from llmc.tune.turns import Turns
     from llmc.tune.validate import Find, Validation
 
+    monkeypatch.setattr(compare, "ROUNDS", 2)
+    monkeypatch.setattr(compare, "MOST", 4)
     host, runner, known = targets.parse("cpu"), Turns(), Records()
     with Subject(str(model), host, {"dtype": "float32"}, SilentProgress()) as subject:
+        tasks = {task.call.phase: task for task in tasks_of(subject.kernels(), host, "linear*")}
         finds = []
-        for task in tasks_of(subject.kernels(), host, "linear*"):
+        for task in tasks.values():
             config = config_text({axis: values[-1] for axis, values in task.space.items()})
             finds.append(find(task, config, tuple((workload, 1e-6) for workload in workloads(task))))
+        assert {f.rows for f in finds} == {"decode", "extend"}
         site = Site(subject.name, runner, known, tmp_path / "r.jsonl", subject.folder, "here", "test")
 
         def build(tried: frozenset[Find], folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from llmc.errors import LlmcError, OutputError
 from llmc.schedules import lookup as L
 from llmc.schedules import records as R
 from llmc.schedules.cpu import attend, linear
+from llmc.tune import offline_model, pack_model
 from llmc.tune.compare import Comparison, Site, compare, summary
 from llmc.tune.task import Task
 from llmc.tune.task import find as task_find
@@ -242,3 +244,19 @@ def test_more_rounds_are_run_until_it_is_certain(tmp_path: Path) -> None:
         compare(machine, tmp_path / f"base{jitter}", tmp_path / f"rival{jitter}", [ONE])
         counts.append(machine.runs)
     assert counts[0] < counts[1]
+
+
+def test_artifacts_to_carry_have_every_set_of_a_range_untouched_by_others() -> None:
+    """Two finds of a range, one of another, one of a whole phase, which touches both."""
+    two = [dataclasses.replace(find(shape), rows="1-8") for shape in SHAPES[:2]]
+    finds = [*two, dataclasses.replace(find(SHAPES[0]), rows="9-16"), find(SHAPES[2])]
+    packed = offline_model.Packed("a model", "cpu", 8, "test", finds, pack_model.sets_of(finds))
+    assert packed.artifacts == [[], [0, 2], [1], [0, 1], [3]]
+    for rows, numbers in (("1-8", (0, 1)), ("9-16", (2,)), ("decode", (3,))):
+        prepared = offline_model._Prepared(Path(), packed, rows)
+        for count in range(len(numbers) + 1):
+            for taken in itertools.combinations(numbers, count):
+                wanted = {finds[i] for i in taken}
+                assert any(prepared._tested([finds[j] for j in artifact]) == wanted for artifact in packed.artifacts)
+    alone = offline_model._Prepared(Path(), packed, "decode")
+    assert alone._tested(finds) is None

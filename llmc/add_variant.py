@@ -13,7 +13,8 @@ from pathlib import Path
 
 from llmc import manifest, targets
 from llmc.artifact import ArtifactWriter, explained, link_files
-from llmc.compiler import CompileReport, build_variants, calibrated, stream_weights, tuning_records
+from llmc.calibration_text import calibrated
+from llmc.compiler import CompileReport, build_variants, stream_weights, tuning_records
 from llmc.errors import ArtifactError, UsageError
 from llmc.extras import require
 from llmc.importer.resolve import resolve

@@ -14,11 +14,15 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llmc import manifest
 from llmc.errors import OutputError
-from llmc.manifest import FileInfo, Manifest
+from llmc.manifest import FileInfo, Manifest, TokenizerFiles
 from llmc.units import format_bytes
+
+if TYPE_CHECKING:
+    from llmc.importer.source import ModelSource, TokenizerInfo
 
 _CHUNK = 1 << 20
 
@@ -162,3 +166,23 @@ class ArtifactWriter:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
         self._lock.release()
+
+
+def write_tokenizer(source: ModelSource, root: Path) -> TokenizerFiles | None:
+    """Write the model's tokenizer into ``root/tokenizer``; None if it has none. Raises ModelError if its file is damaged."""
+    folder = root / "tokenizer"
+    folder.mkdir()
+    info: TokenizerInfo | None = source.write_tokenizer(folder)
+    if info is None:
+        folder.rmdir()
+        return None
+    template = "tokenizer/chat_template.jinja" if info.chat_template is not None else None
+    return TokenizerFiles(
+        file="tokenizer/tokenizer.json",
+        chat_template=template,
+        bos_token_id=info.bos_token_id,
+        eos_token_ids=info.eos_token_ids,
+        pad_token_id=info.pad_token_id,
+        bos_token=info.bos_token,
+        eos_token=info.eos_token,
+    )

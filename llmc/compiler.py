@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc import targets
-from llmc.artifact import ArtifactWriter, explained
+from llmc.artifact import ArtifactWriter, explained, write_tokenizer
+from llmc.calibration_text import calibrated
 from llmc.errors import UsageError
 from llmc.extras import require
 from llmc.importer.resolve import resolve
-from llmc.importer.source import ModelSource, TokenizerInfo
-from llmc.manifest import KernelChoice, Limits, Manifest, ModelInfo, TokenizerFiles, Variant
+from llmc.importer.source import ModelSource
+from llmc.manifest import KernelChoice, Limits, Manifest, ModelInfo, Variant
 from llmc.passes.choices import Choices
-from llmc.passes.quantize.options import ROUND_TO_NEAREST, SMOOTHQUANT
+from llmc.passes.quantize.options import ROUND_TO_NEAREST
 from llmc.passes.quantize.report import Row, Stored, rows
 from llmc.paths import records_folder
 from llmc.progress import Clock, Phase, Progress, SilentProgress
@@ -34,10 +33,6 @@ if TYPE_CHECKING:
     from llmc.schedules.lookup import Records
     from llmc.variants import Earlier, SharedWeights
     from llmc.weights_file import Written
-
-CALIBRATION_WINDOW, CALIBRATION_WINDOWS, SMOOTHING_WINDOWS = 512, 32, 2
-"""Tokens of one window of calibration text, and how many windows are taken, spread over the text: few to see how large each channel
-of activations is, which hardly depends on the text."""
 
 
 @dataclass
@@ -166,14 +161,14 @@ def assemble(
     with clock.phase("load compiler"):
         import llmc.tvm_setup  # noqa: F401  must come before anything that parses TVMScript
         from llmc.variants import Earlier, SharedWeights
+    with clock.phase("tokenizer"):  # before what takes minutes: the file may be damaged
+        tokenizer = write_tokenizer(source, writer.root)
     earlier = earlier or Earlier()
     weights = SharedWeights(earlier)
     built = build_variants(source, chosen, settings, limits, records, dump_ir, clock, weights, writer.root, earlier.graphs)
     imported, lowered = built.imported, built.lowered
     earlier.link(writer.root)
     written = stream_weights(weights, clock, writer, 1 + len(earlier.files))
-    with clock.phase("tokenizer"):
-        tokenizer = _write_tokenizer(source, writer.root)
     contents = Manifest(
         llmc=__version__,
         tvm=_tvm_version(),
@@ -256,46 +251,6 @@ def stream_weights(weights: SharedWeights, clock: Clock, writer: ArtifactWriter,
         return write_weights(weights.table, writer.root, "weights", advance, first)
 
 
-@contextmanager
-def calibrated(
-    settings: Settings, source: ModelSource, text: Path | str | None, progress: Progress, *, optional: bool = False
-) -> Iterator[Settings]:
-    """The settings with windows of the calibration text and a folder for what is made of it, if their method needs that.
-
-    ``optional``: matrices are rounded to nearest, with a note, if the model has no tokenizer to read the text with.
-    """
-    asked = settings.quantization
-    if not asked.calibrated:
-        if text is not None:
-            raise UsageError(f"nothing reads the calibration text {text} with --method rtn and no --target-bpw")
-        yield settings
-        return
-    import numpy as np
-
-    from llmc.passes.quantize.calibrate import Calibration
-    from llmc.runtime.tokenizer import Tokenizer
-    from llmc.texts import CALIBRATION, read_text, windows
-
-    content = read_text(CALIBRATION if text is None else Path(text))
-    with tempfile.TemporaryDirectory(prefix="llmc-") as folder:
-        files = _write_tokenizer(source, Path(folder))
-        if files is None and optional and asked.target_bpw is None and text is None:
-            progress.note(f"{source.name} has no tokenizer, so no text says how large its activations are: --method rtn it is")
-            yield replace(settings, quantization=replace(asked, method=ROUND_TO_NEAREST))
-            return
-        if files is None:
-            raise UsageError(f"{source.name} has no tokenizer, so no calibration text can be read: use --quant with --method rtn")
-        ids = Tokenizer(Path(folder), files).encode(content)
-        bos = files.bos_token_id if ids and ids[0] == files.bos_token_id else None
-        length = min(CALIBRATION_WINDOW, settings.context)
-        if len(ids) < length:
-            raise UsageError(
-                f"the calibration text {text} has {len(ids)} tokens, and {length} are read at a time: give a longer one"
-            )
-        cut = windows(ids, length, SMOOTHING_WINDOWS if asked.method == SMOOTHQUANT else CALIBRATION_WINDOWS, bos)
-        yield replace(settings, calibration=Calibration(np.array(cut), Path(folder), own=text is None))
-
-
 def imported_model(source: ModelSource, target: Target, settings: Settings, clock: Clock) -> ImportedModel:
     """The model's graph, of the data type that ``target`` computes in."""
     from llmc.importer.model import import_model
@@ -366,25 +321,6 @@ def _copy_runtime(target: Target, root: Path) -> None:
         library = next(Path(tvm.__file__).parent.rglob(name))
         if not (root / "runtime" / library.name).exists():
             shutil.copy2(library, root / "runtime" / library.name)
-
-
-def _write_tokenizer(source: ModelSource, root: Path) -> TokenizerFiles | None:
-    folder = root / "tokenizer"
-    folder.mkdir()
-    info: TokenizerInfo | None = source.write_tokenizer(folder)
-    if info is None:
-        folder.rmdir()
-        return None
-    template = "tokenizer/chat_template.jinja" if info.chat_template is not None else None
-    return TokenizerFiles(
-        file="tokenizer/tokenizer.json",
-        chat_template=template,
-        bos_token_id=info.bos_token_id,
-        eos_token_ids=info.eos_token_ids,
-        pad_token_id=info.pad_token_id,
-        bos_token=info.bos_token,
-        eos_token=info.eos_token,
-    )
 
 
 def _tvm_version() -> str:

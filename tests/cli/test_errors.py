@@ -68,6 +68,15 @@ def test_truncated_gguf(llmc_here: Llmc, smollm2_gguf: Path, tmp_path: Path) -> 
     check(llmc_here("compile", short, "-o", tmp_path / "out"), 3, "short.gguf")
 
 
+def test_damaged_tokenizer(llmc_here: Llmc, tiny_model_dir: MakeModel, tmp_path: Path) -> None:
+    """Found before the graph is imported, which for a large model is minutes before its artifact is complete."""
+    model = copy(tiny_model_dir("llama"), tmp_path)
+    (model / "tokenizer.json").write_bytes((model / "tokenizer.json").read_bytes()[:600])
+    done = llmc_here("compile", model, "-o", tmp_path / "out")
+    check(done, 3, "tokenizer.json", "download it again")
+    assert "import graph" not in done.stderr and not (tmp_path / "out").exists()
+
+
 def test_nan_weights(llmc_here: Llmc, tiny_model_dir: MakeModel, tmp_path: Path) -> None:
     model = copy(tiny_model_dir("llama"), tmp_path)
     weights = model / "model.safetensors"

@@ -18,7 +18,7 @@ import tvm
 from llmc import targets
 from llmc.compiler import compile as compile_model
 from llmc.errors import InternalError, UsageError
-from llmc.schedules.gpu import FAMILIES, quantized_gemv, rope_append
+from llmc.schedules.gpu import FAMILIES, quantized_gemv, quantized_moe, rope_append
 from llmc.targets import code_object
 from llmc.targets.base import GpuTarget, Target
 from llmc.targets.gpu_pipeline import PIPELINE
@@ -127,8 +127,11 @@ def test_every_portable_kernel_is_legal_metal(kernels: Any) -> None:
 
 
 def _buildable(family: Any, target: GpuTarget) -> list[tuple[str, Any]]:
-    """The shapes of a family that the target has kernels for; of products that are long, one."""
+    """The shapes of a family that the target has kernels for; of products that are long, one, and of quantized experts one for each
+    phase: their schemes are those of the products."""
     taken = [(label, call) for label, call in family.SHAPES.items() if family.matches(call, target) is not None]
+    if family is quantized_moe:
+        return [next(pair for pair in taken if pair[1].phase == phase) for phase in ("decode", "extend")]
     return taken[-1:] if "matrix" in family.NAME or family is quantized_gemv else taken
 
 

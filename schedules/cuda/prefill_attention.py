@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from tvm import tirx
 
 from llmc.schedules.cuda import hopper
 from llmc.schedules.cuda.gemm_hopper import MULTIPROCESSORS
@@ -27,8 +28,8 @@ MAX_HEAD_DIM = 256
 PAGE_SIZES = (8, 16, 32, 64)
 """A page's rows are whole swizzle periods of 8, and a key tile is made of whole pages."""
 
-SHORT = 128
-"""The most tokens of a sequence, on average, that are a short chunk."""
+SHORT = 256
+"""The most tokens of a sequence, on average, that are a short chunk; half of them for a single sequence, likely behind a prefix."""
 
 _call = attention_tile.make_call
 SHAPES: dict[str, KernelCall] = {
@@ -64,8 +65,8 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
-    """``short``, ``long``: rows of a tile, positions of a tile of keys, and blocks that share keys, for such chunks; the rest is
-    what :class:`~.prefill_kernel.Choices` has.
+    """``short``, ``long``: rows of a tile, positions of a tile of keys, and blocks that share keys, for such chunks; ``lazy``: of
+    which chunks sums are rescaled only when they must be; the rest is what :class:`~.prefill_tiles.Choices` has.
     """
     d, page_size = int(call.args[0].shape[2]), int(call.attr("page_size"))
     if d <= 64:
@@ -74,29 +75,31 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
         short, long = [[64, 64, 1], [128, 128, 2]], [[128, 128, 2], [128, 128, 1], [64, 64, 1]]
     else:
         short = long = [[128, 64, 2], [128, 64, 1], [64, 64, 1]]
-    # Both gain where two blocks share keys and queries are in registers, and lose elsewhere, as measured on an H200.
-    middle = [True, False] if 64 < d <= 128 else [False, True]
+    # Neither gains over all sizes with other heads, as measured on an H200.
+    middle = 64 < d <= 128
     shapes = {"short": short, "long": long}
     return {
         **{length: [s for s in shapes[length] if s[1] % (s[2] * page_size) == 0] for length in shapes},
         "stages": [2],
         "blocks": [MULTIPROCESSORS],
-        "lazy": middle,
-        "turns": middle,
+        "lazy": ["short", "never", "always"] if middle else ["never", "always"],
+        "turns": [True, False] if middle else [False, True],
         "dependent_launch": [True, False],
     }
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
-    choices = Choices(
-        int(config["stages"]), int(config["blocks"]), bool(config["lazy"]), bool(config["turns"]), bool(config["dependent_launch"])
-    )
-    shapes = dict.fromkeys(Shape(*(int(v) for v in config[length])) for length in ("short", "long"))
-    kernels = [kernel(call, shape, choices) for shape in shapes]
+    def chosen(length: str) -> tuple[Shape, Choices]:
+        lazy, (rows, keys, share) = config["lazy"] in (length, "always"), (int(v) for v in config[length])
+        turns, early = bool(config["turns"]), bool(config["dependent_launch"])
+        return Shape(rows, keys, share), Choices(int(config["stages"]), int(config["blocks"]), lazy, turns, early)
+
+    kernels = [kernel(call, *which) for which in dict.fromkeys(chosen(length) for length in ("short", "long"))]
     if len(kernels) == 1:
         return kernels[0]
     q, _, table = kernels[0].params[:3]
-    return host_choice(kernels, [q.ty.shape[0] <= table.ty.shape[0] * SHORT])
+    n, b = q.ty.shape[0], table.ty.shape[0]
+    return host_choice(kernels, [n <= tirx.Select(b > 1, b * SHORT, tirx.const(SHORT // 2, "int64"))])
 
 
 reference = attention_tile.reference

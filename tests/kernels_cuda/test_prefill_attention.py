@@ -56,10 +56,10 @@ def test_many_sequences_empty_ones_and_padding() -> None:
 
 CONFIGS: list[dict[str, Any]] = [
     {"long": [128, 128, 1], "stages": 3, "blocks": 3},
-    {"long": [64, 64, 1], "dependent_launch": False, "lazy": False},
+    {"long": [64, 64, 1], "dependent_launch": False, "lazy": "never"},
     {"short": [64, 128, 1], "long": [64, 128, 1], "blocks": 1},
-    {"short": [128, 128, 2], "blocks": 2, "turns": False},
-    {"short": [128, 64, 2], "long": [128, 64, 2], "lazy": False, "blocks": 4},
+    {"short": [128, 128, 2], "blocks": 2, "turns": False, "lazy": "always"},
+    {"short": [128, 64, 2], "long": [128, 64, 2], "lazy": "never", "blocks": 4},
 ]
 
 
@@ -79,7 +79,7 @@ def test_sums_are_rescaled_when_scores_grow() -> None:
     q, pages, *_ = arrays
     q *= np.linspace(1, 40, len(q))[:, None, None].astype(q.dtype)
     pages *= np.geomspace(0.2, 6, pages.size).reshape(pages.shape).astype(pages.dtype)
-    for lazy in (True, False):
+    for lazy in ("always", "never"):
         result = call(family, case, TARGET, arrays, symbols, {"lazy": lazy, "blocks": 4})
         check(family, case, result, family.reference(case, *arrays))
 

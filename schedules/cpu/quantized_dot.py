@@ -34,7 +34,7 @@ Expr = Any
 Quads = Callable[[int], Expr]
 """A quad of codes by its number in the block, in a register."""
 Apart = Callable[[Callable[[], None]], None]
-TURNS = (4, 2, 8)
+TURNS = (2, 4, 8)
 """Quads of a turn: the more, the more of them are in registers."""
 VNNI = {16: "llvm.x86.avx512.vpdpbusd.512", 8: "llvm.x86.avx512.vpdpbusd.256"}
 MADD_BYTES = {16: "llvm.x86.avx512.pmaddubs.w.512", 8: "llvm.x86.avx2.pmadd.ub.sw"}

@@ -32,7 +32,7 @@ from llmc.schedules.cpu.emit import (
 )
 from llmc.schedules.cpu.layout_panel import BLOCK, ROWS, Panels, geometry
 from llmc.schedules.cpu.math import ACTIVATIONS
-from llmc.schedules.cpu.quantized_dot import TURNS, Dot
+from llmc.schedules.cpu.quantized_dot import Dot
 from llmc.schedules.cpu.quantized_products import Products
 from llmc.schedules.cpu.quantized_tiles import TileProducts
 from llmc.schedules.cpu.rows_kernel import RowsKernel
@@ -110,16 +110,22 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
     first = 0 if at.bits == 8 else AHEAD if at.panels >= MANY_PANELS else AHEAD // 2
     ahead = [first, *(bytes_ for bytes_ in (0, 512, 1024, 2048, 4096, 8192) if bytes_ != first)]
     if _has_tiles(call, target):
-        rows: dict[str, list[Any]] = {"rows": [12, 8, 4], "turn": [TURNS[0]]}
+        rows: dict[str, list[Any]] = {"rows": [12, 8, 4], "turn": _turns(target, at)[:1]}
         return {**rows, "row_block": [128, 64, 256, 512, 32], "panels": _groups(at), "ahead": [AHEAD], "streams": [1]}
     simd = Simd(target)
     heights = [12, 8, 16, 4, 6] if simd.registers >= 32 else [4, 2, 6, 3, 5]
-    rows = {"rows": heights, "turn": list(Dot(simd, target, at.bits).turns)}
+    rows = {"rows": heights, "turn": _turns(target, at)}
     fits = min(max(24, ROWS_CACHE // at.columns) // heights[0] * heights[0], 480)
     if step:
         return {**rows, "row_block": [fits], "panels": [at.panels], "ahead": ahead, "streams": [2, 1, 4]}
     blocks = [fits, *(b for b in (24, 48, 96, 192, 480) if b != fits)]
     return {**rows, "row_block": blocks, "panels": _groups(at), "ahead": [first], "streams": [1]}
+
+
+def _turns(target: Target, at: Panels) -> list[int]:
+    """Quads of a turn, the fastest first: fewer where each block has a scale of its own and products are added up in 16 bits."""
+    fastest = 2 if at.blocks == 1 and at.bits < 8 else 4
+    return sorted(Dot(Simd(target), target, at.bits).turns, key=lambda turn: turn != fastest)
 
 
 def _groups(at: Panels) -> list[int]:
@@ -187,7 +193,7 @@ def _tile(
     buffers: dict[str, Expr],
     n: Expr,
     ahead: int,
-    turn: int = TURNS[0],
+    turn: int,
     tiled: bool = False,
 ) -> Products:
     """Emit the rounding of x's ``n`` rows; what multiplies them. ``tiled``: tile registers are to take them, too."""
@@ -203,7 +209,7 @@ def _tile(
 
 def rows_kernel(call: KernelCall, target: Target, x: Expr, out: Expr, n: Expr) -> RowsKernel:
     """The layer's product for other kernels: rows of ``x`` times whichever weight has the call's shape, a panel a piece."""
-    tile = _tile(call, target, Simd(target), {"x": x, "out": out}, n, AHEAD)
+    tile = _tile(call, target, Simd(target), {"x": x, "out": out}, n, AHEAD, _turns(target, _geometry(call))[0])
 
     def of(weight: dict[str, Expr]) -> Callable[[Expr, Expr, int], None]:
         return lambda panel, first, count: tile.over(weight).emit([panel], first, count)

@@ -3,8 +3,8 @@
     python benchmarks/tuning_cpu.py FOLDER [--only attend]     compiles every configuration for this machine into folders
     python FOLDER/attend/run.py                                checks and times them: let nothing else run
 
-Five shapes of each: attention of prompts, bfloat16 layers of prompts, quantized layers of prompts and of decode steps, these with
-few of the register tiles, which a single row has none of.
+Five shapes of each: attention of prompts, bfloat16 layers of prompts, quantized layers of prompts and of decode steps. These have few
+of the register tiles, which a single row has none of, and prompts leave how many panels stay in a cache at its default.
 """
 
 from __future__ import annotations
@@ -48,7 +48,11 @@ class Spaces:
 SPACES = {
     "attend": Spaces(attend, [replace(attend._call(*heads, page_size=16), phase="extend") for heads in HEADS]),
     "linear": Spaces(linear, [linear._call(o, k, "bfloat16") for o, k in PLAIN]),
-    "prompts": Spaces(quantized_linear, [quantized_linear._call(*shape, "extend") for shape in PROMPTS]),
+    "prompts": Spaces(
+        quantized_linear,
+        [quantized_linear._call(*shape, "extend") for shape in PROMPTS],
+        lambda config, default: config["panels"] == default["panels"] and config["row_block"] in (default["row_block"], 24, 96),
+    ),
     "steps": Spaces(
         quantized_linear,
         [quantized_linear._call(*shape, "decode") for shape in STEPS],

@@ -3,8 +3,8 @@
     python benchmarks/tuning_cpu.py FOLDER [--only attend]     compiles every configuration for this machine into folders
     python FOLDER/attend/run.py                                checks and times them: let nothing else run
 
-Five shapes of each: attention of prompts, bfloat16 layers of prompts, quantized layers of prompts and of decode steps. These have few
-of the register tiles, which a single row has none of, and prompts leave how many panels stay in a cache at its default.
+Five shapes of each: attention of prompts, bfloat16 layers of prompts, quantized layers of prompts and of decode steps. Steps have
+few of the register tiles, which a single row has none of; prompts leave how many panels stay in a cache at its default.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import pytest
 from llmc.cli.main import main
 from llmc.manifest import read
 from llmc.schedules.lookup import load
+from llmc.tune import compare
 from tests.support.tiny_models import build
 
 
@@ -22,6 +23,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture
+def few_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the model in turns: what decides is tested elsewhere."""
+    monkeypatch.setattr(compare, "ROUNDS", 2)
+    monkeypatch.setattr(compare, "MOST", 4)
+
+
+@pytest.mark.usefixtures("few_runs")
 def test_tune_then_compile(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records, out = tmp_path / "records", tmp_path / "out"
     common = [str(model), "--dtype", "float32", "--kernels", "attend_extend*", "--records", str(records), "--quiet"]
@@ -43,22 +52,20 @@ def test_tune_then_compile(model: Path, tmp_path: Path, capsys: pytest.CaptureFi
     assert len({record.config for record in load([records]).entries.values()}) == 6  # nothing was tried twice
 
 
-def test_finds_are_decided_in_the_model(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("few_runs")
+def test_finds_are_decided_in_the_model(model: Path, tmp_path: Path) -> None:
     """Compiled with and without, run in turns by a process of its own; whichever way it goes, the file says so. One find of each
     phase: what is done with several is in test_validate.py."""
     from llmc import targets
     from llmc.progress import SilentProgress
     from llmc.schedules.lookup import Records
     from llmc.schedules.records import call_from_json, config_text
-    from llmc.tune import compare
     from llmc.tune.compare import Site
     from llmc.tune.subject import Subject
     from llmc.tune.task import find, tasks_of, workloads
     from llmc.tune.turns import Turns
     from llmc.tune.validate import Find, Validation
 
-    monkeypatch.setattr(compare, "ROUNDS", 2)
-    monkeypatch.setattr(compare, "MOST", 4)
     host, runner, known = targets.parse("cpu"), Turns(), Records()
     with Subject(str(model), host, {"dtype": "float32"}, SilentProgress()) as subject:
         tasks = {task.call.phase: task for task in tasks_of(subject.kernels(), host, "linear*")}
@@ -121,7 +128,10 @@ def test_finds_are_decided_where_there_is_no_compiler(model: Path, tmp_path: Pat
     assert main([*arguments, "--offline", str(folder), "--trials", "0", "--quiet"]) == 0
     assert sorted(p.name for p in folder.iterdir()) == ["0", "1", "finds.json", "run.py"]
     assert not (folder / "1" / "weights").exists()
-    blocked = "import runpy, sys; sys.modules['tvm'] = None; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    few = "from llmc.tune import compare; compare.ROUNDS, compare.MOST = 2, 4"
+    blocked = (
+        f"import runpy, sys; sys.modules['tvm'] = None; {few}; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
     done = subprocess.run([sys.executable, "-c", blocked, str(folder / "run.py")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "kept" in done.stdout

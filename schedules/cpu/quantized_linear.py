@@ -203,7 +203,8 @@ def _tile(
     start = dot.bias - (1 << (at.bits - 1)) if how.offset == "none" else dot.bias
     rows = quantized_rows.workspace(n, at.columns, min(at.record // at.sets, BLOCK), start, how.offset, tiles.ROWS if tiled else 1)
     quantized_rows.quantize(simd, buffers["x"], n, at.k, rows)
-    beyond = keep(tirx.Select(n > 0, i64(1 << 40), i64(0)))
+    # The bits of a float64, which of 1 are 1023 << 52 already: neither TVM nor LLVM takes them for more than some number.
+    beyond = bind(tirx.reinterpret("int64", tirx.Cast("float64", n)))
     return Products(call, dot, simd, buffers, rows, at, ahead, beyond)
 
 

@@ -43,7 +43,7 @@ class Products:
         ahead: int,
         beyond: Expr,
     ) -> None:
-        """``beyond``: a number that no byte of a panel has, which the compiler does not know."""
+        """``beyond``: more bytes than a panel has, which the compiler does not know."""
         self.call, self.dot, self.simd, self.buffers, self.rows, self.at = call, dot, simd, buffers, rows, at
         self.ahead, self.beyond = ahead, beyond
         self.scheme = scheme(call.attr("scheme"))

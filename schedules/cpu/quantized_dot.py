@@ -58,7 +58,7 @@ class Dot:
 
     @property
     def turns(self) -> tuple[int, ...]:
-        """The values of ``turn`` that make a difference, the default first."""
+        """The values of ``turn`` that make a difference: which is the fastest depends on the scheme."""
         return TURNS if self.how in ("bytes", "signs") else TURNS[:1]
 
     def _instructions(self, target: Target) -> str:

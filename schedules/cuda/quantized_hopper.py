@@ -67,8 +67,9 @@ def candidates(call: KernelCall, rows: str) -> list[dict[str, Any]]:
     match rows:
         case "1" | "1-8":
             # A row alone has no use for fewer columns in quantized_gemv: the same code as for eight.
-            streams, rings = tried.quantized_gemvs(call, 8), tried.quantized_rings(call, BUCKETS[rows] or 1)
-            return rings + streams if quantized_ring.pays(call, BUCKETS[rows] or 1) else streams + rings
+            assert most is not None
+            streams, rings = tried.quantized_gemvs(call, 8), tried.quantized_rings(call, most)
+            return rings + streams if quantized_ring.pays(call, most) else streams + rings
         case "9-16":
             return tried.quantized_gemvs(call, 16) + tried.quantized_gemms(call, 16)
         case "17-32":

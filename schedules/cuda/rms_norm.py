@@ -11,6 +11,7 @@ from typing import Any
 from tvm.script import tirx as T
 
 from llmc.schedules.cuda import hopper
+from llmc.schedules.cuda.row_norm import LANES, value
 from llmc.schedules.gpu import norm
 from llmc.schedules.gpu.emit import WIDTH
 from llmc.schedules.protocol import KernelCall
@@ -18,9 +19,6 @@ from llmc.targets.base import Target
 
 NAME = "cuda.rms_norm"
 OP = "llmc.rms_norm"
-LANES = 8
-"""16-bit values of a 16-byte access."""
-
 MOST = 8192
 """Values of a row that the threads of a block hold."""
 
@@ -58,15 +56,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     to_pair = hopper.packed_convert(dtype)
     words = WIDTH[weight_dtype] * LANES // 4  # of a thread's weights
 
-    def value(held: Expr, i: Any, dtype: str = dtype) -> Expr:
-        """The i-th value of some registers, float32."""
-        if WIDTH[dtype] == 4:
-            return T.reinterpret("float32", held[i])
-        half = T.cast(T.shift_right(held[i // 2], T.uint32(16) * T.cast(i % 2, "uint32")), "uint16")
-        return T.cast(T.reinterpret(dtype, half), "float32")
-
     def gained(held: Expr, gains: Expr, scale: Expr, i: int) -> Expr:
-        return value(held, i) * scale * (value(gains, i, weight_dtype) + T.float32(offset))
+        gain = T.reinterpret("float32", gains[i]) if WIDTH[weight_dtype] == 4 else value(gains, i, weight_dtype)
+        return value(held, i, dtype) * scale * (gain + T.float32(offset))
 
     @T.prim_func
     def normed(x_ptr: T.handle, weight_ptr: T.handle, out_ptr: T.handle) -> None:
@@ -96,7 +88,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         if thread < vectors:
             T.ptx["ld.global.v4.b32"](held[0], held[1], held[2], held[3], x.ptr_to([row, thread * LANES]))
         for i in T.unroll(LANES):
-            total = total + value(held, i) * value(held, i)
+            total = total + value(held, i, dtype) * value(held, i, dtype)
         for i in T.unroll(5):
             total = total + hopper.exchange(total, 16 >> i)
         if thread % 32 == 0:

@@ -19,17 +19,18 @@ MOST_THREADS = 512
 Expr = Any
 
 
+def value(held: Expr, i: Any, dtype: str) -> Expr:
+    """The i-th 16-bit value of some registers, float32."""
+    half = T.cast(T.shift_right(held[i // 2], T.uint32(16) * T.cast(i % 2, "uint32")), "uint16")
+    return T.cast(T.reinterpret(dtype, half), "float32")
+
+
 def kernel(k: int, dtype: str, eps: float, dependent_launch: bool) -> Any:
     """``norm(x [n, k], out [n, k])``; k is a multiple of :data:`LANES`."""
     vectors = k // LANES
     threads = min(-(-vectors // 32) * 32, MOST_THREADS)
     steps, warps = -(-vectors // threads), threads // 32
     to_pair = hopper.packed_convert(dtype)
-
-    def value(held: Expr, i: Any) -> Expr:
-        """The i-th 16-bit value of some registers, float32."""
-        half = T.cast(T.shift_right(held[i // 2], T.uint32(16) * T.cast(i % 2, "uint32")), "uint16")
-        return T.cast(T.reinterpret(dtype, half), "float32")
 
     @T.prim_func
     def norm(x_ptr: T.handle, out_ptr: T.handle) -> None:
@@ -55,7 +56,7 @@ def kernel(k: int, dtype: str, eps: float, dependent_launch: bool) -> Any:
                 )  # fmt: skip
         total: T.float32 = T.float32(0)
         for i in T.unroll(steps * LANES):
-            total = total + value(x_regs, i) * value(x_regs, i)
+            total = total + value(x_regs, i, dtype) * value(x_regs, i, dtype)
         for i in T.unroll(5):
             total = total + hopper.exchange(total, 16 >> i)
         if thread % 32 == 0:
@@ -69,7 +70,7 @@ def kernel(k: int, dtype: str, eps: float, dependent_launch: bool) -> Any:
             if s * threads + thread < vectors:
                 for i in T.unroll(4):
                     low = T.meta_var((s * 4 + i) * 2)
-                    T.ptx[to_pair](x_regs[s * 4 + i], value(x_regs, low + 1) * total, value(x_regs, low) * total)
+                    T.ptx[to_pair](x_regs[s * 4 + i], value(x_regs, low + 1, dtype) * total, value(x_regs, low, dtype) * total)
                 T.ptx["st.global.v4.b32"](
                     out.ptr_to([row, (s * threads + thread) * LANES]),
                     x_regs[s * 4], x_regs[s * 4 + 1], x_regs[s * 4 + 2], x_regs[s * 4 + 3],

@@ -211,8 +211,9 @@ def test_models_of_a_process_take_turns_on_a_device() -> None:
     other.close()
 
 
-def test_a_thread_waits_for_the_turn_of_another() -> None:
-    one, other = Streams(5, []), Streams(6, [])
+def in_order(one: Streams, other: Streams, most: float | None) -> list[str]:
+    """The order in which a thread gets a turn of ``other`` and this one ends a turn of ``one``, in which it waits for that thread,
+    at most ``most`` seconds."""
     said = []
 
     def second() -> None:
@@ -222,12 +223,17 @@ def test_a_thread_waits_for_the_turn_of_another() -> None:
     thread = Thread(target=second)
     with one.turn():
         thread.start()
-        thread.join(0.1)
+        thread.join(most)
         said.append("first")
         with one.turn():  # a turn within a turn is the same
             pass
     thread.join()
-    assert said == ["first", "second"]
+    return said
+
+
+def test_a_thread_waits_for_the_turn_of_another() -> None:
+    one, other = Streams(5, []), Streams(6, [])
+    assert in_order(one, other, 0.1) == ["first", "second"]
     one.close()
     other.close()
 
@@ -235,18 +241,7 @@ def test_a_thread_waits_for_the_turn_of_another() -> None:
 def test_another_gpu_is_not_waited_for() -> None:
     waited: list[int] = []
     one, other = Streams(5, waited), Streams(6, waited, device=4)
-    said = []
-
-    def second() -> None:
-        with other.turn():
-            said.append("second")
-
-    thread = Thread(target=second)
-    with one.turn():
-        thread.start()
-        thread.join()
-        said.append("first")
-    assert said == ["second", "first"] and not waited
+    assert in_order(one, other, None) == ["second", "first"] and not waited
     one.close()
     other.close()
 

@@ -54,8 +54,6 @@ def main(args: argparse.Namespace) -> int:
         raise UsageError(f"--minutes {args.minutes:g} is no time: give a number above 0")
     if args.only == "whole" and (args.offline is not None or args.kernels != "*"):
         raise UsageError("--only whole runs the model here and has no kernels to pick: give no --offline and no --kernels with it")
-    if args.target and len(args.target) > 1:
-        raise UsageError(f"one target is tuned at a time, and {len(args.target)} were named: run `llmc tune` once for each")
     return _tune(args, folder)
 
 
@@ -82,9 +80,11 @@ def _tune(args: argparse.Namespace, folder: Path) -> int:
     require("compile", "llmc tune")
     require("tune", "llmc tune")
     from llmc import targets
+    from llmc.errors import UsageError
     from llmc.schedules.lookup import SHIPPED, load
     from llmc.tune import display
     from llmc.tune.extract import pack_offline, records_file
+    from llmc.tune.machine import check_target
     from llmc.tune.session import TRIALS, Plan, Session
     from llmc.tune.subject import Subject
     from llmc.tune.task import tasks_of
@@ -92,7 +92,10 @@ def _tune(args: argparse.Namespace, folder: Path) -> int:
 
     progress = on_stderr(args.quiet)
     compiling = options.compile_options(args)
-    target = targets.parse(compiling.pop("target")[0])
+    target, *more = targets.parse_all(compiling.pop("target"))
+    if more:
+        raise UsageError(f"one target is tuned at a time, and {1 + len(more)} were named: run `llmc tune` once for each")
+    check_target(target, here=args.offline is None)
     seconds = None if args.minutes is None else args.minutes * 60
     plan = Plan([], args.trials, seconds, args.resume, choices=args.only != "kernels" and args.kernels == "*")
     with Subject(args.model, target, compiling, progress) as subject:
@@ -104,16 +107,12 @@ def _tune(args: argparse.Namespace, folder: Path) -> int:
 
             with progress.phase("artifacts") as phase:
                 pack_model.write(args.offline, subject, plan.tasks, known, phase.callback())
-            print(
-                f"{args.offline}: carry it to the machine, run `python {args.offline.name}/run.py` there, bring verdicts.jsonl back"
-            )
+            _carry(args.offline, "verdicts.jsonl")
             return 0
         if args.offline is not None:
             problems = pack_offline(args.offline, target, plan.tasks, known, args.trials or TRIALS * len(plan.tasks), progress)
             _warn([*known.notes, *problems])
-            print(
-                f"{args.offline}: carry it to the machine, run `python {args.offline.name}/run.py` there, bring results.jsonl back"
-            )
+            _carry(args.offline, "results.jsonl")
             return 0
         session = Session(subject, plan, known, records_file(folder, target), progress, Turns)
         session.run(lambda: display.on_stderr(args.quiet))

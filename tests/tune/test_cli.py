@@ -147,11 +147,19 @@ def test_finds_are_decided_where_there_is_no_compiler(model: Path, tmp_path: Pat
         (["m", "--import", "x"], "give no MODEL"),
         (["m", "--minutes", "0"], "is no time"),
         (["m", "--target", "cpu", "--target", "cpu:x86-64-v3"], "one target is tuned at a time"),
+        (["m", "--target", "cuda:sm_80,sm_90a"], "one target is tuned at a time"),
         (["m", "--target", "cpux"], "unknown target 'cpux'"),
+        (["m", "--target", "cuda:sm_90a"], "no NVIDIA driver answers on this machine: pack the candidates with --offline DIR"),
+        (["m", "--target", "cpu:apple-m1@macos"], "cpu:apple-m1@macos is for"),
+        (["m", "--target", "rocm:gfx942", "--offline", "x"], "and rocm:gfx942 is neither"),
         (["--import", "absent.jsonl"], "cannot be read"),
     ],
 )
-def test_usage_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found before any model is looked for, on a machine without a GPU."""
+    monkeypatch.setattr("llmc.runtime.artifact.cuda_devices", list)
     assert main(["tune", *arguments]) != 0
     assert message in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import re
 import shutil
@@ -57,6 +58,22 @@ def test_without_a_compiler_the_error_names_the_packages(monkeypatch: pytest.Mon
         cuda_tools.compiler()
 
 
+@pytest.mark.parametrize("place", ["cu13/bin/nvcc", "cuda_nvcc/bin/nvcc"])
+def test_nvcc_of_the_python_packages_is_found(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is no other, and only beside a C++ compiler."""
+    nvcc, spec = tmp_path / place, importlib.machinery.ModuleSpec("nvidia", None, is_package=True)
+    nvcc.parent.mkdir(parents=True)
+    nvcc.touch()
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
+    is_file = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda path: path.is_relative_to(tmp_path) and is_file(path))
+    monkeypatch.setattr(shutil, "which", lambda name: "/usr/bin/g++" if name == "g++" else None)
+    assert cuda_tools.find_nvcc() == nvcc and cuda_tools.writes_ptx("sm_80")
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    assert cuda_tools.find_nvcc() is None
+
+
 def test_nvrtc_makes_machine_code_without_nvcc(monkeypatch: pytest.MonkeyPatch) -> None:
     """The package is one that the tests install; a C++ compiler, which nvcc would need, is hidden."""
     monkeypatch.setattr(shutil, "which", lambda _: None)
@@ -97,6 +114,8 @@ def test_a_model_compiled_without_a_gpu(llama_for_three: Path) -> None:
     # machine code (nvcc's fatbin, or NVRTC's ELF of EM_CUDA), and neither source nor PTX to compile at load
     assert b"\x50\xed\x55\xba" in library or b"\x7fELF\x02\x01\x01\x41" in library
     assert b"__global__" not in library and b".version " not in library and not re.search(rb"\.target sm_", library)
+    for other in (v for v in made.variants if v.kind == "cuda"):
+        assert b"__global__" not in (out / other.library).read_bytes()
     assert {p.name for p in (out / "runtime").iterdir()} == {"libtvm_runtime.so", "libtvm_runtime_cuda.so"}
     assert made.kv.dtype == "bfloat16"
     assert {t.dtype for t in made.tensors.values()} == {"bfloat16", "float32"}  # float32: rope's frequencies

@@ -78,7 +78,13 @@ def _local(spec: str) -> str:
             f"target {spec!r} asks for this machine's GPU, and no NVIDIA driver answers here: name the architecture of the machine "
             "that will run it, for example --target cuda:sm_90a (H100, H200), cuda:sm_89 (L4, RTX 40) or cuda:sm_80 (A100)"
         )
-    return devices[0].arch
+    gpu = devices[0]
+    if gpu.compiled_for is None:
+        raise UsageError(
+            f"target {spec!r} asks for this machine's GPU, and {gpu.name} is {gpu.arch}, older than what llmc compiles for: "
+            f"compile for the processor with --target cpu, or for another machine with one of {', '.join(known_specs()[1:])}"
+        )
+    return gpu.compiled_for
 
 
 def check_tools(target: Target) -> None:

@@ -146,15 +146,16 @@ def _cuda_code(variant: Variant, gpu: CudaDevice) -> str | None:
     return "PTX" if PTX in variant.features and runs_from_ptx(variant.mcpu, gpu.capability) else None
 
 
-def score(variant: Variant, gpus: Sequence[Any] = ()) -> tuple[float, str, int]:
+def score(variant: Variant, gpus: Sequence[Any] = ()) -> tuple[float, int, str, int]:
     """How well a variant that runs here suits the machine, the more the better: a GPU by its own code before one by OpenCL, before
     the processor, before OpenCL on the processor; then machine code before PTX; then the newer GPU architecture; then more
     features of the processor."""
     if variant.kind == "cpu":
-        return 1, "", len(variant.features)
+        return 1, 0, "", len(variant.features)
     if variant.kind == "opencl":
-        return 2 if any(gpu.kind == "opencl" and gpu.gpu for gpu in gpus) else 0, "", 0
-    return 3 - _translated(variant, gpus) / 2, variant.mcpu, 0
+        return 2 if any(gpu.kind == "opencl" and gpu.gpu for gpu in gpus) else 0, 0, "", 0
+    number = int("".join(filter(str.isdigit, variant.mcpu)))
+    return 3 - _translated(variant, gpus) / 2, number, variant.mcpu, 0
 
 
 def _translated(variant: Variant, gpus: Sequence[Any]) -> bool:
@@ -173,7 +174,7 @@ def choose_variant(m: Manifest, where: Path, machine: Host, gpus: Sequence[Gpu] 
     reasons = {v.name: refusal(v, machine, gpus) for v in m.variants}
     usable = sorted((v for v in m.variants if reasons[v.name] is None), key=lambda v: score(v, gpus), reverse=True)
     if not usable:
-        target = next((f"{gpu.kind}:{gpu.arch}" for gpu in gpus if isinstance(gpu, CudaDevice | AmdDevice | MetalDevice)), "cpu")
+        target = next(filter(None, map(_target_for, gpus)), "cpu")
         why = "; ".join(str(reason) for reason in reasons.values())
         raise ArtifactError(f"no variant of the artifact {where} runs on this machine: {why}: add one with `{_add(where, target)}`")
     best, *others = usable
@@ -182,6 +183,13 @@ def choose_variant(m: Manifest, where: Path, machine: Host, gpus: Sequence[Gpu] 
     if _translated(best, gpus):
         rest.insert(0, f"from PTX, which the driver translates for {device}")
     return best, "; ".join([f"{best.target} suits {device} best" if rest else f"{best.target} is the only variant", *rest])
+
+
+def _target_for(gpu: Gpu) -> str | None:
+    """The target to compile for so that it runs on ``gpu``; None for one that has none of its own."""
+    if isinstance(gpu, CudaDevice):
+        return f"{gpu.kind}:{gpu.compiled_for}" if gpu.compiled_for else None
+    return f"{gpu.kind}:{gpu.arch}" if isinstance(gpu, AmdDevice | MetalDevice) else None
 
 
 def _add(where: Path, target: str) -> str:

@@ -21,6 +21,10 @@ TOPOLOGY = Path("/sys/class/kfd/kfd/topology/nodes")
 """Where the kernel's driver for AMD GPUs lists them."""
 
 
+ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_90a", "sm_100", "sm_100a", "sm_103", "sm_120", "sm_120a")
+"""Of NVIDIA GPUs: those that llmc compiles for, the older ones first."""
+
+
 @dataclass(frozen=True)
 class CudaDevice:
     """A GPU: its index, its name, its compute capability ``(9, 0)``, its multiprocessors and its memory in bytes."""
@@ -34,9 +38,18 @@ class CudaDevice:
 
     @property
     def arch(self) -> str:
-        """The architecture to compile for. Hopper's own instructions (wgmma) need the ``a``, which ties code to it."""
+        """Its own architecture. Hopper's own instructions (wgmma) need the ``a``, which ties code to it."""
         major, minor = self.capability
         return f"sm_{major}{minor}" + ("a" if self.capability == (9, 0) else "")
+
+    @property
+    def compiled_for(self) -> str | None:
+        """The architecture to compile for: its own if llmc knows it, else the newest before it, whose machine code or PTX it runs;
+        None for a GPU that is older than all of them."""
+        if self.arch in ARCHITECTURES:
+            return self.arch
+        older = [arch for arch in ARCHITECTURES if runs_on(arch, self.capability) or runs_from_ptx(arch, self.capability)]
+        return older[-1] if older else None
 
 
 def cuda_devices() -> list[CudaDevice]:

@@ -137,6 +137,26 @@ def test_newer_gpus_run_from_ptx_where_there_is_some(arch: str, capability: tupl
         assert best is own and "PTX" not in why
 
 
+@pytest.mark.parametrize(
+    ("capability", "arch"),
+    [((7, 5), None), ((8, 0), "sm_80"), ((8, 8), "sm_87"), ((9, 0), "sm_90a"), ((10, 0), "sm_100"), ((11, 0), "sm_103"),
+     ((12, 0), "sm_120"), ((12, 1), "sm_120")],
+)  # fmt: skip
+def test_what_to_compile_for_a_gpu(capability: tuple[int, int], arch: str | None) -> None:
+    """Its own architecture or one whose code it runs; the command of the refusal has it, too."""
+    device = gpu(*capability)
+    assert device.compiled_for == arch
+    m = replace(manifest(5, 8, Limits(1, 1, 1)), variants=[ARM])
+    with pytest.raises(ArtifactError, match=rf"--target {f'cuda:{arch}' if arch else 'cpu'}`"):
+        choose_variant(m, Path("a"), ZEN, [device])
+
+
+def test_of_ptx_that_of_the_newest_architecture_is_taken() -> None:
+    old, new = (replace(variant(arch, CUDA.triple, kind="cuda"), features=["ptx"]) for arch in ("sm_90", "sm_100"))
+    m = replace(manifest(5, 8, Limits(1, 1, 1)), variants=[old, new])
+    assert choose_variant(m, Path("a"), ZEN, [gpu(12, 0)])[0] is new
+
+
 def test_a_gpu_is_preferred_to_the_processor() -> None:
     m = replace(manifest(5, 8, Limits(1, 1, 1)), variants=[V4, CUDA, variant("sm_90a", CUDA.triple, kind="cuda")])
     assert choose_variant(m, Path("a"), ZEN, [gpu(9, 0)])[0].mcpu == "sm_90a"

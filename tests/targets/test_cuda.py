@@ -13,7 +13,7 @@ import pytest
 
 from llmc import manifest, targets
 from llmc.errors import InternalError, MissingExtraError, UsageError
-from llmc.runtime.device import CudaDevice
+from llmc.runtime.device import ARCHITECTURES, CudaDevice
 from llmc.targets import cuda, cuda_tools
 from llmc.targets.base import GpuTarget
 
@@ -45,6 +45,12 @@ def test_unknown_architectures_name_what_there_is(spec: str, words: list[str]) -
 def test_cuda_alone_is_this_machines_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "cuda_devices", lambda: [CudaDevice(0, "NVIDIA Test", (9, 0), 132, 80 << 30)])
     assert targets.parse("cuda").name == "cuda:sm_90a"
+    monkeypatch.setattr(cuda, "cuda_devices", lambda: [CudaDevice(0, "NVIDIA Newer", (12, 1), 48, 80 << 30)])
+    assert targets.parse("cuda").name == "cuda:sm_120"
+    monkeypatch.setattr(cuda, "cuda_devices", lambda: [CudaDevice(0, "NVIDIA Older", (7, 5), 40, 16 << 30)])
+    with pytest.raises(UsageError, match=r"NVIDIA Older is sm_75, older than what llmc compiles for: .*--target cpu"):
+        targets.parse("cuda")
+    assert tuple(cuda.SHARED_MEMORY) == ARCHITECTURES
     monkeypatch.setattr(cuda, "cuda_devices", list)
     with pytest.raises(UsageError, match=r"no NVIDIA driver answers here: name the architecture .*--target cuda:sm_90a"):
         targets.parse("cuda")

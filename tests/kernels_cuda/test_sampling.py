@@ -132,9 +132,9 @@ def test_logits_that_are_not_finite_give_no_token() -> None:
     assert tokens.reshape(2, 4)[:, :3].tolist() == [[-1] * 3] * 2 and (tokens.reshape(2, 4)[:, 3] >= 0).all()
 
 
-def test_draws_of_a_large_vocabulary() -> None:
+@pytest.mark.parametrize("vocab", [50257, pytest.param(262144, marks=pytest.mark.slow)])
+def test_draws_of_a_large_vocabulary(vocab: int) -> None:
     """Several chunks, several runs of ids for each warp, and an odd end."""
-    vocab = 50257
     rng = np.random.default_rng(8)
     logits = rng.normal(size=(2, vocab)).astype(np.float32) * 3
     chosen = [PARAMS[1], PARAMS[4], SamplingParams(temperature=2.0, top_p=0.99)]

@@ -6,6 +6,7 @@ Every refusal says what was built, what was found, and the command that mends it
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,24 +75,36 @@ def _release(version: str, parts: int) -> list[str]:
     return version.split("+")[0].split(".")[:parts]
 
 
-def _recompile(m: Manifest, target: str = "cpu") -> str:
-    return f"`llmc compile {m.model.source} --target {target}`"
+def _recompile(m: Manifest, where: Path) -> str:
+    """The command that makes the artifact anew: for its targets, stored as it is, with its limits. What is as a compile has it
+    unless asked is left out; a calibration text of the user's is not known."""
+    asked: list[tuple[str, object]] = [("target", v.target) for v in m.variants]
+    same = {"dtype": None, "kv_dtype": m.options.get("dtype"), "quant": "native", "method": None, "target_bpw": None}
+    asked += [(name, m.options[name]) for name, usual in same.items() if m.options.get(name, usual) != usual]
+    asked += [("keep", text) for text in m.options.get("keep", ())]
+    if m.model.context != m.model.trained_context:
+        asked.append(("context", m.model.context))
+    asked.append(("max_batch", m.limits.max_batch))
+    words = [m.model.source, "-o", str(where), "--force"]
+    for name, value in asked:
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return f"`llmc compile {shlex.join(words)}`"
 
 
 def check_versions(m: Manifest, where: Path) -> None:
     """Raise ArtifactError unless this llmc (major.minor) and this TVM (release) are those that built the artifact."""
     if _release(m.llmc, 2) != _release(__version__, 2):
         raise ArtifactError(
-            f"the artifact {where} was built by llmc {m.llmc} and this is llmc {__version__}: recompile it with {_recompile(m)}, "
-            f"or run `pip install llmc=={m.llmc}`"
+            f"the artifact {where} was built by llmc {m.llmc} and this is llmc {__version__}: "
+            f"recompile it with {_recompile(m, where)}, or run `pip install llmc=={m.llmc}`"
         )
     if (where / "runtime" / LIBRARY_NAME).is_file():
         return  # it brought the library it was built for
     found = installed_version()
     if found is not None and _release(m.tvm, 3) != _release(found, 3):
         raise ArtifactError(
-            f"the artifact {where} was built with TVM {m.tvm} and TVM {found} is installed: recompile it with {_recompile(m)}, "
-            f"or run `pip install apache-tvm=={m.tvm}`"
+            f"the artifact {where} was built with TVM {m.tvm} and TVM {found} is installed: "
+            f"recompile it with {_recompile(m, where)}, or run `pip install apache-tvm=={m.tvm}`"
         )
 
 
@@ -170,7 +183,7 @@ def choose_variant(m: Manifest, where: Path, machine: Host, gpus: Sequence[Gpu] 
     Raises ArtifactError saying why each one cannot run here.
     """
     if not m.variants:
-        raise ArtifactError(f"the artifact {where} holds no compiled module: recompile it with {_recompile(m)}")
+        raise ArtifactError(f"the artifact {where} holds no compiled module: recompile it with {_recompile(m, where)}")
     reasons = {v.name: refusal(v, machine, gpus) for v in m.variants}
     usable = sorted((v for v in m.variants if reasons[v.name] is None), key=lambda v: score(v, gpus), reverse=True)
     if not usable:
@@ -205,7 +218,7 @@ def check_sizes(m: Manifest, where: Path) -> None:
             what = "is missing" if found is None else f"has {found} bytes"
             raise ArtifactError(
                 f"the artifact {where} is damaged: {name} {what}, and the manifest says {info.bytes} bytes: "
-                f"copy it again, or recompile it with {_recompile(m)}"
+                f"copy it again, or recompile it with {_recompile(m, where)}"
             )
 
 

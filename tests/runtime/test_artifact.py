@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 
 from llmc.errors import ArtifactError, MissingExtraError, RequestError
-from llmc.manifest import FunctionInfo, Limits, TensorInfo, Variant
+from llmc.manifest import FileInfo, FunctionInfo, Limits, TensorInfo, Variant
 from llmc.runtime import host as host_module
 from llmc.runtime import library, load, tile_registers
-from llmc.runtime.artifact import check_versions, choose_variant, open_artifact, refusal
+from llmc.runtime.artifact import check_sizes, check_versions, choose_variant, open_artifact, refusal
 from llmc.runtime.device import AmdDevice, CudaDevice, MetalDevice, OpenClDevice
 from llmc.runtime.footprint import Footprint, footprint, workspace_bytes
 from llmc.runtime.host import Host, describe, parse_cpuinfo
@@ -205,6 +205,20 @@ def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(raw))
 
 
+def test_the_command_that_makes_an_artifact_anew() -> None:
+    """With its targets, types and limits; what is usual is left out."""
+    m = replace(manifest(5, 8, Limits(4, 1, 1)), variants=[V3, CUDA], options={"dtype": "bfloat16", "kv_dtype": "bfloat16"})
+    with pytest.raises(ArtifactError) as caught:
+        check_sizes(replace(m, files={"lib.so": FileInfo(5, "")}), Path("my model.llmc"))
+    command = rf"llmc compile {m.model.source} -o 'my model.llmc' --force --target {V3.target} --target {CUDA.target}"
+    assert f"{command} --dtype bfloat16 --max-batch 4`" in str(caught.value)
+    options = {"dtype": "float16", "kv_dtype": "int8", "quant": "int4_g64", "method": "awq", "keep": ["lm_head=int8"]}
+    with pytest.raises(ArtifactError) as caught:
+        check_sizes(replace(m, options=options, files={"lib.so": FileInfo(5, "")}), Path("a"))
+    words = " --dtype float16 --kv-dtype int8 --quant int4_g64 --method awq --keep lm_head=int8 --max-batch 4`"
+    assert words in str(caught.value)
+
+
 def test_the_whole_artifact_opens(artifact: Path) -> None:
     opened = open_artifact(artifact)
     assert opened.folder == artifact
@@ -213,9 +227,8 @@ def test_the_whole_artifact_opens(artifact: Path) -> None:
 
 def test_versions_must_match(artifact: Path) -> None:
     change(artifact, lambda raw: raw.update(llmc="9.3.1"))
-    with pytest.raises(
-        ArtifactError, match=r"built by llmc 9\.3\.1 and this is llmc .*`llmc compile hand/made --target cpu`.*pip install llmc==9"
-    ):
+    command = r"`llmc compile hand/made -o .* --force --target cpu:here .*`"
+    with pytest.raises(ArtifactError, match=rf"built by llmc 9\.3\.1 and this is llmc .*{command}.*pip install llmc==9"):
         load(artifact)
     change(artifact, lambda raw: raw.update(llmc="0.1.99", tvm="0.26.0"))
     with pytest.raises(ArtifactError, match=r"built with TVM 0\.26\.0 and TVM 0\.27\.0\S* is installed"):

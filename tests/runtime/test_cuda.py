@@ -120,6 +120,36 @@ def test_a_device_that_samples_and_runs_ahead_gives_the_hosts_text(
     assert bool(gpus[-1].launched) == graphs
 
 
+def test_a_token_waits_for_nothing_and_a_batch_size_is_recorded_once(
+    artifact: Path, gpus: list[FakeCuda], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many tokens there are, the host waits for the whole device no more often, and for a step only when the next one is
+    under way; graphs are recorded when a batch size comes the second time, and never again."""
+    waits: list[bool] = []
+    recorded: list[int] = []
+    whole, capture, wait = FakeCuda.synchronize, FakeCuda.capture, FakeCuda.wait
+
+    def waiting(gpu: FakeCuda, event: int) -> None:
+        waits.append(gpu._events[event] < gpu._asked)
+        wait(gpu, event)
+
+    monkeypatch.setattr(FakeCuda, "synchronize", lambda gpu: (waits.append(False), whole(gpu))[1])
+    monkeypatch.setattr(FakeCuda, "capture", lambda gpu, work: (recorded.append(1), capture(gpu, work))[1])
+    monkeypatch.setattr(FakeCuda, "wait", waiting)
+    with on_gpu(artifact) as device:
+
+        def idle(tokens: int) -> int:
+            waits.clear()
+            device.generate(PROMPTS[0], max_tokens=tokens, ignore_eos=True)
+            return waits.count(False)
+
+        few = idle(5)
+        assert idle(20) == few and waits.count(True) >= 15 and len(recorded) == 1
+        device.generate(PROMPTS[:2], max_tokens=8, ignore_eos=True)
+        device.generate(PROMPTS[:2], max_tokens=8, ignore_eos=True)
+        assert len(recorded) == 2
+
+
 def test_streams_that_share_a_device_do_not_disturb_each_other(artifact: Path, gpus: list[FakeCuda]) -> None:
     with load(artifact) as host, on_gpu(artifact) as device:
         want = [host.generate(p, max_tokens=10).token_ids for p in PROMPTS[:3]]

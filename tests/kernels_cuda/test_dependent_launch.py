@@ -13,6 +13,7 @@ import pytest
 from tvm import te
 
 from llmc import targets
+from llmc.schedules.cuda import gemm_split, gemv, quantized_gemv, quantized_ring, ring_gemv
 from llmc.schedules.gpu import append, elementwise, moe, rope, rope_append, topk
 from llmc.schedules.gpu.norm import layer_norm, rms_norm
 from llmc.targets import dependent_launch
@@ -57,6 +58,28 @@ def test_a_norm_waits_once_between_weights_and_rows(family: Any) -> None:
     assert early and not any("blockIdx" in line for line in early)
     assert any("blockIdx" in line for line in late), "a row's place depends on the block"
     assert "griddepcontrol" not in source(family.build(call, AMPERE, {}), AMPERE)
+
+
+@pytest.mark.parametrize(
+    ("family", "label", "weights"),
+    [
+        (gemv, "even_64x256", "weight_ptr"),
+        (ring_gemv, "even_64x512", "weight_map"),
+        (gemm_split, "small_256x576", "weight_map"),
+        (quantized_gemv, "even_64x256_int4_g128", "codes_ptr"),
+        (quantized_ring, "even_64x512_int8", "codes_ptr"),
+    ],
+    ids=lambda value: getattr(value, "NAME", value),
+)
+def test_weights_are_under_way_before_the_wait(family: Any, label: str, weights: str) -> None:
+    """And nothing that a kernel before it writes or reads is touched: neither rows of x nor results."""
+    call = family.SHAPES[label]
+    config = {axis: values[0] for axis, values in family.space(call, HOPPER).items()}
+    (body,) = _kernels(family.build(call, HOPPER, config), HOPPER)
+    before, *after = body.split("griddepcontrol_wait();")
+    assert after and weights in before
+    touched = [line for line in before.splitlines() if re.search(r"\b(x_ptr|x_map|out_ptr|out_map)\b", line)]
+    assert all("prefetch_tensormap" in line for line in touched)  # of the map's descriptor, which is the host's
 
 
 def test_generated_kernels_wait_too() -> None:

@@ -100,6 +100,20 @@ def fence(accumulators: Any, count: Any) -> None:
 
 
 @T.inline
+def release(empty: Any, stage: Any, blocks: Any, local: Any, rank: Any, remote: Any) -> None:
+    """Hand a stage back to all who copy into it: of a warpgroup's threads, numbered by ``local``, one for each of ``blocks`` blocks
+    of a cluster arrives at the barrier ``empty[stage]`` of the block with its ``rank``. ``remote``: a register of scratch.
+    """
+    if blocks > 1:
+        if local < blocks:
+            T.ptx.mapa.shared__cluster.u32(remote[0], T.cuda.cvta_generic_to_shared(empty.ptr_to([stage])), T.cast(rank, "uint32"))
+            T.ptx.mbarrier.arrive.shared__cluster.b64(remote[0])
+    else:
+        if local == 0:
+            T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([stage]), T.uint32(1))
+
+
+@T.inline
 def sigmoid(out: Expr, x: Expr) -> None:
     """out = 1 / (1 + exp(-x)), absolute error below 1e-6; the limits 0 and 1 are exact."""
     T.ptx["ex2.approx.ftz.f32"](out, x * T.float32(-LOG2E))

@@ -116,7 +116,7 @@ def kernel(call: KernelCall, shape: Shape, choices: Choices) -> Any:
             member = rank
         if thread == 0:
             T.ptx.mbarrier.init.shared.b64(q_full.ptr_to([0]), T.uint32(1))
-            T.ptx.mbarrier.init.shared.b64(q_empty.ptr_to([0]), T.uint32(4 * groups))
+            T.ptx.mbarrier.init.shared.b64(q_empty.ptr_to([0]), T.uint32(128 * groups))
             for i in T.unroll(depth):
                 T.ptx.mbarrier.init.shared.b64(k_full.ptr_to([i]), T.uint32(1))
                 T.ptx.mbarrier.init.shared.b64(v_full.ptr_to([i]), T.uint32(1))
@@ -250,22 +250,13 @@ def kernel(call: KernelCall, shape: Shape, choices: Choices) -> Any:
 
             @T.inline
             def release(empty, at) -> None:
-                """Hand a stage back: one arrival per computing warpgroup in every block of the cluster."""
-                if share > 1:
-                    if local < share:
-                        T.ptx.mapa.shared__cluster.u32(
-                            remote[0], T.cuda.cvta_generic_to_shared(empty.ptr_to([at])), T.cast(local, "uint32")
-                        )
-                        T.ptx.mbarrier.arrive.shared__cluster.b64(remote[0])
-                else:
-                    if local == 0:
-                        T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([at]), T.uint32(1))
+                """One arrival per computing warpgroup in every block of the cluster."""
+                hopper.release(empty, at, share, local, local, remote)
 
             @T.inline
             def release_queries() -> None:
-                T.cuda.warp_sync()
-                if lane == 0:
-                    T.ptx.mbarrier.arrive.shared.b64(q_empty.ptr_to([0]), T.uint32(1))
+                """Every thread for itself: all have read what there is to know about the tile."""
+                T.ptx.mbarrier.arrive.shared.b64(q_empty.ptr_to([0]), T.uint32(1))
 
             @T.inline
             def await_turn() -> None:

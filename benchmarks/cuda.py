@@ -51,13 +51,14 @@ class Subject:
         return f"{self.model}-{self.quant or 'bf16'}"
 
 
+BATCHES = (1, 8, 32, 64, LIMIT_BATCH)
 SUBJECTS = (
-    Subject("8b", None, (1, 8, 32, 64, 128), PREFILL),
-    Subject("8b", "int4_g128", (1, 8, 32), (512, 2048)),
-    Subject("8b", "int8", (1,)),
-    Subject("8b", "fp8_e4m3", (1,)),
+    Subject("8b", None, BATCHES, PREFILL),
+    Subject("8b", "int4_g128", BATCHES, PREFILL),
+    Subject("8b", "int8", BATCHES, PREFILL),
+    Subject("8b", "fp8_e4m3", BATCHES, PREFILL),
     Subject("1b", None, (1, 8), (512, 2048)),
-    Subject("1b", "int4_g128", (1, 8)),
+    Subject("1b", "int4_g128", (1, 8), (512, 2048)),
 )
 
 

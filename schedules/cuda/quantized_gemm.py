@@ -21,8 +21,9 @@ from typing import Any
 
 from tvm.script import tirx as T
 
-from llmc.schedules.cuda import cluster_finish, hopper, linear_call, quantized_codes, quantized_gemv
-from llmc.schedules.cuda.gemm_hopper import CONSUMER_REGISTERS, MULTIPROCESSORS, PRODUCER_REGISTERS
+from llmc.schedules.cuda import cluster_finish, hopper, linear_call, quantized_codes, quantized_gemv, quantized_tiles
+from llmc.schedules.cuda.gemm_hopper import CONSUMER_REGISTERS, PRODUCER_REGISTERS
+from llmc.schedules.cuda.quantized_tiles import K_STEP, SHARED
 from llmc.schedules.gpu import layout_mma, quantized_call
 from llmc.schedules.gpu.layout_mma import BLOCK, LANES
 from llmc.schedules.gpu.quantized_call import make
@@ -31,20 +32,15 @@ from llmc.targets.base import Target
 
 NAME = "cuda.quantized_gemm"
 OP = quantized_call.OP
-K_STEP, WGMMA_K = 64, 16
+WGMMA_K = 16
 LOAD_CODES = "ld.global.nc.L1::no_allocate.L2::256B.v4.b32"
 OPERAND_FENCE = """
 __device__ __forceinline__ void operand_fence(unsigned int& r) { asm volatile("" : "+r"(r) :: "memory"); }
 """
 """Keeps the compiler from moving the making of an A fragment into the asynchronous multiplications."""
 
-TILES = [(128, 256, 1), (128, 128, 1), (64, 256, 1), (64, 128, 1), (128, 64, 1), (64, 64, 2), (64, 32, 3), (64, 32, 2), (64, 16, 3)]
-SPLITS = (1, 2, 4, 8)
 MOST_LATE = 128
 """Columns of a tile, of both sides, up to which a group's products are summed without its scale."""
-
-SHARED = 224 << 10
-"""Bytes of shared memory of a multiprocessor for its blocks."""
 
 SHAPES: dict[str, KernelCall] = {
     "up_14336x4096_int4_g128": make(14336, 4096, "int4_g128", phase="extend"),
@@ -81,31 +77,11 @@ def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
 
     ``depth``: steps of 64 of k whose codes are in flight; ``dependent_launch``: start early.
     """
-    tile, split = default(call, 512)
+    tile, split = quantized_tiles.default(call, 512)
     return {
-        "tile": [tile, *(t for t in TILES if t != tile)], "split": [split, *(s for s in SPLITS if s != split)],
+        "tile": [*dict.fromkeys([tile, *quantized_tiles.TILES])], "split": [*dict.fromkeys([split, *quantized_tiles.SPLITS])],
         "depth": [2, 4] if linear_call.activation(call)[1] else [4, 2, 8], "dependent_launch": [True, False],
     }  # fmt: skip
-
-
-def default(call: KernelCall, rows: int) -> tuple[tuple[int, int, int], int]:
-    """``tile`` and ``split`` for up to ``rows`` rows: a tile as wide as x while that is narrow, and enough blocks."""
-    sides = 1 + linear_call.activation(call)[1]
-    columns = next((c for c in (16, 32, 64, 128) if rows <= c), 256 if rows > 512 else 128) // (sides if rows > 64 else 1)
-    height = 64 if columns <= 64 else 128
-    resident = {16: 3, 32: 3, 64: 2}.get(columns, 1) if sides == 1 else {16: 2, 32: 2}.get(columns, 1)
-    count = -(-int(call.attr("o")) // (sides * height)) * -(-rows // columns)
-    fitting = [s for s in SPLITS if s * count <= MULTIPROCESSORS * resident and s * 2 <= -(-int(call.attr("k")) // (4 * K_STEP))]
-    return (height, columns, resident), max(fitting, default=1)
-
-
-def fits(call: KernelCall, tile: tuple[int, int, int], split: int) -> bool:
-    """Whether a tile's sums fit in shared memory, its registers in a block's, and every part of k has steps of its own."""
-    rows, columns, resident = tile
-    sides = 1 + linear_call.activation(call)[1]
-    if sides * columns > 256 or split * 2 > -(-int(call.attr("k")) // K_STEP):
-        return False
-    return 4 * sides * columns * cluster_finish.pitch(rows) <= SHARED // resident
 
 
 def stages(columns: int, resident: int, sums_bytes: int) -> int:

@@ -73,7 +73,7 @@ def candidates(call: KernelCall, rows: str) -> list[dict[str, Any]]:
         case "9-16":
             return tried.quantized_gemvs(call, 16) + tried.quantized_gemms(call, 16)
         case "17-32":
-            return tried.quantized_gemms(call, 32) + tried.quantized_gemvs(call, 32)
+            return tried.quantized_tens(call, 32)
     return tried.quantized_gemms(call, most or MANY_ROWS)
 
 

@@ -14,9 +14,9 @@ from llmc.schedules.cuda import (
     gemm_split,
     gemv,
     linear_call,
-    quantized_gemm,
     quantized_gemv,
     quantized_ring,
+    quantized_tiles,
     ring_gemv,
 )
 from llmc.schedules.gpu import layout_mma, quantized_call
@@ -45,7 +45,7 @@ SPLIT_TILES = (
     (64, 64, 2), (256, 64, 1), (128, 128, 1), (128, 128, 2), (64, 128, 2), (256, 128, 1), (128, 256, 1),
 )  # fmt: skip
 LONG, LONG_ROWS = 8192, 32
-QUANTIZED_TILES = (*quantized_gemm.TILES, (64, 16, 2), (128, 32, 2), (128, 32, 1), (128, 64, 2), (64, 128, 2))
+QUANTIZED_TILES = (*quantized_tiles.TILES, (64, 16, 2), (128, 32, 2), (128, 32, 1), (128, 64, 2), (64, 128, 2))
 
 
 def gemvs(call: KernelCall, columns: int) -> list[Config]:
@@ -158,16 +158,29 @@ def quantized_gemms(call: KernelCall, rows: int) -> list[Config]:
     gated = linear_call.activation(call)[1]
     widest = min(128 if gated else 256, max(2 * rows, 32))
     least = min(widest, rows) // 4
-    depths = (2, 4) if gated else (4, 2)
-    first = (*quantized_gemm.default(call, rows), depths[0])
+    bits = layout_mma.geometry(quantized_call.how(call), int(call.attr("o")), int(call.attr("k"))).bits
+    # Codes of 8 bits take registers that products of a few rows have a use for.
+    depths = (2, 4) if gated or (bits == 8 and rows <= 64) else (4, 2)
+    first = (*quantized_tiles.default(call, rows), depths[0])
     points = [
         (tile, split, depth)
         for depth in depths
         for tile in QUANTIZED_TILES
-        for split in quantized_gemm.SPLITS
-        if least <= tile[1] <= widest and quantized_gemm.fits(call, tile, split)
+        for split in quantized_tiles.SPLITS
+        if least <= tile[1] <= widest and quantized_tiles.fits(call, tile, split)
     ]
     return [
         {"kernel": "gemm", "tile": list(tile), "split": split, "depth": depth}
         for tile, split, depth in dict.fromkeys([first, *points])
     ]
+
+
+def quantized_tens(call: KernelCall, rows: int) -> list[Config]:
+    """Both kernels for up to ``rows`` rows, tens of them, the default first."""
+    gemms, gemvs = quantized_gemms(call, rows), quantized_gemvs(call, rows)
+    tiles, busy = -(-int(call.attr("o")) // 32), gemm_split.MULTIPROCESSORS
+    if int(call.attr("k")) < LONG or linear_call.activation(call)[1] or not busy * 3 // 4 < tiles <= busy:
+        return gemms + gemvs
+    # A long k for nearly all multiprocessors: 32 outputs to each, in one pass, were a quarter faster than clusters in two.
+    first = {"kernel": "gemv", "warps": 8, "tiles": 2, "depth": 1, "columns": rows, "min_blocks": 0}
+    return [first, *(g for g in gemvs if g != first), *gemms]

@@ -92,6 +92,37 @@ def test_every_candidate_fits(o: int, k: int, activation: str) -> None:
                 assert config["columns"] == family.BUCKETS[rows] and config["warps"] <= 16
 
 
+@pytest.mark.parametrize(
+    ("o", "k", "activation", "rows", "tile", "split"),
+    [
+        (28672, 4096, "silu_gated", "33-64", (128, 64, 1), 1),  # 224 tiles of 64 outputs would take two rounds
+        (16384, 2048, "silu_gated", "33-64", (64, 64, 1), 1),
+        (28672, 4096, "silu_gated", "65-128", (128, 128, 1), 1),
+        (16384, 2048, "silu_gated", "65-128", (128, 64, 1), 1),  # 64 tiles of 128 rows would leave half of the GPU idle
+        (16384, 2048, "silu_gated", "129-512", (128, 128, 1), 1),
+        (6144, 4096, "none", "129-512", (128, 256, 1), 1),  # 192 tiles of 128 rows: two rounds
+        (4096, 4096, "none", "129-512", (128, 128, 1), 1),
+        (4096, 4096, "none", "65-128", (128, 128, 1), 2),  # 32 clusters of four do not run at a time
+        (2048, 8192, "none", "65-128", (128, 128, 1), 4),
+        (2048, 8192, "none", "17-32", (64, 32, 3), 8),
+    ],
+)
+def test_default_tiles(o: int, k: int, activation: str, rows: str, tile: tuple[int, int, int], split: int) -> None:
+    """As measured: few rounds, and no more blocks of clusters than run at a time."""
+    for scheme in ("int8", "int4_g128"):
+        first = family.candidates(make(o, k, scheme, activation=activation), rows)[0]
+        assert (tuple(first["tile"]), first["split"]) == (tile, split)
+
+
+def test_tens_of_rows_by_a_long_k_stream() -> None:
+    """Where 32 outputs to a block fill the GPU once."""
+    streamed, others = [(4096, 14336), (3584, 18944)], [(2048, 8192), (8192, 28672), (4096, 4096)]
+    for o, k in streamed + others:
+        choices = family.candidates(make(o, k, "int8"), "17-32")
+        assert choices[0]["kernel"] == ("gemv" if (o, k) in streamed else "gemm")
+        assert {c["kernel"] for c in choices} == {"gemv", "gemm"} and choices.count(choices[0]) == 1
+
+
 def test_defaults_for_small_matrices_leave_no_warp_without_work() -> None:
     for k in (64, 128, 300, 2048):
         warps, _, depth = quantized_gemv.default(make(64, k, "int4_g128"), 8)

@@ -158,9 +158,8 @@ def quantized_gemms(call: KernelCall, rows: int) -> list[Config]:
     gated = linear_call.activation(call)[1]
     widest = min(128 if gated else 256, max(2 * rows, 32))
     least = min(widest, rows) // 4
-    bits = layout_mma.geometry(quantized_call.how(call), int(call.attr("o")), int(call.attr("k"))).bits
     # Codes of 8 bits take registers that products of a few rows have a use for.
-    depths = (2, 4) if gated or (bits == 8 and rows <= 64) else (4, 2)
+    depths = (2, 4) if gated or (_bits(call) == 8 and rows <= 64) else (4, 2)
     first = (*quantized_tiles.default(call, rows), depths[0])
     points = [
         (tile, split, depth)
@@ -182,5 +181,10 @@ def quantized_tens(call: KernelCall, rows: int) -> list[Config]:
     if int(call.attr("k")) < LONG or linear_call.activation(call)[1] or not busy * 3 // 4 < tiles <= busy:
         return gemms + gemvs
     # A long k for nearly all multiprocessors: 32 outputs to each, in one pass, were a quarter faster than clusters in two.
-    first = {"kernel": "gemv", "warps": 8, "tiles": 2, "depth": 1, "columns": rows, "min_blocks": 0}
+    depth = 2 if _bits(call) == 8 else 1
+    first = {"kernel": "gemv", "warps": 8, "tiles": 2, "depth": depth, "columns": rows, "min_blocks": 0}
     return [first, *(g for g in gemvs if g != first), *gemms]
+
+
+def _bits(call: KernelCall) -> int:
+    return layout_mma.geometry(quantized_call.how(call), int(call.attr("o")), int(call.attr("k"))).bits

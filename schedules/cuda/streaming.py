@@ -2,7 +2,8 @@
 
 A block takes tile after tile. Its ``warps`` that multiply split k; each leaves its sums of a tile in one of two halves of
 ``partial`` and goes on, while a warp of its own adds them up and finishes. ``full``: a barrier for each box of each ring; ``ready``
-and ``free``: one for each half, where the warps that multiply say that it is written, and the other one that it is read.
+and ``free``: one for each half, where the warps that multiply say that it is written, and the other one that it is read, every
+lane for itself.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from tvm.script import tirx as T
 from llmc.schedules.cuda.gemv_finish import Finish
 
 Expr = Any
+LANES = 32
 
 
 @T.inline
@@ -22,8 +24,8 @@ def start(full: Expr, ready: Expr, free: Expr, thread: Expr, boxes: Expr, warps:
     if thread < boxes:
         T.ptx.mbarrier.init.shared.b64(full.ptr_to([thread]), T.uint32(1))
     if thread < 2:
-        T.ptx.mbarrier.init.shared.b64(ready.ptr_to([thread]), T.uint32(warps))
-        T.ptx.mbarrier.init.shared.b64(free.ptr_to([thread]), T.uint32(1))
+        T.ptx.mbarrier.init.shared.b64(ready.ptr_to([thread]), T.uint32(warps * LANES))
+        T.ptx.mbarrier.init.shared.b64(free.ptr_to([thread]), T.uint32(LANES))
 
 
 @T.inline
@@ -46,9 +48,7 @@ class Hands:
             if tile >= 2:
                 T.cuda.mbarrier_wait(free.ptr_to([tile % 2]), tile // 2 % 2 ^ 1)
             end.store(partial, tile % 2 * warps + warp, acc, lane)
-            T.cuda.warp_sync()
-            if lane == 0:
-                T.ptx.mbarrier.arrive.shared.b64(ready.ptr_to([tile % 2]), T.uint32(1))
+            T.ptx.mbarrier.arrive.shared.b64(ready.ptr_to([tile % 2]), T.uint32(1))
 
         @T.inline
         def take(
@@ -64,9 +64,7 @@ class Hands:
                 end.fetch_residual(residual_regs, residual, lane, first, first_row, n)
                 T.cuda.mbarrier_wait(ready.ptr_to([done % 2]), done // 2 % 2)
                 end.finish(partial, done % 2 * warps, lane, first, first_row, n, scale_regs, bias_regs, residual_regs, out)
-                T.cuda.warp_sync()
-                if lane == 0:
-                    T.ptx.mbarrier.arrive.shared.b64(free.ptr_to([done % 2]), T.uint32(1))
+                T.ptx.mbarrier.arrive.shared.b64(free.ptr_to([done % 2]), T.uint32(1))
                 done = done + 1
 
         self.give, self.take = give, take

@@ -108,9 +108,9 @@ def compare(folder: Path, model: str, progress: Progress, *, threads: int | None
     from llmc.reference import reference_model
     from llmc.runtime import load
 
+    compiled = load(folder, threads=threads)  # whether it runs here is known at once
     with progress.phase("load reference"):
         reference = reference_model(model)
-    compiled = load(folder, threads=threads)
     info = compiled.manifest
     stored = {info.kv.dtype, *(t.dtype for t in info.tensors.values() if t.dtype in FLOATS)}
     dtype = max(stored, key=lambda name: TOLERANCE[name], default="float32")

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llmc import manifest
-from llmc.errors import RequestError
+from llmc.errors import ArtifactError, RequestError
 from llmc.inspect_artifact import plan_memory
 from llmc.progress import SilentProgress
-from llmc.verify import verify_files
+from llmc.runtime.host import host
+from llmc.verify import compare, verify_files
 from tests.cli.conftest import Llmc, save
 
 WEIGHTS = "weights/weights-00001.safetensors"
@@ -113,6 +115,18 @@ def test_verify_names_the_file(llmc: Llmc, artifact: Path, damage: object, words
     assert done.returncode == 1 and not report["ok"]
     assert len(report["files"]["problems"]) == 1 and words in report["files"]["problems"][0]
     assert words in llmc("verify", artifact).stdout
+
+
+def test_an_artifact_that_cannot_run_here_is_found_before_the_reference_is_loaded(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = manifest.read(artifact)
+    gpu = replace(info.variants[0], kind="cuda", target="cuda:sm_90a", mcpu="sm_90a", triple=f"{host().machine}-linux-gnu")
+    save(artifact, info, variants=[gpu])
+    monkeypatch.setattr("llmc.runtime.artifact.cuda_devices", list)
+    monkeypatch.setattr("llmc.reference.reference_model", lambda model: pytest.fail("the reference was loaded"))
+    with pytest.raises(ArtifactError, match="no NVIDIA driver answers on this machine: add one with `llmc add"):
+        compare(artifact, "a model", SilentProgress())
 
 
 def test_verify_reports_everything_at_once(artifact: Path) -> None:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmc import manifest
-from llmc.errors import ModelError, OutputError
+from llmc.errors import ModelError, OutputError, UsageError
 from llmc.paths import cache_root, records_folder
 from llmc.version import __version__
 
@@ -63,6 +63,7 @@ def _compile(model: str, options: dict[str, Any], progress: Progress, *, recompi
     from llmc.compiler import compile as compile_model
     from llmc.importer.resolve import resolve
 
+    _check_machine(model, options)
     with progress.phase("find model", unit="B") as phase:
         files = resolve(model, progress=phase.callback()).path
     entry = _entry(model, files, options)
@@ -87,6 +88,24 @@ def _compile(model: str, options: dict[str, Any], progress: Progress, *, recompi
         record = json.dumps({"model": model, "files": str(files), "options": options}, indent=1)
         (entry / "ready").write_text(record + "\n", encoding="utf-8")
     return entry / "artifact"
+
+
+def _check_machine(model: str, options: dict[str, Any]) -> None:
+    """Raise UsageError if this machine, which is to run the model, runs code for none of its targets."""
+    from llmc import targets
+    from llmc.targets.here import refused
+
+    specs = options.get("target", "cpu")
+    if "cpu" in ([specs] if isinstance(specs, str) else specs):
+        return
+    chosen = targets.parse_all(specs)
+    reasons = [why for target in chosen if (why := refused(target)) is not None]
+    if len(reasons) == len(chosen):
+        flags = " ".join(f"--target {target.name}" for target in chosen)
+        raise UsageError(
+            f"{model} would be compiled to run here, and {'; '.join(reasons)}: `llmc compile {model} -o OUT {flags}` makes an "
+            "artifact for the machine that has it"
+        )
 
 
 def _ready(entry: Path) -> Path | None:

@@ -103,11 +103,9 @@ def _existing(folder: Path) -> Path:
 def _targets() -> list[TargetStatus]:
     """Every target llmc names: whether its linker is here, and whether this processor has what its code uses."""
     from llmc import targets
-    from llmc.manifest import Variant
-    from llmc.runtime.artifact import DRIVEN, gpus_of, refusal
-    from llmc.runtime.host import host
+    from llmc.targets.here import refused
 
-    found, gpus = [], gpus_of(DRIVEN)
+    found = []
     for spec in targets.known_specs():
         try:
             target = targets.parse(spec)
@@ -119,9 +117,7 @@ def _targets() -> list[TargetStatus]:
             missing = None
         except MissingExtraError as error:
             missing = str(error)
-        features = list(target.features)
-        variant = Variant(spec, target.name, target.kind, target.triple, target.mcpu, features, "", [], [], [])
-        reason = refusal(variant, host(), gpus)
+        reason = refused(target)
         name = spec if target.name == spec else f"{spec} = {target.name}"
         found.append(TargetStatus(name, missing is None, reason is None, missing or reason or ""))
     return found

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 from llmc import cache
-from llmc.errors import ModelError, OutputError
+from llmc.errors import ModelError, OutputError, UsageError
 from llmc.progress import SilentProgress
 
 OPTIONS = {"target": "cpu", "dtype": None, "kv_dtype": None, "max_batch": 8, "page_size": 16}
@@ -60,6 +60,17 @@ def test_second_lookup_hits(model: Path, compiled: list[str]) -> None:
 def test_every_option_counts(model: Path, compiled: list[str], change: dict[str, object]) -> None:
     assert get(model) != get(model, **change)
     assert len(compiled) == 2
+
+
+def test_a_model_for_another_machine_is_not_compiled(model: Path, compiled: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only to be refused when it is loaded; one of several targets that runs here is enough."""
+    monkeypatch.setattr("llmc.runtime.artifact.cuda_devices", list)
+    words = r"no NVIDIA driver answers .*`llmc compile .* -o OUT --target cuda:sm_80 --target cuda:sm_90a`"
+    with pytest.raises(UsageError, match=words):
+        get(model, target=["cuda:sm_80,sm_90a"])
+    assert not compiled
+    get(model, target=["cuda:sm_90a", "cpu"])
+    assert len(compiled) == 1
 
 
 def test_an_edited_model_is_another_one(model: Path, compiled: list[str]) -> None:

@@ -21,7 +21,7 @@ import numpy as np
 from benchmarks.cuda_smoke import MODELS, Runner, TorchDecoder, fill_weights
 from tests.gpu.models import TOLERANCE, _error, _misses
 
-CHUNKS = (7, 14, 20, 50, 100, 200, 400, 600)
+CHUNKS = (7, 14, 20, 50, 100, 200, 400, 600, 1500)
 BATCHES = (1, 5, 12, 24, 48, 100)
 KEPT = 4
 """Rows of a chunk that are compared, the last ones; and decode steps of a batch."""

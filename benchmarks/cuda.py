@@ -34,7 +34,7 @@ from cuda_smoke import MODELS, fill_weights, headers_only, write_model
 CONTEXT, NEW = 128, 256
 PREFILL = (512, 2048, 8192)
 LIMIT_BATCH = 128
-PEER_SECONDS = 200
+PEER_SECONDS = 300
 
 
 @dataclass(frozen=True)

@@ -156,8 +156,9 @@ def kernel(call: KernelCall, config: dict[str, Any], experts: int = 0) -> Any:
     if 4 * sides * rows * pitch > depth * (w_bytes + x_bytes):
         raise ValueError(f"the sums of {outputs} x {rows} do not fit a pipeline of {depth} stages, whose place they take")
     mma = f"wgmma.mma_async.sync.aligned.m64n{rows}k{WGMMA_K}.f32.{hopper.PTX_TYPE[dtype]}.{hopper.PTX_TYPE[dtype]}"
-    finish = cluster_finish.finisher(
-        call, results=results, outputs=tile_results, rows=rows, split=split, threads=threads
+    end = cluster_finish.ClusterFinish(
+        call, results=results, outputs=tile_results, rows=rows, split=split, cluster=cluster, threads=threads,
+        room=SHARED[resident] - depth * (w_bytes + x_bytes),
     )  # fmt: skip
     # The ranks whose blocks have part 0 of k: a slice of x goes to all of a part.
     same_part = sum(1 << member * split for member in range(sharing))
@@ -195,6 +196,7 @@ def kernel(call: KernelCall, config: dict[str, Any], experts: int = 0) -> Any:
         s_w = pool.alloc((depth, outputs, K_STEP), dtype, align=1024)
         full = pool.alloc((depth,), "uint64", align=8)
         empty = pool.alloc((depth,), "uint64", align=8)
+        received = T.meta_var(pool.alloc(end.received, "float32", align=16) if end.sent else s_x)
         # The sums of the whole tile take the place of the pipeline once that is empty.
         pool.move_base_to(0)
         s_sums = pool.alloc((sides, rows, pitch), "float32", align=1024)
@@ -221,6 +223,8 @@ def kernel(call: KernelCall, config: dict[str, Any], experts: int = 0) -> Any:
             T.cuda.cluster_sync()
         else:
             T.cuda.cta_sync()
+        added = T.meta_var(T.alloc_local((end.registers,), "uint32") if end.sent else None)
+        end.arrive()
         if dependent_launch:
             T.ptx.griddepcontrol.launch_dependents()
         if grouped:
@@ -341,14 +345,9 @@ def kernel(call: KernelCall, config: dict[str, Any], experts: int = 0) -> Any:
                     warp * 16 // tile_results, v // 4 * 8 + lane % 4 * 2 + v % 2,
                     warp * 16 % tile_results + lane // 4 + v // 2 % 2 * 8,
                 ] = acc[v]  # fmt: skip
-        if cluster > 1:
-            T.cuda.cluster_sync()
-        else:
-            T.cuda.cta_sync()
-        finish(s_sums, thread, part, member * split, first_row, first_output, end_row, bias, bias, residual, out)
-        if cluster > 1:
-            # No block may leave while another one still reads its shared memory.
-            T.cuda.cluster_sync()
+        end.finish(
+            s_sums, received, added, thread, part, member * split, first_row, first_output, end_row, bias, bias, residual, out
+        )  # fmt: skip
 
     unused = linear_call.absent(specs) + ["tiles"] * (not grouped)
     return hopper.finish(gemm, f"gemm_split_{o}x{k}", unused, dependent_launch)

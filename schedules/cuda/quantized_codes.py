@@ -22,6 +22,9 @@ SELECT = 0xEA
 SELECT_INVERTED = 0xAE
 """lop3: (~a & b) | c."""
 
+CHOOSE = 0xCA
+"""lop3: (a & b) | (~a & c)."""
+
 ONES = {"bfloat16": 0x3F803F80, "float16": 0x3C003C00}
 """A pair of ones."""
 
@@ -107,15 +110,20 @@ def _decode_bytes_bf16(how: Scheme) -> Any:
 
 
 def _decode_e4m3(dtype: str) -> Any:
-    # The seven bits of exponent and significand end up at the wider type's, which ends 3 bits (f16: 1) below the sign.
+    # The seven bits of exponent and significand end up at the wider type's, which ends 3 bits (f16: 1) below the sign. The signs of
+    # a word's four codes are taken out once, in their bytes: what a pair has of the others' lies where its seven bits go.
     shift, mask, scale = {"bfloat16": (4, 0x07F0, 0x7B80), "float16": (1, 0x3F80, 0x5C00)}[dtype]
     multiply_add = MULTIPLY_ADD[dtype]
 
     @T.inline
     def decode(fragment: Expr, words: Expr, base: Expr, s: Expr, p: Expr) -> None:
+        signs = T.alloc_local((1,), "uint32")
+        for h in T.unroll(2):
+            word = T.meta_var(words[base + h * 2 + p])
+            signs[0] = word & T.uint32(0x80808080)
+            T.ptx["lop3.b32"](fragment[h], T.uint32(both(mask)), word << T.uint32(8 - shift), signs[0] << T.uint32(8), CHOOSE)
+            T.ptx["lop3.b32"](fragment[h + 2], T.uint32(both(mask)), word >> T.uint32(shift), signs[0], CHOOSE)
         for j in T.unroll(4):
-            word = T.meta_var(words[base + j % 2 * 2 + p] << T.uint32(8) if j // 2 == 0 else words[base + j % 2 * 2 + p])
-            T.ptx["lop3.b32"](fragment[j], word >> T.uint32(shift), T.uint32(both(mask)), word & T.uint32(0x80008000), SELECT)
             T.ptx[multiply_add](fragment[j], fragment[j], T.uint32(both(scale)), T.uint32(NEGATIVE))
 
     return decode

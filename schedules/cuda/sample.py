@@ -22,8 +22,9 @@ from tvm.script import tirx as T
 from llmc.runtime.draws import FIELD, FIELDS, MOST
 from llmc.runtime.sampling import SamplingParams, candidates, uniform
 from llmc.schedules.cuda import hopper, philox, sample_stats
-from llmc.schedules.cuda.sample_stats import CHUNK, INFINITE, WIDTH, magnitude, penalize
+from llmc.schedules.cuda.sample_stats import CHUNK, INFINITE, WIDTH, magnitude, merge, penalize
 from llmc.schedules.protocol import KernelCall, TensorSpec
+from llmc.targets import dependent_launch
 from llmc.targets.base import Target
 
 NAME = "cuda.sample"
@@ -72,6 +73,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     steps = run // 32
     group = max(1, LOADS // steps)  # runs that a warp reads at once
     at = FIELD
+    early = dependent_launch.supported(target.mcpu)
 
     @T.prim_func
     def sample(
@@ -90,6 +92,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         T.device_entry()
         draw = T.cta_id([T.cast(n, "int32")])
         thread = T.thread_id([THREADS])
+        if early:
+            T.ptx.griddepcontrol.launch_dependents()
+            T.ptx.griddepcontrol.wait()
         bins = T.alloc_buffer((BINS,), "uint32", scope="shared", align=16)
         losses = T.alloc_buffer((BINS,), "uint32", scope="shared", align=16)
         sums = T.alloc_buffer((2, THREADS), "float64", scope="shared", align=16)
@@ -103,6 +108,10 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         prefix = T.alloc_local((1,), "uint32")
         most = T.alloc_local((1,), "uint32")
         key = T.alloc_local((2,), "uint64")
+        found = T.alloc_local((1,), "float32")
+        index = T.alloc_local((1,), "int32")
+        least = T.alloc_local((1,), "float32")
+        broken = T.alloc_local((1,), "int32")
 
         row: T.int64 = T.cast(draws[draw, at["row"]], "int64")
         slot: T.int32 = draws[draw, at["slot"]]
@@ -116,17 +125,28 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         lane: T.int32 = thread % 32
         warp: T.int32 = thread // 32
 
-        top: T.float32 = T.reinterpret("float32", stats[draw, 0, 0])
-        best: T.int32 = stats[draw, 0, 1]
-        low: T.float32 = T.reinterpret("float32", stats[draw, 0, 2])
-        nan: T.int32 = stats[draw, 0, 3]
-        for c in T.serial(chunks - 1):
-            other: T.float32 = T.reinterpret("float32", stats[draw, c + 1, 0])
-            if other > top:
-                top = other
-                best = stats[draw, c + 1, 1]
-            low = T.min(low, T.reinterpret("float32", stats[draw, c + 1, 2]))
-            nan = T.bitwise_or(nan, stats[draw, c + 1, 3])
+        # Every warp looks at all chunks, its lanes at some each.
+        found[0] = T.float32(float("-inf"))
+        index[0] = vocab
+        least[0] = T.float32(sample_stats.LARGEST)
+        broken[0] = 0
+        for c in T.unroll(-(-chunks // 32)):
+            if lane + c * 32 < chunks:
+                merge(
+                    found, index, least, T.reinterpret("float32", stats[draw, lane + c * 32, 0]), stats[draw, lane + c * 32, 1],
+                    T.reinterpret("float32", stats[draw, lane + c * 32, 2]),
+                )  # fmt: skip
+                broken[0] = T.bitwise_or(broken[0], stats[draw, lane + c * 32, 3])
+        for s in T.unroll(5):
+            other: T.float32 = hopper.exchange(found[0], 16 >> s)
+            other_index: T.int32 = hopper.exchange(index[0], 16 >> s)
+            other_least: T.float32 = hopper.exchange(least[0], 16 >> s)
+            broken[0] = T.bitwise_or(broken[0], hopper.exchange(broken[0], 16 >> s))
+            merge(found, index, least, other, other_index, other_least)
+        top: T.float32 = found[0]
+        best: T.int32 = index[0]
+        low: T.float32 = least[0]
+        nan: T.int32 = broken[0]
         token: T.int32 = best
         reach: T.float32 = T.min(top - low, temperature * T.float32(REACH))
         if min_p > T.float32(0):
@@ -326,7 +346,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 if T.bitwise_and(T.cast(counts[T.cast(slot, "int64"), token], "int32"), MOST) < MOST:
                     counts[T.cast(slot, "int64"), token] = counts[T.cast(slot, "int64"), token] + T.int16(1)
 
-    return hopper.finish(sample, f"sample_{vocab}", (), dependent_launch=False)
+    return hopper.finish(sample, f"sample_{vocab}", (), early)
 
 
 def reference(call: KernelCall, *arrays: np.ndarray) -> np.ndarray:

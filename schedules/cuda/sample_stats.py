@@ -17,6 +17,7 @@ from tvm.script import tirx as T
 from llmc.runtime.draws import FIELD, FIELDS, MOST
 from llmc.schedules.cuda import hopper
 from llmc.schedules.protocol import KernelCall, TensorSpec
+from llmc.targets import dependent_launch
 from llmc.targets.base import Target
 
 NAME = "cuda.sample_stats"
@@ -95,6 +96,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     vocab = int(call.args[0].shape[1])
     chunks = -(-vocab // CHUNK)
     repetition_at, presence_at, frequency_at = (FIELD[f"{p}_penalty"] for p in ("repetition", "presence", "frequency"))
+    early = dependent_launch.supported(target.mcpu)
     slot_at, row_at, fields = FIELD["slot"], FIELD["row"], len(FIELDS)
 
     @T.prim_func
@@ -109,6 +111,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         T.device_entry()
         chunk, draw = T.cta_id([chunks, T.cast(n, "int32")])
         thread = T.thread_id([THREADS])
+        if early:
+            T.ptx.griddepcontrol.launch_dependents()
+            T.ptx.griddepcontrol.wait()
         maxima = T.alloc_buffer((WARPS,), "float32", scope="shared", align=16)
         places = T.alloc_buffer((WARPS,), "int32", scope="shared", align=16)
         minima = T.alloc_buffer((WARPS,), "float32", scope="shared", align=16)
@@ -171,7 +176,7 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             out[draw, chunk, 2] = T.reinterpret("int32", low[0])
             out[draw, chunk, 3] = broken[0]
 
-    return hopper.finish(sample_stats, f"sample_stats_{vocab}", (), dependent_launch=False)
+    return hopper.finish(sample_stats, f"sample_stats_{vocab}", (), early)
 
 
 def penalized(logits: np.ndarray, record: np.ndarray, counts: np.ndarray) -> np.ndarray:

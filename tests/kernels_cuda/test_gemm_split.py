@@ -13,6 +13,7 @@ from llmc.schedules.cuda import gemm_split as family
 from llmc.targets import cuda
 from tests.kernels.harness import random_arrays
 from tests.kernels_cuda.emulated import call, check
+from tests.support.cuda_emulator import source
 
 TARGET = cuda.parse("cuda:sm_90a")
 ROWS = {
@@ -45,6 +46,8 @@ def test_reference(name: str) -> None:
         {"tile": (128, 128, 1), "split": 2, "share": 1, "dependent_launch": False},
         {"tile": (128, 256, 1), "split": 1, "share": 1},
         {"tile": (128, 16, 2), "split": 6, "share": 1},
+        {"tile": (64, 32, 1), "split": 3, "share": 1},
+        {"tile": (128, 32, 1), "split": 2, "share": 2},
     ],
 )
 def test_configurations(name: str, config: dict[str, Any]) -> None:
@@ -52,6 +55,13 @@ def test_configurations(name: str, config: dict[str, Any]) -> None:
     arrays = random_arrays(case, symbols, seed=1)
     result = call(family, case, TARGET, arrays, symbols, config)
     check(family, case, result, family.reference(case, *arrays))
+
+
+def test_sums_are_sent_where_there_is_room() -> None:
+    case = family.SHAPES["o_4096x4096"]
+    for tile, split, sent in [((128, 32, 1), 3, True), ((64, 32, 1), 2, True), ((128, 128, 1), 2, False), ((128, 32, 1), 1, False)]:
+        text = source(family.build(case, TARGET, {"tile": tile, "split": split, "share": 1, "dependent_launch": True}), TARGET)
+        assert ("st_vec_shared__cluster" in text) == sent, (tile, split)
 
 
 def test_rows_do_not_depend_on_the_batch() -> None:

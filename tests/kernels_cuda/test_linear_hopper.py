@@ -84,9 +84,11 @@ def test_few_rows_of_many_weights_stream_where_x_fits(o: int, k: int, kernel: st
     assert family.candidates(call, "9-16")[0]["kernel"] == "gemv"
 
 
-def test_tens_of_rows_by_a_long_k_have_low_tiles_on_all_multiprocessors() -> None:
-    first = {(o, k): family.candidates(gemm_split._call(o, k), "17-32")[0] for o, k in ((4096, 14336), (2048, 8192), (4096, 4096))}
-    assert [(c["tile"], c["split"]) for c in first.values()] == [([64, 32, 1], 2), ([64, 32, 1], 4), ([128, 32, 1], 3)]
+def test_tens_of_rows_have_low_tiles_where_they_fill_the_multiprocessors() -> None:
+    shapes = [(4096, 14336), (2048, 8192), (4096, 4096), (6144, 4096), (5120, 3072), (128256, 4096)]
+    first = [family.candidates(gemm_split._call(o, k), "17-32")[0] for o, k in shapes]
+    low, high = [64, 32, 1], [128, 32, 1]
+    assert [(c["tile"], c["split"]) for c in first] == [(low, 2), (low, 4), (low, 2), (low, 1), (high, 2), (high, 1)]
     assert family.candidates(gemm_split._call(4096, 14336), "33-64")[0]["tile"] == [128, 64, 1]
 
 

@@ -15,6 +15,7 @@ The module ABI, version 1 (all tensors are the caller's; ``*`` are lists in the 
     extend(out [r, vocab] f32, input_ids [n] i32, positions [n] i32, slot_mapping [n] i32, q_indptr [b+1] i32, seq_lens [b] i32,
            block_table [b, m] i32, logit_rows [r] i32, *kv_pages, *weights)
 
+``logit_rows``: the rows of the n with logits, in order, and of each sequence its last ones.
 ``kv_pages[l]`` is ``[num_pages, heads, width]``, width and dtype as :mod:`llmc.kv_layout` says; see :mod:`llmc.dialect.paged` for
 what the state tensors mean.
 

@@ -10,7 +10,8 @@ before::                                                       after::
 
 Between a slice and its rotation there may be an ``llmc.rms_norm`` over the heads, on both sides or on none. Only the exact
 pattern is taken: whole rows in this order, one pair of tables, one kind of rotation. Layers that read the pages of an earlier
-one read them from the fused operator. Runs on each phase, after which nothing needs to look inside.
+one read them from the fused operator. Where attention is over some rows alone, these are taken from the fused operator's queries.
+Runs on each phase, after which nothing needs to look inside.
 """
 
 from __future__ import annotations
@@ -70,11 +71,14 @@ class _Fusion:
         q, pages, *rest = value.args
         if pages in self.pages:
             return relax.Call(value.op, [q, self.pages[pages], *rest], value.attrs)
-        fused = self._fused(work, q, pages)
+        taken = work.value(q, "relax.take")
+        fused = self._fused(work, q if taken is None else taken.args[0], pages)
         if fused is None:
             return None
         both = work.emit(fused)
         query = work.emit(relax.TupleGetItem(both, 0), "query")
+        if taken is not None:
+            query = work.emit(relax.Call(taken.op, [query, taken.args[1]], taken.attrs), "query_rows")
         self.pages[pages] = work.emit(relax.TupleGetItem(both, 1), "pages")
         return relax.Call(value.op, [query, self.pages[pages], *rest], value.attrs)
 

@@ -101,7 +101,8 @@ def _plain(value: Any) -> Any:
 
 
 def kernel_call(value: relax.Call, result: relax.Var, phase: str) -> KernelCall:
-    """The call as a kernel sees it. Dimensions keep their names, except that a single symbolic one is always ``n``."""
+    """The call as a kernel sees it. Dimensions keep their names, except that a single symbolic one is always ``n``, and so are the
+    rows with logits: attention over these is the kernel of all rows."""
     symbols: dict[str, str] = {}
 
     def dim(d: Any) -> Dim:
@@ -125,7 +126,7 @@ def generated_choice(function: str, name: str, calls: Sequence[relax.Call]) -> K
 def _dim_name(dim: Any, index: int) -> str:
     """``n``, ``b+1``; a name of its own for any other expression."""
     if isinstance(dim, tirx.Var):
-        return str(dim.name)
+        return "n" if dim.name == "r" else str(dim.name)
     if isinstance(dim, tirx.Add) and isinstance(dim.a, tirx.Var) and isinstance(dim.b, tirx.IntImm):
         return f"{dim.a.name}+{int(dim.b.value)}"
     return f"s{index}"

@@ -6,8 +6,15 @@ before::                                  after::
                                               extend(ids [n], ..., logit_rows [r], ...) -> [r, vocab]
 
 ``decode`` is the graph with ``n = b``. ``extend`` takes the wanted rows as early as it can: every operator that treats rows
-independently, and whose readers all do, down to the logits, works on r rows instead of n. That is all after the last
-attention: its output projection, the last feed-forward, the final norm and the vocabulary projection.
+independently, and whose readers all do, down to the logits, works on r rows instead of n. Attention over pages is one of them:
+``logit_rows`` are in order, and of each sequence its last ones, so those rows attend as the whole chunk does, with q_indptr counted
+in them; the keys and values of all rows are in the pages. So it is all from the queries of the last attention on: that, its
+output projection, the last feed-forward, the final norm and the vocabulary projection::
+
+    a = llmc.attend(q, pages, block_table, seq_lens, q_indptr)     starts = llmc.row_starts(logit_rows, q_indptr, seq_lens)
+    h = llmc.linear(a, w)                                          q_rows = take(q, logit_rows)
+                                                                   a = llmc.attend(q_rows, pages, block_table, seq_lens, starts)
+                                                                   h = llmc.linear(a, w)
 """
 
 from __future__ import annotations
@@ -18,6 +25,9 @@ from tvm import relax, tirx
 from tvm.relax import TensorType, op
 from tvm.relax.utils import copy_with_new_vars
 
+from llmc.dialect.core import is_call
+from llmc.dialect.paged import ATTEND
+from llmc.dialect.row_starts import row_starts
 from llmc.passes.rewrite import Graph, Rewriter, op_name, operands, substitute
 from llmc.passes.shapes import dims
 
@@ -109,9 +119,10 @@ class _Rows:
         tail: set[relax.Var] = set()
         reached = {self.graph.output}
         for var, value in reversed(self.graph.bindings):
-            if var in reached and var not in outside and self.row_wise(var, value):
+            serves = var in reached and var not in outside
+            if serves and (self.row_wise(var, value) or is_call(value, ATTEND)):
                 tail.add(var)
-            else:
+            if var not in tail or is_call(value, ATTEND):  # what it reads is needed whole: one operator makes queries and pages
                 outside.update(operands(value))
             reached.update(operands(value))
         return tail
@@ -131,6 +142,7 @@ def _take_rows(graph: Graph) -> None:
     logit_rows = relax.Var("logit_rows", TensorType([r], "int32"))
     work = Rewriter(graph)
     narrowed: dict[relax.Var, relax.Expr] = {}
+    q_indptr, seq_lens = (next(p for p in graph.params if p.name == name) for name in ("q_indptr", "seq_lens"))
 
     def narrow(v: relax.Var) -> None:
         """Make sure that ``narrowed`` has v's wanted rows."""
@@ -143,6 +155,8 @@ def _take_rows(graph: Graph) -> None:
             continue
         for v in operands(value):
             narrow(v)
+        if is_call(value, ATTEND) and q_indptr not in narrowed:
+            narrowed[q_indptr] = work.emit(row_starts(logit_rows, q_indptr, seq_lens), "starts")
         call = substitute(value, narrowed)
         args = [_with_rows(a, rows.n, r) for a in call.args]
         narrowed[var] = work.emit(relax.Call(call.op, args, call.attrs, call.ty_args), var.name)

@@ -177,6 +177,11 @@ def _quantized_moe(s: Shapes, a: dict[str, Any]) -> str:
     )
 
 
+def _row_starts(s: Shapes, _: dict[str, Any]) -> str:
+    fits = len(s) == 4 and len(s[0]) == 1 and same_dim(s[1][0], s[2][0] + 1)
+    return _expect((fits, f"operands {s[:-1]} are not logit_rows, q_indptr, seq_lens"))
+
+
 def _topk(s: Shapes, a: dict[str, Any]) -> str:
     return _expect((len(s) == 2 and len(s[0]) == 2 and 0 < a["k"] <= s[0][1], f"k={a['k']} of {s[0]}"))
 
@@ -197,6 +202,7 @@ CHECKS: dict[str, Check] = {
     "llmc.moe": _moe,
     "llmc.quantized_moe": _quantized_moe,
     "llmc.topk": _topk,
+    "llmc.row_starts": _row_starts,
 }
 
 

@@ -16,6 +16,7 @@ from llmc.dialect import (
     rope,
     rope_append,
     rope_attend,
+    row_starts,
     topk,
 )
 from llmc.dialect.core import attrs_of, call, is_call
@@ -35,5 +36,6 @@ __all__ = [
     "rope",
     "rope_append",
     "rope_attend",
+    "row_starts",
     "topk",
 ]

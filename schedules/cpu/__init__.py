@@ -21,13 +21,14 @@ from llmc.schedules.cpu import (
     quantized_take_plain,
     rope,
     rope_append,
+    row_starts,
     topk,
 )
 from llmc.schedules.cpu.norm import layer_norm, rms_norm
 
 FAMILIES = (
     linear_tiles, linear, quantized_linear, quantized_take, quantized_linear_plain, quantized_take_plain,
-    attend, append, moe, quantized_moe, rms_norm, layer_norm, rope, rope_append, topk,
+    attend, append, moe, quantized_moe, rms_norm, layer_norm, rope, rope_append, topk, row_starts,
 )  # fmt: skip
 """In order of preference; the first that matches takes a call."""
 

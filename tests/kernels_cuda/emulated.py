@@ -17,7 +17,7 @@ from tests.support.cuda_emulator import launchable
 _kernels: dict[Any, Callable[..., list[np.ndarray]]] = {}
 """What was built in this process: tests of other numbers of rows, or of a row's bits, run the same kernel again."""
 
-TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2, "uint8": 1e-3}
+TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1e-2, "uint8": 1e-3, "int32": 0.0}
 """Error in units of the largest value of a result that is stored in a dtype (see :func:`tests.kernels.harness.error`); of pages of
 codes the share of bytes that differ."""
 

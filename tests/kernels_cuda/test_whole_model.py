@@ -15,6 +15,7 @@ import pytest
 from tvm import relax, tirx
 
 from llmc import targets
+from llmc.dialect.interpreter import evaluate
 from llmc.importer.model import import_model
 from llmc.importer.resolve import resolve
 from llmc.passes import pipeline
@@ -62,15 +63,15 @@ class Machine:
         function = self.module[phase]
         arrays = [*inputs.values(), *self.pages, *self.weights]
         values: dict[Any, np.ndarray] = dict(zip(function.params, arrays, strict=True))
-        symbols = {"rows": rows}
+        symbols: dict[Any, int] = {}
         for param, array in values.items():
-            symbols |= {d.name: size for d, size in zip(param.ty.shape, array.shape, strict=True) if isinstance(d, tirx.Var)}
+            symbols |= {d: size for d, size in zip(param.ty.shape, array.shape, strict=True) if isinstance(d, tirx.Var)}
         for block in function.body.blocks:
             for binding in block.bindings:
                 values[binding.var] = self._value(binding, values, symbols)
         return values[function.body.body]
 
-    def _value(self, binding: Any, values: dict[Any, np.ndarray], symbols: dict[str, int]) -> np.ndarray:
+    def _value(self, binding: Any, values: dict[Any, np.ndarray], symbols: dict[Any, int]) -> np.ndarray:
         call = binding.value
         if isinstance(call, relax.Var):
             return values[call]
@@ -90,13 +91,13 @@ class Machine:
         values_of = tuple(next(fresh) if place < 0 else arrays[place] for place in places)
         return values_of if isinstance(binding.var.ty, relax.TupleType) else values_of[0]
 
-    def _empty(self, ty: relax.TensorType, symbols: dict[str, int]) -> np.ndarray:
+    def _empty(self, ty: relax.TensorType, symbols: dict[Any, int]) -> np.ndarray:
         """A tensor nothing has been written to: NaN, or a number that no index is."""
         dtype = np.dtype(DTYPES[str(ty.dtype)])
         return np.full(self._shape(ty, symbols), -1 if dtype.kind == "i" else np.nan, dtype)
 
-    def _shape(self, ty: relax.TensorType, symbols: dict[str, int]) -> list[int]:
-        return [int(d) if isinstance(d, tirx.IntImm) else symbols[d.name] for d in ty.shape]
+    def _shape(self, ty: relax.TensorType, symbols: dict[Any, int]) -> list[int]:
+        return [evaluate(d, symbols) for d in ty.shape]
 
 
 # Slow: every thread of every kernel of a whole model is emulated.
@@ -112,7 +113,7 @@ def test_prefill_and_decode(model_type: str, arch: str, tiny_model_dir: Callable
     assert machine.fused == bool(sizes)
     sequences = [np.random.default_rng(5).integers(0, 200, n) for n in (7, 4)]
     stepper = Stepper(machine, sequences, OPTIONS.page_size, PAGES)
-    stepper.extend([(0, 5), (1, 3)])
+    stepper.extend([(0, 5), (1, 3)], wanted=[3, 4, 7])
     stepper.decode([1, 0])
     stepper.extend([(0, 1)])
     for ids, found in zip(sequences, stepper.logits, strict=True):

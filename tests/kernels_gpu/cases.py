@@ -38,7 +38,7 @@ def operands(family: Any, call: KernelCall, n: int, seed: int = 3) -> tuple[list
         return expert_operands(call, n, seed, quantized_moe.LAYOUTS, random_quantized), {"n": n}
     if call.op == "llmc.quantized_take":
         return _take_operands(call, seed), {"n": TAKEN}
-    symbols, rng = {"n": n, "num_pages": PAGES}, np.random.default_rng(seed)
+    symbols, rng = {"n": n, "num_pages": PAGES, "b": 3, "b+1": 4}, np.random.default_rng(seed)
     arrays = random_arrays(call, symbols, seed)
     if call.op in SLOTS:
         slots = rng.permutation(PAGES * call.attr("page_size"))[:n].astype(np.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
@@ -69,6 +70,30 @@ def compare(case: str, kv_dtype: str, tolerance: float) -> Lowered:
 @pytest.mark.parametrize("case", ["grouped", "nhd", "offset_norms", "parallel_partial", "experts", "single"])
 def test_machine_code_matches_the_reference(case: str) -> None:
     compare(case, "float32", 3e-5)
+
+
+@pytest.mark.parametrize("case", ["grouped", "windowed", "experts"])
+def test_rows_have_the_same_bits_whichever_others_are_wanted(case: str) -> None:
+    """The last attention is over the wanted rows alone: all, some of two sequences, one of a chunk that asks for none."""
+    config = replace(graphs.CASES["offset_norms"], layers=1) if case == "windowed" else graphs.CASES[case]
+    built = graphs.build(config)
+    lowered = lower(built.module, built.table, TARGET, OPTIONS)
+    machine = Machine(built, lowered, "float32")
+    sequences = [np.random.default_rng(6).integers(0, config.vocab, n) for n in (9, 7, 5)]
+
+    def logits(wanted: list[int] | None) -> list[dict[int, np.ndarray]]:
+        stepper = Stepper(machine, sequences, OPTIONS.page_size, 12)
+        stepper.extend([(0, 5), (1, 2)], wanted=[6])
+        stepper.extend([(0, 4), (1, 1), (2, 3)], wanted)
+        return stepper.logits
+
+    every = logits(None)
+    for wanted in ([2, 3, 5, 6, 7], [4], [7]):
+        some = logits(wanted)
+        assert sum(map(len, some)) == len(wanted) + 1
+        for s, rows in enumerate(some):
+            for position, row in rows.items():
+                assert np.array_equal(row.view(np.uint32), every[s][position].view(np.uint32)), (s, position)
 
 
 def test_a_result_that_is_a_view_is_copied_to_the_caller() -> None:

@@ -151,10 +151,10 @@ def test_phases_agree_with_one_forward_pass(case: str, fused: str) -> None:
 
 
 @pytest.mark.parametrize(("quant", "linear"), [("none", "llmc.linear"), ("int8_g32", "llmc.quantized_linear")])
-def test_extend_computes_only_wanted_rows_after_the_last_attention(quant: str, linear: str) -> None:
+def test_extend_computes_only_wanted_rows_from_the_last_queries_on(quant: str, linear: str) -> None:
     _, _, by_name = _paged_phases("grouped", quant)
     rows = {op: [str(v.ty.shape[0]) for v, e in by_name["extend"].bindings if op_name(e) == op] for op in (linear, "llmc.attend")}
-    assert rows["llmc.attend"] == ["n", "n"]
+    assert rows["llmc.attend"] == ["n", "r"]
     # layer 0: qkv, o, gate+up, down; layer 1: qkv for all rows, then o, gate+up, down and the vocabulary for the wanted ones
     assert rows[linear] == ["n"] * 5 + ["r"] * 4
     assert [p.name for p in by_name["extend"].params[:9]] == [

@@ -86,7 +86,7 @@ class Stepper:
 def mixed_schedule(stepper: Stepper) -> None:
     """Chunked prefill of one sequence beside others, mixed steps, single and joint decodes. Sequences of 11, 7 and 5 tokens."""
     stepper.extend([(0, 5), (1, 3)])
-    stepper.extend([(0, 3), (1, 1), (2, 2)], wanted=[5, 2, 0])
+    stepper.extend([(0, 3), (1, 1), (2, 2)], wanted=[2, 5])
     stepper.decode([2, 0])
     stepper.decode([1])
     stepper.extend([(2, 2), (0, 2)], wanted=[3])

@@ -27,6 +27,9 @@ MAX_ROWS = {"cpu": 512}
 in megabytes."""
 GPU_MAX_ROWS = 4096
 """The same for other kinds: a GPU is busy only with thousands of rows, and has hundreds of megabytes to spare for them."""
+LARGE_GPU_MAX_ROWS = {"sm_90a": 8192}
+"""The same for GPUs by architecture that all have 80 GB or more: twice the workspace, for the few parts of a long prompt that each
+chunk costs once more."""
 MAX_LOGIT_ROWS = 128
 """Rows of one extend step that may ask for logits; a vocabulary is wide, so this bounds the largest intermediate."""
 
@@ -57,7 +60,8 @@ def check_positive(**values: int | None) -> None:
 
 def limits_of(settings: Settings, chosen: Sequence[Target]) -> Limits:
     """The largest steps of an artifact: all its variants share them, so the target that can do least decides."""
-    rows = min(min(MAX_ROWS.get(t.kind, GPU_MAX_ROWS) for t in chosen), settings.context * settings.max_batch)
+    most = min(MAX_ROWS.get(t.kind, LARGE_GPU_MAX_ROWS.get(t.mcpu, GPU_MAX_ROWS)) for t in chosen)
+    rows = min(most, settings.context * settings.max_batch)
     return Limits(settings.max_batch, max(rows, settings.max_batch), max(MAX_LOGIT_ROWS, settings.max_batch))
 
 

@@ -1,8 +1,9 @@
 """Which samples run in the next step: ragged continuous batching (Yu et al., 2022, "Orca") with chunked prompts.
 
 A step takes every running sample's pending tokens, those that have one first, until the row limit is reached: a long
-prompt goes in chunks, beside the samples that are decoding. Samples wait while the batch or the KV cache is full. If the
-cache fills up in between, the sample that came last gives up its pages and runs its tokens anew later.
+prompt goes in chunks, beside the samples that are decoding, which wait no longer than for :data:`ROWS_BESIDE`. Samples wait
+while the batch or the KV cache is full. If the cache fills up in between, the sample that came last gives up its pages and
+runs its tokens anew later.
 
 Where the device chooses tokens (:class:`~llmc.runtime.executor.Pipeline`), a decode step is followed by more of the same samples
 that are started before its tokens are read. That ends where a sample ends, another may join, or pages run out: what is in
@@ -25,6 +26,9 @@ from llmc.runtime.generation import Bounds, Generation, Request
 from llmc.runtime.pages import BlockTable, OutOfPagesError, PageAllocator
 from llmc.runtime.results import Event
 from llmc.runtime.tokenizer import Tokenizer
+
+ROWS_BESIDE = 4096
+"""Most rows of a step in which a sample decodes."""
 
 
 @dataclass
@@ -208,6 +212,8 @@ class Scheduler:
             rows_left = logits_left = self._limits.max_batch
         else:
             rows_left, logits_left = self._limits.max_rows, self._limits.max_logit_rows
+            if order[0].sequence.pending == 1:
+                rows_left = min(rows_left, ROWS_BESIDE)
         plan: list[tuple[Generation, int]] = []
         for generation in order:
             rows = min(generation.sequence.pending, rows_left)

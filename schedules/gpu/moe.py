@@ -103,7 +103,8 @@ class _Moe:
     def _values(self, count: int, rows: Expr, value: Callable[[Team, Expr, Expr], Callable[[], None]]) -> None:
         """A kernel in which a warp computes ``value(team, row, index)`` for index < count; it returns what stores the result."""
         warp = self.target.warp_size
-        with launch(-(-count // self.warps), self.warps * warp, rows) as (thread, block, row):
+        # A grid is longest along x, and a long chunk has more pairs than the 65535 that there may be along y.
+        with launch(rows, self.warps * warp, i64(-(-count // self.warps))) as (thread, row, block):
             team = Team(self.target, thread, self.warps * warp)
             index = bind(block * self.warps + i64(tirx.floordiv(thread, warp)))
             # A warp without a value works on the last one, so that all threads take part in the sums.

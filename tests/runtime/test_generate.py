@@ -10,6 +10,7 @@ import pytest
 
 from llmc.errors import InternalError, RequestError
 from llmc.manifest import Limits
+from llmc.runtime import scheduler
 from llmc.runtime.model import Model
 from llmc.runtime.results import Completion
 from llmc.runtime.sampling import SamplingParams, log_softmax
@@ -56,6 +57,17 @@ def test_greedy_equals_the_reference_whatever_the_limits(limits: Limits) -> None
             assert 1 <= len(step.logit_rows) <= limits.max_logit_rows
         else:
             assert rows == len(step.seq_lens)
+
+
+def test_a_prompt_goes_in_smaller_chunks_beside_a_sample_that_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler, "ROWS_BESIDE", 4)
+    model = toy_model(limits=Limits(4, 16, 8))
+    prompts = [list(range(20)), list(range(30))]
+    for completion, prompt in zip(generate_all(model, prompts, max_tokens=12), prompts, strict=True):
+        assert completion.token_ids == greedy_reference(prompt, 12)
+    steps = [np.diff(step.q_indptr).tolist() for step in executor_of(model).steps if step.logit_rows is not None]
+    assert steps[:3] == [[16], [4, 12], [1, 3]]
+    assert all(sum(rows) <= 4 for rows in steps[2:])
 
 
 def test_the_same_seed_gives_the_same_text_alone_and_in_a_batch() -> None:

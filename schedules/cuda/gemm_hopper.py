@@ -38,11 +38,15 @@ PRODUCER_REGISTERS = {1: 56, 2: 40}
 CONSUMER_REGISTERS = {1: 240, 2: 232}
 """By the number of consumer warpgroups. Together they stay below the 64 K registers of a multiprocessor."""
 
-EVEN = "even"
-"""The cluster of a function with two kernels: of two blocks where there is an even number of row tiles, else of one."""
+BY_ROWS = "rows"
+"""The cluster of a function with several kernels: of two blocks where there is an even number of row tiles, else of one; and where
+narrower tiles are done sooner, these."""
 
 NARROW_COST = 32
 """What a result tile costs beside its columns, in columns: rows of x to copy, and the pipeline to fill and to empty."""
+
+ROW_TILES = range(9, 33)
+"""How many tiles of 128 rows a chunk of more than 1024 has, up to which narrower tiles pay: then the last round is a small part."""
 
 ROW_BYTES = 16
 """Rows of x, weight and result are multiples of this: a tensor map's strides must be."""
@@ -92,13 +96,13 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
-    """``tile``: rows and columns of a result tile; ``cluster``: blocks that share a weight tile, or :data:`EVEN`; ``blocks``: the
-    grid.
+    """``tile``: rows and columns of a result tile; ``cluster``: blocks that share a weight tile, or :data:`BY_ROWS`; ``blocks``: of
+    the grid.
 
     ``dependent_launch``: start while the kernel before this one drains.
     """
     tiles = [*dict.fromkeys(tile for tile, _ in candidates(call, None)), (64, 256), (64, 128)]
-    return {"tile": tiles, "cluster": [1, 2, EVEN], "blocks": [MULTIPROCESSORS], "dependent_launch": [True, False]}
+    return {"tile": tiles, "cluster": [1, 2, BY_ROWS], "blocks": [MULTIPROCESSORS], "dependent_launch": [True, False]}
 
 
 def candidates(call: KernelCall, rows: int | None) -> list[tuple[tuple[int, int], int | str]]:
@@ -107,19 +111,43 @@ def candidates(call: KernelCall, rows: int | None) -> list[tuple[tuple[int, int]
     Of two tile widths the one that leaves fewer multiprocessors idle in the last round is better, and of equal ones the wider.
     """
     o = int(call.args[1].shape[0])
-    widths = [w for w in ((256, 128) if linear_call.activation(call)[1] else (256, 192, 128)) if w <= max(o, 128)]
-
-    def rounds(width: int) -> int:
-        tiles = -(-(rows or 0) // 128) * -(-o // width)
-        return -(-tiles // MULTIPROCESSORS) * (width + NARROW_COST)
-
+    widths = _widths(call)
     if rows is not None:
-        widths.sort(key=rounds)
-    clusters = (1, 2, EVEN) if rows is None else (1, 2)
+        row_tiles = -(-rows // 128)
+        widths.sort(key=lambda width: _cost(row_tiles, o, width))
+    clusters = (1, 2, BY_ROWS) if rows is None else (1, 2)
     pairs = [((128, width), cluster) for width in widths for cluster in clusters]
     # Two row tiles share a narrow weight tile's way from the L2 cache, and any if there are so many rows that power is short.
-    best = 1 if o < 256 else 2 if widths[0] == 128 else EVEN if rows is None else 1
+    best = 1 if o < 256 else 2 if widths[0] == 128 else BY_ROWS if rows is None else 1
     return sorted(pairs, key=lambda p: p != ((128, widths[0]), best))
+
+
+def _widths(call: KernelCall) -> list[int]:
+    """Columns that a result tile may have, the most first."""
+    o, gated = int(call.args[1].shape[0]), linear_call.activation(call)[1]
+    return [w for w in ((256, 128) if gated else (256, 192, 128)) if w <= max(o, 128)]
+
+
+def _cost(row_tiles: Any, o: int, width: int) -> Any:
+    """Time of all tiles, in columns. ``row_tiles``: a number, or an expression of the host."""
+    return (row_tiles * -(-o // width) + (MULTIPROCESSORS - 1)) // MULTIPROCESSORS * (width + NARROW_COST)
+
+
+def _sooner(row_tiles: Any, o: int, narrow: int, columns: int) -> Any:
+    """Whether narrower tiles save a fortieth: they take more power."""
+    return _cost(row_tiles, o, narrow) * 40 <= _cost(row_tiles, o, columns) * 39
+
+
+def _narrower(call: KernelCall, columns: int) -> int | None:
+    """The width below ``columns`` that saves the most over :data:`ROW_TILES`; None if none saves anything."""
+    o = int(call.args[1].shape[0])
+
+    def saved(width: int) -> int:
+        sooner = [tiles for tiles in ROW_TILES if _sooner(tiles, o, width, columns)]
+        return sum(_cost(tiles, o, columns) - _cost(tiles, o, width) for tiles in sooner)
+
+    best = max((w for w in _widths(call) if w < columns), key=saved, default=columns)
+    return best if best < columns and saved(best) else None
 
 
 def stages(rows: int, columns: int) -> int:
@@ -129,11 +157,15 @@ def stages(rows: int, columns: int) -> int:
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
-    if config["cluster"] != EVEN:
+    if config["cluster"] != BY_ROWS:
         return _kernel(call, config)
-    kernels = [_kernel(call, {**config, "cluster": cluster}) for cluster in (2, 1)]
-    rows, n = config["tile"][0], kernels[0].params[0].ty.shape[0]
-    return host_choice(kernels, [(n + (rows - 1)) // rows % 2 == 0])
+    o, (rows, columns) = int(call.args[1].shape[0]), config["tile"]
+    narrow = _narrower(call, columns)
+    forms = [(columns, 2), (columns, 1)] if narrow is None else [(narrow, 1), (columns, 2), (columns, 1)]
+    kernels = [_kernel(call, {**config, "tile": (rows, width), "cluster": cluster}) for width, cluster in forms]
+    row_tiles = (kernels[0].params[0].ty.shape[0] + (rows - 1)) // rows
+    conditions = [] if narrow is None else [_sooner(row_tiles, o, narrow, columns)]
+    return host_choice(kernels, [*conditions, row_tiles % 2 == 0])
 
 
 def _kernel(call: KernelCall, config: dict[str, Any]) -> Any:
@@ -270,16 +302,8 @@ def _kernel(call: KernelCall, config: dict[str, Any]) -> Any:
 
             @T.inline
             def release(s) -> None:
-                """Hand a stage back: one arrival per consumer warpgroup in every block of the cluster."""
-                if cluster > 1:
-                    if local < cluster:
-                        T.ptx.mapa.shared__cluster.u32(
-                            remote[0], T.cuda.cvta_generic_to_shared(empty.ptr_to([s])), T.cast(local, "uint32")
-                        )
-                        T.ptx.mbarrier.arrive.shared__cluster.b64(remote[0])
-                else:
-                    if local == 0:
-                        T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([s]), T.uint32(1))
+                """One arrival per consumer warpgroup in every block of the cluster."""
+                hopper.release(empty, s, cluster, local, local, remote)
 
             @T.inline
             def fetch_residual(chunk, first_row, first_column) -> None:

@@ -302,16 +302,8 @@ def kernel(call: KernelCall, config: dict[str, Any], experts: int = 0) -> Any:
 
             @T.inline
             def release(s) -> None:
-                """Hand a stage back to every block that copies into it."""
-                if sharing > 1:
-                    if local < sharing:
-                        T.ptx.mapa.shared__cluster.u32(
-                            remote[0], T.cuda.cvta_generic_to_shared(empty.ptr_to([s])), T.cast(local * split + part, "uint32")
-                        )
-                        T.ptx.mbarrier.arrive.shared__cluster.b64(remote[0])
-                else:
-                    if local == 0:
-                        T.ptx.mbarrier.arrive.shared.b64(empty.ptr_to([s]), T.uint32(1))
+                """To every block that copies into it."""
+                hopper.release(empty, s, sharing, local, local * split + part, remote)
 
             step: T.int32 = 0
             stage: T.int32 = 0

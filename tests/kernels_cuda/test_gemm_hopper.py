@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 
 from llmc.schedules.cuda import gemm_hopper as family
+from llmc.schedules.cuda import linear_call
 from llmc.targets import cuda
-from tests.kernels.harness import random_arrays
+from tests.kernels.harness import DTYPES, random_arrays
 from tests.kernels_cuda.emulated import call, check
+from tests.support.cuda_emulator import launchable, source
 
 TARGET = cuda.parse("cuda:sm_90a")
 BLOCKS = {"blocks": 3}
@@ -50,7 +53,7 @@ def test_reference(name: str) -> None:
         {"tile": (64, 128), "dependent_launch": False},
         {"tile": (128, 256), "cluster": 2, "blocks": 4},
         {"tile": (64, 128), "cluster": 2, "blocks": 2},
-        {"tile": (64, 128), "cluster": "even", "blocks": 2},
+        {"tile": (64, 128), "cluster": "rows", "blocks": 2},
     ],
 )
 def test_configurations(name: str, config: dict[str, Any]) -> None:
@@ -62,14 +65,30 @@ def test_configurations(name: str, config: dict[str, Any]) -> None:
     check(family, case, result, family.reference(case, *arrays))
 
 
-@pytest.mark.parametrize("rows", [150, 260])
-def test_clusters_for_an_even_number_of_row_tiles(rows: int) -> None:
-    """Both kernels of a function, with the same bits."""
-    case, symbols = family.SHAPES["residual_328x136_gelu"], {"n": rows}
+@pytest.mark.parametrize(("tiles", "kernel"), [(2, "cluster"), (3, "one block"), (4, "narrow")])
+def test_a_kernel_by_the_number_of_rows(tiles: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All kernels of a function, with the same bits."""
+    monkeypatch.setattr(family, "_sooner", lambda row_tiles, *_: row_tiles > 3)
+    case, symbols = family.SHAPES["residual_328x136_gelu"], {"n": 64 * tiles - 7}
     arrays = random_arrays(case, symbols, seed=3)
-    chosen = call(family, case, TARGET, arrays, symbols, BLOCKS | {"cluster": "even", "blocks": 4})
-    alone = call(family, case, TARGET, arrays, symbols, BLOCKS)
+    config = {**BLOCKS, "tile": (64, 256), "blocks": 4}
+    function = family.build(case, TARGET, {**config, "cluster": "rows", "dependent_launch": True})
+    kernels = re.findall(r"__global__ void[^;{]*\{", source(function, TARGET))
+    assert len(kernels) == 3, kernels
+    chosen = launchable(function, TARGET)(*arrays, np.full(case.result.bind(symbols), np.nan, DTYPES["bfloat16"]))[-1]
+    alone = call(family, case, TARGET, arrays, symbols, {**BLOCKS, "tile": (64, 256)})
     assert np.array_equal(chosen.view(np.uint16), alone.view(np.uint16))
+
+
+def test_narrow_tiles_where_they_take_less_time() -> None:
+    """o, qkv and down of an 8B model by the formula: rounds of 132 tiles, each as long as it is wide and 32 columns more."""
+    for o, wide, narrow in ((4096, (2048, 2688, 4096), (1152, 1536, 2176, 3200)), (6144, (1408, 2048, 3200), (1536, 2176, 3584))):
+        case = linear_call.sample(o, 4096)
+        assert family._narrower(case, 256) == 192
+        for rows in (*wide, *narrow):
+            assert bool(family._sooner(-(-rows // 128), o, 192, 256)) == (rows in narrow)
+    assert family._narrower(linear_call.sample(28672, 4096, activation="silu_gated"), 256) is None
+    assert family.candidates(linear_call.sample(4096, 4096), None)[0] == ((128, 256), "rows")
 
 
 def test_rows_do_not_depend_on_the_batch() -> None:

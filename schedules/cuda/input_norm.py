@@ -81,7 +81,7 @@ class InputNorm:
                         for i in T.unroll(4):
                             held[u * 4 + i] = T.uint32(0)
                         if column < k:
-                            T.ptx["ld.global.nc.v4.b32"](
+                            T.ptx["ld.global.v4.b32"](
                                 held[u * 4], held[u * 4 + 1], held[u * 4 + 2], held[u * 4 + 3],
                                 x.ptr_to([T.cast(first_row + row, "int64"), column]),
                             )  # fmt: skip

@@ -29,7 +29,7 @@ from llmc.targets.base import Target
 NAME = "cuda.quantized_gemv"
 OP = quantized_call.OP
 LOAD_CODES = gemv.LOAD_WEIGHT
-LOAD_X = "ld.global.nc.v4.b32"
+LOAD_X = gemv.LOAD_X
 LOAD_WORDS = {1: "ld.global.nc.b32", 2: "ld.global.nc.v2.b32", 4: "ld.global.nc.v4.b32"}
 
 SHAPES: dict[str, KernelCall] = {

@@ -41,7 +41,7 @@ LOAD_WEIGHT = "ld.global.nc.L1::no_allocate.L2::128B.v4.b32"
 """A miss fetches 128 bytes. With 256 a layer of an 8B model in bfloat16 took 3 % longer on an H200, with 64 or no hint 13 %."""
 
 LOAD_X = "ld.global.v4.b32"
-"""Rows of x, as the kernel before this one left them. Not ``.nc``: such loads may be moved above ``griddepcontrol.wait``, and were."""
+"""Rows of x, as the kernel before this one left them. Not ``.nc``: ptxas moved such loads above ``griddepcontrol.wait``."""
 
 
 _call = partial(linear_call.sample, phase="decode")

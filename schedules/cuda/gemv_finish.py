@@ -13,6 +13,7 @@ from tvm.script import tirx as T
 from llmc.schedules.cuda import linear_call
 from llmc.schedules.cuda.input_norm import InputNorm
 from llmc.schedules.cuda.math import activate
+from llmc.schedules.cuda.quantized_codes import LIFT
 from llmc.schedules.protocol import KernelCall
 
 Expr = Any
@@ -25,7 +26,8 @@ class Finish:
     ``results``: of a row. ``sources``: accumulators over parts of k that are added up for a tile, in order. A gated linear has two
     sides, gate and factor: two tiles next to each other, or, ``paired``, the upper and the lower 8 rows of one. ``scale_dtype``:
     where sums are multiplied by a scale for each row of the weight, how it is stored. ``norm``: with its slot behind the others,
-    sums are scaled by the inverse of the row's root mean square. A result is act(sum · scale + bias) (· factor) + residual.
+    sums are scaled by the inverse of the row's root mean square. ``lifted``: sums are 2^-60 times what they stand for
+    (:func:`.quantized_codes.lifted`); their scale makes up for it. A result is act(sum · scale + bias) (· factor) + residual.
 
     The methods are for device code. ``thread``: of those that finish; ``first``: the first result of the first tile; ``first_row``
     and ``rows``: rows of x from which on and how many. Partial sums: shared float32 [.., slots, column_tiles, 32, 4], where a slot
@@ -34,7 +36,7 @@ class Finish:
 
     def __init__(
         self, call: KernelCall, results: int, tiles: int, column_tiles: int, norm: InputNorm, *, sources: int, threads: int,
-        paired: bool = False, scale_dtype: str = "",
+        paired: bool = False, scale_dtype: str = "", lifted: bool = False,
     ) -> None:  # fmt: skip
         activation, gated = linear_call.activation(call)
         sides, height, columns = 1 + gated, 8 if paired else 16, 8 * column_tiles
@@ -51,6 +53,10 @@ class Finish:
 
         def value(held: Expr, at: Expr, dtype: str) -> Expr:
             return held[at] if dtype == "float32" else T.cast(T.reinterpret(dtype, held[at]), "float32")
+
+        def scale_of(held: Expr, at: Expr) -> Expr:
+            scale = value(held, at, scale_dtype)
+            return scale * T.float32(2.0**LIFT) if lifted else scale
 
         def output_of(item: Expr, first: Expr) -> Expr:
             """Neighbouring threads finish neighbouring results of a row: their stores coalesce."""
@@ -128,9 +134,9 @@ class Finish:
                         if gated:
                             factor = factor * squares
                     if has_scale:
-                        total = total * value(scales, i * sides, scale_dtype)
+                        total = total * scale_of(scales, i * sides)
                         if gated:
-                            factor = factor * value(scales, i * sides + 1, scale_dtype)
+                            factor = factor * scale_of(scales, i * sides + 1)
                     if has_bias:
                         total = total + value(biases, i * sides, dtypes["bias"])
                         if gated:

@@ -3,7 +3,9 @@
 Integers: a code is put into the low bits of a power of two's significand, which a subtraction takes off again: exact, since
 integers of 8 bits with a sign fit the significands of both 16-bit types. A value is code - 2^(bits - 1) whatever the offset of
 the scheme. fp8 e4m3: sign, exponent and significand move to their places in the wider type, and a multiplication by a power
-of two corrects the exponent's bias, subnormal numbers included. (Kim et al., 2022, "Who Says Elephants Can't Run", 3.2.)
+of two corrects the exponent's bias, subnormal numbers included. (Kim et al., 2022, "Who Says Elephants Can't Run", 3.2.) Tensor
+cores multiply subnormal numbers exactly (Fasi et al., 2021, "Numerical behavior of NVIDIA tensor cores"): x and the sums can be
+corrected instead (:func:`lifted`).
 """
 
 from __future__ import annotations
@@ -46,14 +48,32 @@ def middle(how: Scheme) -> int:
     return 1 << (how.bits - 1)
 
 
-def decoder(how: Scheme, dtype: str) -> Any:
+LIFT = 60
+"""Half of what e4m3's exponent in bfloat16 is too low by, as a power of two."""
+
+
+def lifted(how: Scheme, dtype: str) -> bool:
+    """Whether x and the sums can stand in for the multiplication that corrects e4m3's exponent: 2^60 times each. In bfloat16, whose
+    exponents go as far as float32's: |x| must stay below 2^67."""
+    return how.kind == "fp8_e4m3" and dtype == "bfloat16"
+
+
+@T.inline
+def lift(registers: Expr, count: Expr) -> None:
+    """Pairs of bfloat16 times 2^60, exactly."""
+    for i in T.unroll(count):
+        T.ptx[MULTIPLY_ADD["bfloat16"]](registers[i], registers[i], T.uint32(both(127 + LIFT << 7)), T.uint32(NEGATIVE))
+
+
+def decoder(how: Scheme, dtype: str, low: bool = False) -> Any:
     """``decode(fragment, words, base, s, p)``: the A fragment of one m16n8k16 from a lane's four words of a chunk.
 
     The multiplication covers columns 4 p .. 4 p + 3 of each lane's 8 in block ``s`` of 32 (8 bits: s = 0). ``words[base + i]`` is
-    word i; ``fragment`` has four uint32. ``s`` and ``p`` are constants.
+    word i; ``fragment`` has four uint32. ``s`` and ``p`` are constants. ``low``: values are 2^-120 times what they are, where
+    :func:`lifted` says that they may be.
     """
     if how.kind == "fp8_e4m3":
-        return _decode_e4m3(dtype)
+        return _decode_e4m3(dtype, low)
     if how.bits <= 4:
         return _decode_nibbles(how, dtype)
     return _decode_bytes_f16(how) if dtype == "float16" else _decode_bytes_bf16(how)
@@ -109,7 +129,7 @@ def _decode_bytes_bf16(how: Scheme) -> Any:
     return decode
 
 
-def _decode_e4m3(dtype: str) -> Any:
+def _decode_e4m3(dtype: str, low: bool) -> Any:
     # The seven bits of exponent and significand end up at the wider type's, which ends 3 bits (f16: 1) below the sign. The signs of
     # a word's four codes are taken out once, in their bytes: what a pair has of the others' lies where its seven bits go.
     shift, mask, scale = {"bfloat16": (4, 0x07F0, 0x7B80), "float16": (1, 0x3F80, 0x5C00)}[dtype]
@@ -123,8 +143,9 @@ def _decode_e4m3(dtype: str) -> Any:
             signs[0] = word & T.uint32(0x80808080)
             T.ptx["lop3.b32"](fragment[h], T.uint32(both(mask)), word << T.uint32(8 - shift), signs[0] << T.uint32(8), CHOOSE)
             T.ptx["lop3.b32"](fragment[h + 2], T.uint32(both(mask)), word >> T.uint32(shift), signs[0], CHOOSE)
-        for j in T.unroll(4):
-            T.ptx[multiply_add](fragment[j], fragment[j], T.uint32(both(scale)), T.uint32(NEGATIVE))
+        if not low:
+            for j in T.unroll(4):
+                T.ptx[multiply_add](fragment[j], fragment[j], T.uint32(both(scale)), T.uint32(NEGATIVE))
 
     return decode
 

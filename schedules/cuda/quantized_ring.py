@@ -145,9 +145,12 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
     padding = at.columns - k
     mma_type = hopper.PTX_TYPE[dtype]
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{mma_type}.{mma_type}.f32"
-    decode = quantized_codes.decoder(how, dtype)
+    lifted = quantized_codes.lifted(how, dtype)
+    decode = quantized_codes.decoder(how, dtype, low=lifted)
     norm = InputNorm(whole, sides, column_tiles)
-    end = gemv_finish.Finish(call, results, 1, column_tiles, norm, sources=warps, threads=32, scale_dtype=scale_dtype)
+    end = gemv_finish.Finish(
+        call, results, 1, column_tiles, norm, sources=warps, threads=32, scale_dtype=scale_dtype, lifted=lifted
+    )
     hands = streaming.Hands(end, warps, ROWS, blocks)
 
     @T.prim_func
@@ -217,6 +220,8 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
         @T.inline
         def multiply(slot, b) -> None:
             """Block ``b`` of a box times its columns of x."""
+            if lifted:
+                quantized_codes.lift(x_regs, 16 * column_tiles)
             for u in T.unroll(chunks_of_block):
                 for side in T.unroll(sides):
                     base = T.meta_var((u * sides + side) * 4)

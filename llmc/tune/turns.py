@@ -13,6 +13,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from llmc.tune.child import Child, ChildEnded, answer_all
 
 CONTEXT = 64
@@ -23,6 +25,13 @@ STREAM = 768
 
 TURN = 0.12
 """Seconds of one run, about: long enough to time, short enough that the machine is the same for the other one."""
+
+CHOSEN, READ = 8, 4
+"""Tokens that each sequence of a test is continued by, and sequences whose tokens are then judged."""
+
+DEFICIT = 0.5
+"""How far below the best logit, in units of the row's root mean square, a chosen token may score: rounding is a tenth of it, and
+what a kernel that computes something else chooses is several times as far below."""
 
 OPENING, RUNNING = 900.0, 300.0
 """Seconds that loading two models and a few rounds of them may take."""
@@ -131,6 +140,21 @@ class _Subject:
             self._step(test)
         return (time.perf_counter() - start) / steps
 
+    def misread(self, rival: _Subject, test: Workload) -> int:
+        """Tokens that ``rival`` chooses in a run of ``test`` and that this model's logits of the same text speak against."""
+        self._end()
+        rival._end()
+        context = min(test.rows if test.kind == "prefill" else test.context, self.model.context // 2)
+        prompts = [self._ids(context, i) for i in range(test.sequences)]
+        most = min(CHOSEN, self.model.context - context)
+        found = rival.model.generate(prompts, max_tokens=most, ignore_eos=True)
+        wrong = 0
+        for i in range(0, len(prompts), -(-len(prompts) // READ)):
+            logits = np.asarray(self.model.logits(prompts[i] + found[i].token_ids[:-1])[context - 1 :], np.float64)
+            chosen = logits[np.arange(len(logits)), found[i].token_ids]
+            wrong += int((logits.max(-1) - chosen > DEFICIT * np.sqrt((logits**2).mean(-1))).sum())
+        return wrong
+
     def _begin(self, test: Workload) -> None:
         self._end()
         context = min(test.context, self.model.context // 2)
@@ -194,6 +218,9 @@ class _Server:
 
     def _round(self, test: Workload) -> list[float]:
         if test not in self.steps:
+            base, rival = self.pair
+            if wrong := base.misread(rival, test):
+                raise ValueError(f"at {test} {wrong} tokens are not what the model says: a kernel computes something else")
             for subject in self.pair:  # the first runs allocate, and on a GPU record graphs
                 subject.seconds(test, 4)
             slower = max(subject.seconds(test, 4) for subject in self.pair)

@@ -28,7 +28,7 @@ in megabytes."""
 GPU_MAX_ROWS = 4096
 """The same for other kinds: a GPU is busy only with thousands of rows, and has hundreds of megabytes to spare for them."""
 LARGE_GPU_MAX_ROWS = {"sm_90a": 8192}
-"""The same for GPUs by architecture that all have 80 GB or more: twice the workspace, for the few parts of a long prompt that each
+"""The same for GPUs by architecture that have 80 GB or more: twice the workspace, for the few parts of a long prompt that each
 chunk costs once more."""
 MAX_LOGIT_ROWS = 128
 """Rows of one extend step that may ask for logits; a vocabulary is wide, so this bounds the largest intermediate."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ import llmc
 from llmc import manifest, targets
 from llmc.errors import UsageError
 from llmc.importer.params import Constant, ParamTable
+from llmc.passes.quantize.options import QuantOptions
 from llmc.runtime.artifact import choose_variant
 from llmc.runtime.device import CudaDevice
 from llmc.runtime.host import host
+from llmc.settings import Settings, limits_of
 from llmc.variants import SharedWeights
 
 
@@ -64,3 +67,14 @@ def test_one_artifact_for_a_cpu_and_two_gpu_architectures(llama_for_three: Path,
     prompt = list(range(1, 12))
     with llmc.load(llama_for_three) as first, llmc.load(llama_artifact) as second:
         assert first.generate(prompt, max_tokens=8).token_ids == second.generate(prompt, max_tokens=8).token_ids
+
+
+def test_the_target_that_can_do_least_decides_on_the_rows_of_a_step() -> None:
+    settings = Settings("bfloat16", "bfloat16", QuantOptions(None), context=16384, max_batch=4, page_size=16)
+
+    def rows(*specs: str, context: int = 16384) -> int:
+        return limits_of(replace(settings, context=context), [targets.parse(spec) for spec in specs]).max_rows
+
+    assert (rows("cuda:sm_90a"), rows("cuda:sm_80"), rows("cpu:x86-64-v3")) == (8192, 4096, 512)
+    assert (rows("cuda:sm_90a", "cuda:sm_80"), rows("cuda:sm_90a", "cpu:x86-64-v3")) == (4096, 512)
+    assert rows("cuda:sm_90a", context=1000) == 4000

@@ -116,7 +116,8 @@ def write(
     workers: int = 1,
 ) -> list[str]:
     """Compile the configurations ``chosen`` for each task into ``folder``, on ``workers`` processes. What did not compile is left
-    out and returned, a line each. Raises OutputError if the folder cannot be written or holds something else.
+    out and returned, a line each. Raises OutputError if the folder cannot be written or holds something else. Whatever ends it
+    before it is done, nothing of it stays.
 
     Tasks of one call share what they have in common: a kernel that several ranges of rows try is compiled once.
     """
@@ -159,7 +160,10 @@ def write(
             "tasks": tasks,
         }
         (folder / "pack.json").write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise OutputError(f"--offline {folder} cannot be written ({error.strerror}): choose a folder with room") from error
     return problems
 

@@ -43,7 +43,8 @@ def matches(call: KernelCall, target: Target) -> str | None:
 
 
 def space(call: KernelCall, target: Target) -> dict[str, list[Any]]:
-    return {"dependent_launch": [True, False]}
+    """Nothing to choose: ``dependent_launch``, start early, always pays."""
+    return {"dependent_launch": [True]}
 
 
 def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:

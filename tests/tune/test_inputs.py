@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from typing import Any
 
@@ -18,10 +19,12 @@ import torch
 from llmc import targets
 from llmc.errors import UnsupportedError
 from llmc.runtime.tensors import storage_dtype
+from llmc.schedules import cpu, cuda
 from llmc.schedules.cpu import attend, linear, moe, quantized_moe, rope
 from llmc.schedules.cuda import linear_call, linear_hopper, quantized_hopper
 from llmc.schedules.gpu import quantized_call
 from llmc.schedules.gpu import quantized_moe as gpu_quantized_moe
+from llmc.schedules.parts import kept_under
 from llmc.schedules.protocol import KernelCall, TensorSpec
 from llmc.tune import inputs
 from llmc.tune.bench import Bench
@@ -130,6 +133,15 @@ def test_experts_have_inputs_and_a_right_kernel_passes(family: Any, label: str) 
     space = family.space(call, host)
     for point in itertools.product(*space.values()):
         bench.check(compile_one(family, call, host, dict(zip(space, point, strict=True)), sizes).kernel)
+
+
+@pytest.mark.parametrize("families", [cpu.FAMILIES, cuda.FAMILIES], ids=["cpu", "cuda"])
+def test_every_kernel_with_something_to_choose_has_inputs(families: Any) -> None:
+    target = targets.parse("cpu:x86-64-v3" if families is cpu.FAMILIES else "cuda:sm_90a")
+    for family in families:
+        for call in family.SHAPES.values():
+            if family.matches(call, target) and math.prod(map(len, family.space(call, target).values())) > 1:
+                assert kept_under(family, call)[1].op in inputs.KNOWN
 
 
 def test_experts_packed_for_gpus() -> None:

@@ -18,11 +18,11 @@ import llmc.tvm_setup  # noqa: F401  (first: prepares the import of tvm)
 
 # isort: split
 from llmc import targets
-from llmc.errors import LlmcError, OutputError
+from llmc.errors import LlmcError, OutputError, UnsupportedError
 from llmc.schedules.cpu import attend, linear, quantized_linear
 from llmc.schedules.lookup import Records, load
 from llmc.schedules.records import config_text
-from llmc.tune import pack
+from llmc.tune import inputs, pack
 from llmc.tune.extract import Chooser, import_results
 from llmc.tune.task import Task
 from tests.tune.faulty import FAULTY
@@ -113,6 +113,17 @@ def test_wrong_and_crashing_candidates_fail_alone(tmp_path: Path) -> None:
     assert errors["none"] == errors["fine"] == ""
     assert "wrong result" in errors["wrong"]
     assert "ended with status" in errors["crash"]
+
+
+@pytest.mark.parametrize("error", [UnsupportedError("no inputs"), KeyboardInterrupt()])
+def test_what_is_not_finished_is_removed(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(inputs, "expected", fail)
+    with pytest.raises(type(error)):
+        write(tmp_path / "pack", (LINEAR, [LINEAR.default]))
+    assert not (tmp_path / "pack").exists()
 
 
 def test_errors_that_a_user_can_make(tmp_path: Path) -> None:

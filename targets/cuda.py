@@ -141,7 +141,7 @@ def _mixed_pipeline() -> tuple[Any, Any, Any]:
     """s_tir functions (generated and simple kernels) and TIRx functions (hand-written PTX) go through their own lowerings.
 
     They differ in how thread bindings and buffers are read; after the split into host and device functions they are alike.
-    The first kind gets its programmatic dependent launches here.
+    The first kind gets its programmatic dependent launches here; no kernel with one promises that its memory is its own.
     """
     s_tir_passes, finalize_host, finalize_device = get_tir_pipeline(gpu_pipeline.PIPELINE)
     tirx_passes, _, _ = get_tir_pipeline("tirx")
@@ -157,7 +157,7 @@ def _mixed_pipeline() -> tuple[Any, Any, Any]:
         if kinds[False]:
             simple = dependent_launch.request(tvm.IRModule(kinds[False], attrs=module.attrs), tvm.target.Target.current())
             lowered.update(dependent_launch.obey(s_tir_passes(simple)))
-        return lowered
+        return dependent_launch.promise_nothing(lowered)
 
     return lower, finalize_host, finalize_device
 

@@ -61,15 +61,27 @@ def _waits(body: Any) -> bool:
     return bool(found)
 
 
+def _is_dependent(function: Any) -> bool:
+    """Whether it is a kernel with a dependent launch."""
+    launched = isinstance(function, tirx.PrimFunc) and int(function.attrs.get("calling_conv", 0)) == _DEVICE_KERNEL
+    return launched and DEPENDENT in [str(p) for p in function.attrs[LAUNCH_PARAMETERS]]
+
+
 def obey(module: tvm.IRModule) -> tvm.IRModule:
     """After the split: kernels with a dependent launch begin with the release of their successor, and the wait if it is missing."""
 
     def begin(function: Any) -> Any:
-        launched = isinstance(function, tirx.PrimFunc) and int(function.attrs.get("calling_conv", 0)) == _DEVICE_KERNEL
-        if not launched or DEPENDENT not in [str(p) for p in function.attrs[LAUNCH_PARAMETERS]]:
+        if not _is_dependent(function):
             return function
         calls = [T.ptx.griddepcontrol.launch_dependents, T.ptx.griddepcontrol.wait]
         first = [tirx.Evaluate(call()) for call in calls[: 1 if _waits(function.body) else 2]]
         return function.with_body(tirx.SeqStmt([*first, function.body]))
 
     return tvm.IRModule({var: begin(function) for var, function in module.functions.items()}, attrs=module.attrs)
+
+
+def promise_nothing(module: tvm.IRModule) -> tvm.IRModule:
+    """After the split: kernels with a dependent launch, of any kind, have no ``__restrict__`` pointers. The compiler would take
+    what is only read for constant, and might read it above the wait for the kernel that writes it."""
+    late = {v: f.with_attr("tirx.noalias", False) if _is_dependent(f) else f for v, f in module.functions.items()}
+    return tvm.IRModule(late, attrs=module.attrs)

@@ -24,7 +24,9 @@ from llmc.schedules.kv_pages import page_layout_of
 from llmc.schedules.protocol import KernelCall
 
 Expr = Any
-LOAD = "ld.global.nc.L1::no_allocate.L2::256B"
+LOAD = "ld.global.L1::no_allocate.L2::256B"
+"""Not ``.nc``: the newest positions are written by a kernel that may still run when this one starts."""
+
 SCHEMES = ("int8", "fp8_e4m3")
 """Of codes in bytes with one scale a slot, which are widened to bfloat16."""
 

@@ -13,7 +13,7 @@ import pytest
 from tvm import te
 
 from llmc import targets
-from llmc.schedules.cuda import gemm_split, gemv, quantized_gemv, quantized_ring, ring_gemv
+from llmc.schedules.cuda import FAMILIES, gemm_split, gemv, quantized_gemv, quantized_ring, ring_gemv
 from llmc.schedules.gpu import append, elementwise, moe, rope, rope_append, topk
 from llmc.schedules.gpu.norm import layer_norm, rms_norm
 from llmc.targets import dependent_launch
@@ -85,6 +85,19 @@ def test_weights_are_under_way_before_the_wait(family: Any, label: str, weights:
     # The assembler may move loads that promise read-only memory (ld.global.nc) above the wait: only of what no kernel writes.
     promised = [line for line in body.splitlines() if "ld" in line and "global_nc" in line]
     assert not [line for line in promised if re.search(r"\b(x|residual)_ptr\b", line)]
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, gemm_split, ring_gemv, quantized_ring, append, rope], ids=lambda f: f.NAME)
+def test_a_kernel_that_waits_promises_nothing_of_what_it_reads(family: Any) -> None:
+    """``__restrict__`` and ``ld.global.nc`` let compiler and assembler read above the wait: only weights may be."""
+    call = list(family.SHAPES.values())[-1]
+    config = {axis: values[0] for axis, values in family.space(call, HOPPER).items()}
+    text = source(family.build(call, HOPPER, config), HOPPER)
+    kernels = re.findall(r'extern "C" __global__[^;{]*\{\n.*?\n}', text, re.S)
+    assert kernels and all("griddepcontrol_wait();" in kernel for kernel in kernels)
+    assert "__restrict__" not in "".join(kernels)
+    promised = re.findall(r"\b\w*ld_global_nc\w*\(.*", text)
+    assert not [line for line in promised if re.search(r"\b(x|residual|pages|q|k|v|rows)(_ptr)?\b", line)]
 
 
 def test_generated_kernels_wait_too() -> None:

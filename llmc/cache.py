@@ -93,13 +93,15 @@ def _compile(model: str, options: dict[str, Any], progress: Progress, *, recompi
 def _check_machine(model: str, options: dict[str, Any]) -> None:
     """Raise UsageError if this machine, which is to run the model, runs code for none of its targets."""
     from llmc import targets
+    from llmc.runtime.artifact import gpus_of
     from llmc.targets.here import refused
 
     specs = options.get("target", "cpu")
     if "cpu" in ([specs] if isinstance(specs, str) else specs):
         return
     chosen = targets.parse_all(specs)
-    reasons = [why for target in chosen if (why := refused(target)) is not None]
+    gpus = gpus_of({target.kind for target in chosen})
+    reasons = [why for target in chosen if (why := refused(target, gpus)) is not None]
     if len(reasons) == len(chosen):
         flags = " ".join(f"--target {target.name}" for target in chosen)
         raise UsageError(

@@ -103,9 +103,10 @@ def _existing(folder: Path) -> Path:
 def _targets() -> list[TargetStatus]:
     """Every target llmc names: whether its linker is here, and whether this processor has what its code uses."""
     from llmc import targets
+    from llmc.runtime.artifact import DRIVEN, gpus_of
     from llmc.targets.here import refused
 
-    found = []
+    found, gpus = [], gpus_of(DRIVEN)
     for spec in targets.known_specs():
         try:
             target = targets.parse(spec)
@@ -117,7 +118,7 @@ def _targets() -> list[TargetStatus]:
             missing = None
         except MissingExtraError as error:
             missing = str(error)
-        reason = refused(target)
+        reason = refused(target, gpus)
         name = spec if target.name == spec else f"{spec} = {target.name}"
         found.append(TargetStatus(name, missing is None, reason is None, missing or reason or ""))
     return found

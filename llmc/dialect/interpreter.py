@@ -29,7 +29,6 @@ from llmc.dialect.paged import append_reference, attend_reference
 from llmc.dialect.rope import reference as rope_reference
 from llmc.dialect.rope_append import reference as rope_append_reference
 from llmc.dialect.rope_attend import reference as rope_attend_reference
-from llmc.dialect.row_starts import OP as ROW_STARTS
 from llmc.dialect.row_starts import reference as row_starts_reference
 from llmc.dialect.topk import reference as topk_reference
 
@@ -198,7 +197,7 @@ OPS: Table = {
     "relax.zeros_like": _pure(np.zeros_like), "relax.ones_like": _pure(np.ones_like),
     "relax.full_like": lambda a, x, v: np.full_like(x, v),
     "llmc.rope": rope_reference, "llmc.rope_append": rope_append_reference,
-    "llmc.rope_attend": rope_attend_reference, ROW_STARTS: row_starts_reference,
+    "llmc.rope_attend": rope_attend_reference, "llmc.row_starts": row_starts_reference,
     "llmc.rms_norm": rms_norm_reference, "llmc.layer_norm": layer_norm_reference,
 }  # fmt: skip
 

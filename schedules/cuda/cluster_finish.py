@@ -37,8 +37,8 @@ class ClusterFinish:
     has them. ``room``: bytes of shared memory that a block has left. If they are enough, blocks are ``sent`` the sums that they
     finish, and leave when they are done; else they fetch them, and no block may leave before the last one has.
 
-    ``received``: shape of the shared float32 array for what is sent, of one element at least; ``registers``: of a thread, uint32.
-    Device code: :meth:`arrive` before the block does anything else, :meth:`finish` at the end.
+    ``received``: shape of the shared float32 array for what is sent; ``registers``: of a thread, uint32. :meth:`finish` takes None
+    for both where nothing is. Device code: :meth:`arrive` before the block does anything else, :meth:`finish` at the end.
     """
 
     def __init__(
@@ -221,24 +221,4 @@ class ClusterFinish:
                 if cluster > 1:
                     T.cuda.cluster_sync()
 
-        self.arrive, self.complete, self.finish = arrive, complete, finish
-
-
-def finisher(
-    call: KernelCall, *, results: int, outputs: int, rows: int, split: int, threads: int, scaled: bool = False
-) -> Any:  # fmt: skip
-    """``finish(sums, thread, part, first_rank, first_row, first_output, n, scales, bias, residual, out)`` of
-    :class:`ClusterFinish` where sums are fetched. The blocks have to meet before (sums written) and after (sums read).
-    """
-    end = ClusterFinish(
-        call, results=results, outputs=outputs, rows=rows, split=split, cluster=split, threads=threads, room=0, scaled=scaled
-    )
-
-    @T.inline
-    def finish(
-        sums: Expr, thread: Expr, part: Expr, first_rank: Expr, first_row: Expr, first_output: Expr, n: Expr, scales: Expr,
-        bias: Expr, residual: Expr, out: Expr,
-    ) -> None:  # fmt: skip
-        end.complete(sums, thread, part, first_rank, first_row, first_output, n, scales, bias, residual, out, sums)
-
-    return finish
+        self.arrive, self.finish = arrive, finish

@@ -136,9 +136,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
             return T.reinterpret("float32", regs[base + group * 2 + row_half])
         return quantized_codes.as_float(regs[base + group], row_half, scale_dtype)
 
-    finish = cluster_finish.finisher(
-        call, results=results, outputs=rows, rows=columns, split=split, threads=threads, scaled=row_wise
-    )  # fmt: skip
+    end = cluster_finish.ClusterFinish(
+        call, results=results, outputs=rows, rows=columns, split=split, cluster=split, threads=threads, room=0, scaled=row_wise
+    )
 
     @T.prim_func
     def gemm(
@@ -359,15 +359,9 @@ def build(call: KernelCall, target: Target, config: dict[str, Any]) -> Any:
                 for v in T.unroll(sums):
                     # A thread's sums: rows 2 * (lane % 4) and 1 more of x, outputs lane // 4 and 8 more of the warp's; 8 rows on.
                     s_sums[side, v // 4 * 8 + lane % 4 * 2 + v % 2, warp * 16 + lane // 4 + v // 2 % 2 * 8] = acc[side * sums + v]
-        if split > 1:
-            T.cuda.cluster_sync()
-        else:
-            T.cuda.cta_sync()
-
-        finish(s_sums, thread, part, 0, x_tile * columns, row_tile * rows, T.cast(n, "int32"), scales, bias, residual, out)
-        if split > 1:
-            # No block may leave while another one still reads its shared memory.
-            T.cuda.cluster_sync()
+        end.finish(
+            s_sums, None, None, thread, part, 0, x_tile * columns, row_tile * rows, T.cast(n, "int32"), scales, bias, residual, out
+        )
 
     return hopper.finish(gemm, f"quantized_gemm_{how.name}_{o}x{k}", linear_call.absent(specs), dependent_launch)
 
